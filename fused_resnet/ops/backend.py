@@ -1,0 +1,190 @@
+"""Which code runs an op: the backends, what each cannot do and why, and how a user asks for one.
+
+A backend is a module that exports functions named as in ``ops/reference.py``:
+
+========== ============================================== =====================================
+name       module                                         where
+========== ============================================== =====================================
+triton     ``fused_resnet.kernels``                       CUDA, channels_last
+native     ``fused_resnet.ops.native`` over ``_C``        CPU, channels_last and contiguous
+reference  ``fused_resnet.ops.reference``                 everywhere, float64 too
+========== ============================================== =====================================
+
+The automatic choice is the first of these with no reason against it; ``reference`` never has one. An explicit request
+(``use_backend``, or ``FUSED_RESNET_BACKEND`` in the environment) runs there or raises with every reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_resnet.ops.layout import dense, is_channels_last
+from fused_resnet.ops.schemas import SCHEMAS, library
+
+ENVIRONMENT_VARIABLE = "FUSED_RESNET_BACKEND"
+AUTO = "auto"
+MODULES = {
+    "triton": "fused_resnet.kernels",
+    "native": "fused_resnet.ops.native",
+    "reference": "fused_resnet.ops.reference",
+}
+FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot run this op on these tensors; the message lists every reason."""
+
+
+def why_not(backend: str, op: str, *args: Any) -> list[str]:
+    """The reasons why ``backend`` cannot run ``op`` on these arguments; an empty list means that it can.
+
+    Args:
+        backend: "triton", "native" or "reference".
+        op: a name in ``ops/schemas.py``, such as "bn_apply".
+        args: the op's arguments in the order of its schema.
+    """
+    _known(backend)
+    if op not in SCHEMAS:
+        raise ValueError(f"op must be one of {', '.join(SCHEMAS)}; got {op!r}")
+    return unavailable(backend) + _CHECKS[backend](op, args)
+
+
+@functools.cache
+def unavailable(backend: str) -> list[str]:
+    """The reasons why ``backend`` cannot run anything in this process."""
+    if backend == "triton":
+        return _triton_unavailable()
+    if backend == "native":
+        return _native_unavailable()
+    return []
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Runs every op inside the ``with`` on this backend ("auto" for the automatic choice).
+
+    Raises:
+        ValueError: there is no backend of this name.
+        BackendError: it cannot run in this process; inside the ``with``, an op raises it for tensors it cannot take.
+    """
+    if name != AUTO:
+        _known(name)
+        if reasons := unavailable(name):
+            raise BackendError(_refusal(name, "any op", reasons))
+    token = _requested.set(name)
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+def requested_backend() -> str:
+    """The backend asked for by ``use_backend``, else by the environment, else "auto"."""
+    return _requested.get() or _known(os.environ.get(ENVIRONMENT_VARIABLE) or AUTO)
+
+
+def choose(op: str, args: tuple[Any, ...]) -> ModuleType:
+    """The module that runs ``op`` on these arguments."""
+    name = requested_backend()
+    if name != AUTO:
+        if reasons := why_not(name, op, *args):
+            raise BackendError(_refusal(name, op, reasons))
+        return _module(name)
+    for name in MODULES:
+        if not unavailable(name) and not _CHECKS[name](op, args):
+            return _module(name)
+    raise AssertionError("the reference refuses nothing")
+
+
+_requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("fused_resnet_backend", default=None)
+
+
+def _known(name: str) -> str:
+    if name != AUTO and name not in MODULES:
+        raise ValueError(f"backend must be one of {', '.join([AUTO, *MODULES])}; got {name!r}")
+    return name
+
+
+@functools.cache
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(MODULES[name])
+
+
+def _refusal(backend: str, op: str, reasons: list[str]) -> str:
+    return f"backend {backend!r} cannot run {op}: " + "; ".join(reasons)
+
+
+def _triton_unavailable() -> list[str]:
+    try:
+        kernels = importlib.import_module(MODULES["triton"])
+    except ImportError as error:
+        return [f"triton cannot be imported ({error})"]
+    if kernels.INTERPRETED or torch.cuda.is_available():
+        return []
+    return ["no CUDA device is usable, and TRITON_INTERPRET=1 was not set before triton was imported"]
+
+
+def _native_unavailable() -> list[str]:
+    try:
+        importlib.import_module("fused_resnet._C")
+    except ImportError as error:
+        return [f"the compiled extension fused_resnet._C is not there ({error})"]
+    return []
+
+
+def _why_not_triton(op: str, args: tuple[Any, ...]) -> list[str]:
+    x: Tensor = args[1] if op.startswith("bn_grad") else args[0]
+    reasons = []
+    if x.dtype not in FUSED_DTYPES:
+        reasons.append(f"x is {x.dtype}; it takes float32, float16 and bfloat16")
+    if x.device.type != ("cpu" if _module("triton").INTERPRETED else "cuda"):
+        reasons.append(f"x is on {x.device}; it takes CUDA tensors (CPU tensors under TRITON_INTERPRET=1)")
+    if not is_channels_last(dense(x)):
+        reasons.append("x is not channels_last")
+    if x.numel() == 0:
+        reasons.append("x is empty")
+    if op == "conv_bn_act":
+        reasons += _module("triton").why_not_conv(*args)
+    return reasons
+
+
+def _why_not_native(op: str, args: tuple[Any, ...]) -> list[str]:
+    if op == "conv_bn_act":
+        return ["on the CPU this convolution is oneDNN's; the reference calls it"]
+    x: Tensor = args[1] if op.startswith("bn_grad") else args[0]
+    reasons = []
+    if x.device.type != "cpu":
+        reasons.append(f"x is on {x.device}; it takes CPU tensors")
+    if x.dtype not in FUSED_DTYPES:
+        reasons.append(f"x is {x.dtype}; it takes float32, float16 and bfloat16")
+    if x.numel() == 0:
+        reasons.append("x is empty")
+    return reasons
+
+
+_CHECKS: dict[str, Callable[[str, tuple[Any, ...]], list[str]]] = {
+    "triton": _why_not_triton,
+    "native": _why_not_native,
+    "reference": lambda op, args: [],
+}
+
+
+def _register(op: str) -> None:
+    def body(*args: Any) -> Any:
+        return getattr(choose(op, args), op)(*args)
+
+    library.impl(op, body, "CompositeExplicitAutograd")
+
+
+for _op in SCHEMAS:
+    _register(_op)

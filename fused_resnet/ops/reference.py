@@ -1,0 +1,187 @@
+"""The meaning of every op, in plain PyTorch.
+
+Every backend (the Triton kernels in ``fused_resnet.kernels``, the C++ code behind ``ops/native.py``) exports these
+function names with these arguments and this meaning. This file is the oracle of the tests, the baseline of the
+benchmarks, and the way that always works: any device, dtype and memory format, float64 included.
+
+Notation: ``x`` is (N, C, H, W); statistics are vectors of C in ``statistics_dtype(x)``; ``xhat = (x - mean) * invstd``;
+``z`` is the value in front of the ReLU and ``dz`` its gradient. T is the bytes of one activation.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_resnet.ops.layout import conv_memory_format, dense
+
+
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """The dtype sums are kept in: float64 for float64 data, float32 for everything else."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def bn_stats(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Mean and 1/sqrt(biased variance + eps) of each channel; moves the running statistics. Reads 1T, writes 0."""
+    wide = x.to(statistics_dtype(x))
+    variance, mean = torch.var_mean(wide, dim=(0, 2, 3), correction=0)
+    if running_mean is not None:
+        running_mean.mul_(1 - momentum).add_(mean.to(running_mean.dtype), alpha=momentum)
+    if running_var is not None:
+        count = x.numel() // x.shape[1]
+        unbiased = variance * (count / max(count - 1, 1))
+        running_var.mul_(1 - momentum).add_(unbiased.to(running_var.dtype), alpha=momentum)
+    return mean, torch.rsqrt(variance + eps)
+
+
+def bn_apply(
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+) -> Tensor:
+    """relu(xhat * weight + bias + residual), in x's dtype and strides. Reads 1T (2T with a residual), writes 1T."""
+    x = dense(x)
+    z = _normalize(x, mean, invstd, weight, bias)
+    if residual is not None:
+        z = z + residual
+    return torch.empty_like(x).copy_(F.relu(z) if relu else z)
+
+
+def bn_apply_dual(
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    x2: Tensor,
+    mean2: Tensor,
+    invstd2: Tensor,
+    weight2: Tensor | None,
+    bias2: Tensor | None,
+    relu: bool,
+) -> Tensor:
+    """relu(xhat * weight + bias + xhat2 * weight2 + bias2): the end of a projection block. Reads 2T, writes 1T."""
+    x = dense(x)
+    z = _normalize(x, mean, invstd, weight, bias) + _normalize(x2, mean2, invstd2, weight2, bias2)
+    return torch.empty_like(x).copy_(F.relu(z) if relu else z)
+
+
+def bn_grad_stats(
+    grad_out: Tensor,
+    x: Tensor,
+    out: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    relu: bool,
+) -> tuple[Tensor, Tensor]:
+    """(sum of dz, sum of dz * xhat) of each channel: the gradients of bias and weight.
+
+    With ``relu``, dz is grad_out where the ReLU let it pass: where ``out`` is not <= 0 or, when ``out`` is None (there
+    was no residual), where the recomputed ``xhat * weight + bias`` is not. Reads 2T, or 3T with ``out``; writes 0.
+    """
+    dz = _grad_before_relu(grad_out, x, out, mean, invstd, weight, bias, relu)
+    xhat = _normalize(x, mean, invstd, None, None)
+    return dz.sum((0, 2, 3)), (dz * xhat).sum((0, 2, 3))
+
+
+def bn_grad_apply(
+    grad_out: Tensor,
+    x: Tensor,
+    out: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    sum_dz: Tensor | None,
+    sum_dz_xhat: Tensor | None,
+    relu: bool,
+    residual_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """(gradient of x, gradient of the residual); the second is empty unless ``residual_grad``.
+
+    dx = weight * invstd * (dz - sum_dz / count - xhat * sum_dz_xhat / count); with both sums None the statistics are
+    constants (eval mode) and dx = weight * invstd * dz. Reads 2T (1T for constant statistics without a recomputed
+    mask), one more with ``out``; writes 1T, one more with ``residual_grad``.
+    """
+    x = dense(x)
+    dz = _grad_before_relu(grad_out, x, out, mean, invstd, weight, bias, relu)
+    dx = dz
+    if sum_dz is not None and sum_dz_xhat is not None:
+        count = x.numel() // x.shape[1]
+        xhat = _normalize(x, mean, invstd, None, None)
+        dx = dz - per_channel(sum_dz / count) - xhat * per_channel(sum_dz_xhat / count)
+    scale = invstd if weight is None else invstd * weight
+    grad_x = torch.empty_like(x).copy_(dx * per_channel(scale))
+    grad_residual = torch.empty_like(x).copy_(dz) if residual_grad else x.new_empty(0)
+    return grad_x, grad_residual
+
+
+def conv_bn_act(
+    x: Tensor,
+    conv_weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    relu: bool,
+) -> Tensor:
+    """relu(conv2d(x, conv_weight) * scale + shift + residual), the normalisation given as per-channel scale and shift.
+
+    Inference. One kernel would read x, the weight and the residual and write the output once; this way also writes
+    and reads the convolution's raw output.
+    """
+    out = F.conv2d(x, conv_weight, None, stride, padding, dilation, groups)
+    z = out.to(statistics_dtype(x))
+    if scale is not None:
+        z = z * per_channel(scale)
+    if shift is not None:
+        z = z + per_channel(shift)
+    if residual is not None:
+        z = z + residual
+    z = F.relu(z) if relu else z
+    return torch.empty_like(z, dtype=x.dtype, memory_format=conv_memory_format(x, conv_weight)).copy_(z)
+
+
+def per_channel(vector: Tensor) -> Tensor:
+    """A vector of C as (1, C, 1, 1)."""
+    return vector[None, :, None, None]
+
+
+def _normalize(x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """xhat * weight + bias. The mean is subtracted first: x * scale + shift loses its digits when |mean| >> std."""
+    scale = invstd if weight is None else invstd * weight
+    z = (x.to(mean.dtype) - per_channel(mean)) * per_channel(scale)
+    return z if bias is None else z + per_channel(bias)
+
+
+def _grad_before_relu(
+    grad_out: Tensor,
+    x: Tensor,
+    out: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    relu: bool,
+) -> Tensor:
+    grad_out = grad_out.to(mean.dtype)
+    if not relu:
+        return grad_out
+    z = out if out is not None else _normalize(x, mean, invstd, weight, bias)
+    return torch.where(z <= 0, torch.zeros_like(grad_out), grad_out)  # a NaN lets the gradient pass, as in torch

@@ -1,0 +1,80 @@
+"""The ops as PyTorch knows them: one schema and one shape function each. ``ops/backend.py`` gives them their bodies.
+
+No gradients here: ``ops/bn_act.py`` puts an ``autograd.Function`` above them. An output that is not wanted is empty.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fused_resnet.ops.layout import conv_memory_format, dense
+from fused_resnet.ops.reference import statistics_dtype
+
+NAMESPACE = "fused_resnet"
+
+SCHEMAS = {
+    "bn_stats": "(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, float eps)"
+    " -> (Tensor, Tensor)",
+    "bn_apply": "(Tensor x, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, Tensor? residual, bool relu)"
+    " -> Tensor",
+    "bn_apply_dual": "(Tensor x, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias,"
+    " Tensor x2, Tensor mean2, Tensor invstd2, Tensor? weight2, Tensor? bias2, bool relu) -> Tensor",
+    "bn_grad_stats": "(Tensor grad_out, Tensor x, Tensor? out, Tensor mean, Tensor invstd, Tensor? weight,"
+    " Tensor? bias, bool relu) -> (Tensor, Tensor)",
+    "bn_grad_apply": "(Tensor grad_out, Tensor x, Tensor? out, Tensor mean, Tensor invstd, Tensor? weight,"
+    " Tensor? bias, Tensor? sum_dz, Tensor? sum_dz_xhat, bool relu, bool residual_grad) -> (Tensor, Tensor)",
+    "conv_bn_act": "(Tensor x, Tensor conv_weight, Tensor? scale, Tensor? shift, Tensor? residual, int[] stride,"
+    " int[] padding, int[] dilation, int groups, bool relu) -> Tensor",
+}
+
+library = torch.library.Library(NAMESPACE, "DEF")
+for _name, _schema in SCHEMAS.items():
+    library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+
+
+def _shape_of(name: str):
+    return torch.library.register_fake(f"{NAMESPACE}::{name}", lib=library)
+
+
+@_shape_of("bn_stats")
+def _(x, running_mean, running_var, momentum, eps):
+    return _channel_vector(x), _channel_vector(x)
+
+
+@_shape_of("bn_apply")
+def _(x, mean, invstd, weight, bias, residual, relu):
+    return torch.empty_like(dense(x))
+
+
+@_shape_of("bn_apply_dual")
+def _(x, mean, invstd, weight, bias, x2, mean2, invstd2, weight2, bias2, relu):
+    return torch.empty_like(dense(x))
+
+
+@_shape_of("bn_grad_stats")
+def _(grad_out, x, out, mean, invstd, weight, bias, relu):
+    return _channel_vector(x), _channel_vector(x)
+
+
+@_shape_of("bn_grad_apply")
+def _(grad_out, x, out, mean, invstd, weight, bias, sum_dz, sum_dz_xhat, relu, residual_grad):
+    return torch.empty_like(dense(x)), torch.empty_like(dense(x)) if residual_grad else x.new_empty(0)
+
+
+@_shape_of("conv_bn_act")
+def _(x, conv_weight, scale, shift, residual, stride, padding, dilation, groups, relu):
+    height, width = (
+        conv_output_size(x.shape[i + 2], conv_weight.shape[i + 2], stride[i], padding[i], dilation[i]) for i in (0, 1)
+    )
+    shape = (x.shape[0], conv_weight.shape[0], height, width)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=conv_memory_format(x, conv_weight))
+
+
+def conv_output_size(size: int, kernel_size: int, stride: int, padding: int, dilation: int) -> int:
+    """Height or width of a convolution's output, as in torch.nn.Conv2d."""
+    return (size + 2 * padding - dilation * (kernel_size - 1) - 1) // stride + 1
+
+
+def _channel_vector(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[1], dtype=statistics_dtype(x))
