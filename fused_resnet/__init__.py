@@ -1,0 +1,34 @@
+"""ResNets whose BatchNorm, ReLU and residual adds are fused into single passes over memory.
+
+>>> import torch, fused_resnet
+>>> model = fused_resnet.resnet50(num_classes=1000)          # or: fused_resnet.fuse(your_torchvision_model)
+>>> print(fused_resnet.fusion_report(model))                 # doctest: +SKIP
+>>> fast = fused_resnet.freeze(model, torch.randn(8, 3, 224, 224))  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from fused_resnet import models, modules, ops
+from fused_resnet.convert import freeze, fuse, fusion_report, unfuse
+from fused_resnet.models import *  # noqa: F403  every builder, as listed in models.__all__
+from fused_resnet.modules import BasicBlock, BatchNormAct2d, Bottleneck, ConvBNAct2d
+from fused_resnet.ops import BackendError, use_backend
+from fused_resnet.version import __version__
+
+__all__ = [
+    "BackendError",
+    "BasicBlock",
+    "BatchNormAct2d",
+    "Bottleneck",
+    "ConvBNAct2d",
+    "__version__",
+    "freeze",
+    "fuse",
+    "fusion_report",
+    "models",
+    "modules",
+    "ops",
+    "unfuse",
+    "use_backend",
+    *models.__all__,
+]

@@ -7,6 +7,7 @@ name       module                                         where
 ========== ============================================== =====================================
 triton     ``fused_resnet.kernels``                       CUDA, channels_last
 native     ``fused_resnet.ops.native`` over ``_C``        CPU, channels_last and contiguous
+separate   ``fused_resnet.ops.separate``                  everywhere, for convolutions
 reference  ``fused_resnet.ops.reference``                 everywhere, float64 too
 ========== ============================================== =====================================
 
@@ -17,7 +18,6 @@ The automatic choice is the first of these with no reason against it; ``referenc
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import functools
 import importlib
 import os
@@ -36,6 +36,7 @@ AUTO = "auto"
 MODULES = {
     "triton": "fused_resnet.kernels",
     "native": "fused_resnet.ops.native",
+    "separate": "fused_resnet.ops.separate",
     "reference": "fused_resnet.ops.reference",
 }
 FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -49,7 +50,7 @@ def why_not(backend: str, op: str, *args: Any) -> list[str]:
     """The reasons why ``backend`` cannot run ``op`` on these arguments; an empty list means that it can.
 
     Args:
-        backend: "triton", "native" or "reference".
+        backend: "triton", "native", "separate" or "reference".
         op: a name in ``ops/schemas.py``, such as "bn_apply".
         args: the op's arguments in the order of its schema.
     """
@@ -81,16 +82,31 @@ def use_backend(name: str) -> Iterator[None]:
         _known(name)
         if reasons := unavailable(name):
             raise BackendError(_refusal(name, "any op", reasons))
-    token = _requested.set(name)
+    global _requested
+    before, _requested = _requested, name
     try:
         yield
     finally:
-        _requested.reset(token)
+        _requested = before
 
 
 def requested_backend() -> str:
-    """The backend asked for by ``use_backend``, else by the environment, else "auto"."""
-    return _requested.get() or _known(os.environ.get(ENVIRONMENT_VARIABLE) or AUTO)
+    """The backend asked for by ``use_backend``, else by the environment when this was imported, else "auto"."""
+    return _requested
+
+
+def has_fused_backend(x: Tensor) -> bool:
+    """True if a bn op on x has a body of its own here; else PyTorch's own batch_norm, add and relu are faster.
+
+    An explicitly requested backend, the reference included, always has.
+    """
+    if _requested != AUTO:
+        return True
+    if x.dtype not in FUSED_DTYPES or x.numel() == 0:
+        return False
+    if x.device.type == "cuda":
+        return _usable("triton") and is_channels_last(dense(x))
+    return x.device.type == "cpu" and _usable("native")
 
 
 def choose(op: str, args: tuple[Any, ...]) -> ModuleType:
@@ -106,7 +122,9 @@ def choose(op: str, args: tuple[Any, ...]) -> ModuleType:
     raise AssertionError("the reference refuses nothing")
 
 
-_requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("fused_resnet_backend", default=None)
+@torch.compiler.assume_constant_result
+def _usable(backend: str) -> bool:
+    return not unavailable(backend)
 
 
 def _known(name: str) -> str:
@@ -160,7 +178,7 @@ def _why_not_triton(op: str, args: tuple[Any, ...]) -> list[str]:
 
 def _why_not_native(op: str, args: tuple[Any, ...]) -> list[str]:
     if op == "conv_bn_act":
-        return ["on the CPU this convolution is oneDNN's; the reference calls it"]
+        return ["it has no convolution; on the CPU that is oneDNN's, which the separate backend calls"]
     x: Tensor = args[1] if op.startswith("bn_grad") else args[0]
     reasons = []
     if x.device.type != "cpu":
@@ -172,9 +190,17 @@ def _why_not_native(op: str, args: tuple[Any, ...]) -> list[str]:
     return reasons
 
 
+def _why_not_separate(op: str, args: tuple[Any, ...]) -> list[str]:
+    return [] if op == "conv_bn_act" else ["it is a convolution and one pass of bn_apply, and has nothing else"]
+
+
+# One for the process, not for the thread: autograd runs backward in threads of its own.
+_requested: str = _known(os.environ.get(ENVIRONMENT_VARIABLE) or AUTO)
+
 _CHECKS: dict[str, Callable[[str, tuple[Any, ...]], list[str]]] = {
     "triton": _why_not_triton,
     "native": _why_not_native,
+    "separate": _why_not_separate,
     "reference": lambda op, args: [],
 }
 

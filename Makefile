@@ -1,0 +1,88 @@
+# make demo, make test: each does all its own set-up on a fresh machine (Python >= 3.11; a C++ compiler if there is one).
+#
+#   PYTHON=python3.12         the interpreter that .venv is made with
+#   VENV=                     (empty) use PYTHON as it is, without a virtual environment and without network: what
+#                             requirements/dev.txt lists for the package must be there already (linters may be
+#                             missing), and only this package is added to it, as an editable install
+#   FUSED_RESNET_BUILD=auto   what to compile: auto, cuda, cpu or none (setup.py)
+
+PYTHON ?= python3
+VENV ?= .venv
+
+ifeq ($(strip $(VENV)),)
+  RUN := $(PYTHON)
+  STAMPS := build/make/$(subst /,-,$(PYTHON))
+  PACKAGES :=
+  PIP_FLAGS := --no-index
+  # Asked for by name with VENV=; Debian's own Python would refuse the editable install.
+  export PIP_BREAK_SYSTEM_PACKAGES := 1
+else
+  RUN := $(VENV)/bin/python
+  STAMPS := $(VENV)/make
+  PACKAGES := $(STAMPS)/packages
+  PIP_FLAGS :=
+endif
+READY := $(STAMPS)/ready-$(or $(FUSED_RESNET_BUILD),auto)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format build clean
+
+help:
+	@echo "make demo      train and time plain and fused ResNets side by side: a table, a picture, a JSON file"
+	@echo "make test      lint, and every test that this machine can run"
+	@echo "make lint, make format, make build, make clean"
+
+demo: $(READY)
+	$(RUN) -m fused_resnet demo
+
+# Two processes, since Triton reads TRITON_INTERPRET when it is imported. Every step runs, whichever fails.
+test: $(READY)
+	@failed=; \
+	$(MAKE) --no-print-directory lint || failed="$$failed lint,"; \
+	echo "== tests, 1 of 2: Triton kernels under the interpreter"; \
+	TRITON_INTERPRET=1 $(RUN) -m pytest tests/kernels --durations=5 || failed="$$failed Triton kernels,"; \
+	echo "== tests, 2 of 2: everything else"; \
+	$(RUN) -m pytest tests --durations=15 || failed="$$failed tests,"; \
+	if [ -n "$$failed" ]; then echo "make test: failed:$${failed%,}"; exit 1; fi
+
+CPP_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CLANG_FORMAT = $(RUN) -c 'import clang_format; clang_format.clang_format()'
+
+lint: $(READY)
+	@echo "== lint"
+	@if ! $(RUN) -c 'import clang_format, mypy, ruff' 2>/dev/null; then \
+	  echo "skipped: ruff, mypy or clang-format is not installed here (requirements/dev.txt)"; \
+	else \
+	  set -x; failed=0; \
+	  $(RUN) -m ruff check . || failed=1; \
+	  $(RUN) -m ruff format --check . || failed=1; \
+	  $(RUN) -m mypy || failed=1; \
+	  $(CLANG_FORMAT) --dry-run -Werror $(CPP_FILES) || failed=1; \
+	  exit $$failed; \
+	fi
+
+format: $(READY)
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+	$(CLANG_FORMAT) -i $(CPP_FILES)
+
+build: $(READY)
+
+clean:
+	rm -rf build dist *.egg-info fused_resnet/_C*.so $(STAMPS)
+	find csrc fused_resnet kernels tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(PACKAGES): requirements/dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fused_resnet needs Python 3.11 or newer; name one: make PYTHON=python3.12")'
+	@echo "== installing the packages of requirements/dev.txt into $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -r requirements/dev.txt
+	@mkdir -p $(@D) && touch $@
+
+# Removing _C first: where FUSED_RESNET_BUILD=none or the compiler has gone, an old one would still be imported.
+$(READY): $(PACKAGES) setup.py pyproject.toml fused_resnet/version.py $(shell find csrc)
+	@echo "== building and installing fused_resnet (FUSED_RESNET_BUILD=$(or $(FUSED_RESNET_BUILD),auto))"
+	@rm -f $(STAMPS)/ready-* fused_resnet/_C*.so
+	$(RUN) -m pip install $(PIP_FLAGS) --no-deps --no-build-isolation --editable .
+	$(RUN) -m fused_resnet info
+	@mkdir -p $(@D) && touch $@

@@ -1,0 +1,61 @@
+// BatchNorm + residual add + ReLU on the CPU: what the kernels take and what they promise.
+//
+// Everything is raw addresses and sizes: the tensors were checked above, in fused_resnet/ops/native.py. An activation
+// is images x channels x pixels elements, dense, either NHWC (channels innermost) or NCHW (pixels innermost).
+// Statistics and parameters are float32 vectors of `channels`. Sums are combined in an order that depends on the
+// shape alone, so a result is bitwise the same whatever the number of threads.
+#pragma once
+
+#include <cstdint>
+
+namespace fused_resnet {
+
+enum class DType { float32, float16, bfloat16 };
+
+struct Activation {
+  int64_t images;
+  int64_t channels;
+  int64_t pixels;
+  bool channels_last;
+  DType dtype;
+  int threads;
+
+  int64_t count() const { return images * pixels; }  // values per channel
+};
+
+// xhat = (x - mean) * invstd; z = xhat * weight + bias. A null weight is 1, a null bias 0.
+struct Norm {
+  const float* mean;
+  const float* invstd;
+  const float* weight;
+  const float* bias;
+};
+
+struct BnActKernels {
+  // Biased variance. Reads 1T.
+  void (*stats)(const Activation& shape, const void* x, float* mean, float* variance);
+  // out = act(z + residual); residual may be null. Reads 1T or 2T, writes 1T.
+  void (*apply)(const Activation& shape, const void* x, const Norm& norm, const void* residual, bool relu, void* out);
+  // out = act(z + z2). Reads 2T, writes 1T.
+  void (*apply_dual)(const Activation& shape, const void* x, const Norm& norm, const void* x2, const Norm& norm2,
+                     bool relu, void* out);
+  // dz = grad_out where the ReLU let it pass: by the sign of `out` or, when it is null, of the recomputed z.
+  // Reads 2T, or 3T with `out`.
+  void (*grad_stats)(const Activation& shape, const void* grad_out, const void* x, const void* out, const Norm& norm,
+                     bool relu, float* sum_dz, float* sum_dz_xhat);
+  // grad_x = weight * invstd * (dz - sum_dz / count - xhat * sum_dz_xhat / count); null sums: constant statistics.
+  // grad_residual = dz unless null. Reads 2T or 3T, writes 1T or 2T.
+  void (*grad_apply)(const Activation& shape, const void* grad_out, const void* x, const void* out, const Norm& norm,
+                     const float* sum_dz, const float* sum_dz_xhat, bool relu, void* grad_x, void* grad_residual);
+};
+
+// The kernels built for the widest vectors that this processor has, and the name of that build.
+const BnActKernels& bn_act_kernels();
+const char* cpu_capability();
+
+// mean and variance -> 1/sqrt(variance + eps) in place; moves the running statistics, each of which may be null, by
+// `momentum` towards the mean and the unbiased variance.
+void bn_finalize(int64_t channels, int64_t count, double momentum, double eps, const float* mean,
+                 float* variance_to_invstd, float* running_mean, float* running_var);
+
+}  // namespace fused_resnet

@@ -1,0 +1,189 @@
+// The two ways through an activation, for both memory formats: visit every element, or reduce each channel.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+#include <vector>
+
+#include "../bn_act.h"
+#include "element.h"
+
+namespace fused_resnet {
+namespace CPU_CAPABILITY {
+
+// Calls body(i, channel(c)) for every element i of channel c. channel(c) gathers what a body needs to know of its
+// channel: read beside the element in NHWC, once per plane in NCHW.
+template <typename Channel, typename Body>
+void for_each_element(const Activation& shape, const Channel& channel, const Body& body) {
+  const int64_t channels = shape.channels;
+  const int64_t pixels = shape.pixels;
+  if (shape.channels_last) {
+    const int64_t rows = shape.count();
+#pragma omp parallel for num_threads(shape.threads) schedule(static)
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t offset = row * channels;
+#pragma GCC ivdep
+      for (int64_t c = 0; c < channels; ++c) body(offset + c, channel(c));
+    }
+  } else {
+    const int64_t planes = shape.images * channels;
+#pragma omp parallel for num_threads(shape.threads) schedule(static)
+    for (int64_t plane = 0; plane < planes; ++plane) {
+      const int64_t offset = plane * pixels;
+      const auto plane_channel = channel(plane % channels);
+#pragma GCC ivdep
+      for (int64_t p = 0; p < pixels; ++p) body(offset + p, plane_channel);
+    }
+  }
+}
+
+// Two sums a reduction keeps of one channel.
+struct Sums {
+  float first;
+  float second;
+};
+
+// Elements summed in float32 before they go into the float64 totals.
+constexpr int64_t kTileElements = 32 * 1024;  // of all channels together (NHWC): 128 KiB, within the second-level cache
+constexpr int64_t kTilePixels = 4096;         // of one plane (NCHW)
+constexpr int64_t kMaxChunks = 64;            // of an NHWC activation: more than a machine's cores, whatever they are
+constexpr int kLanes = 32;                    // interleaved sums along a contiguous run
+constexpr int kRowGroup = 4;                  // rows added together before they touch the sums in memory
+
+// Reduces every channel with `reduction`, which is copied for every chunk of work and has
+//   begin_tile(c_begin, c_end, offset, stride, count): the tile's elements of channel c lie at offset + c - c_begin,
+//                                                      `stride` apart;
+//   channel(c), value(i, channel) -> Sums:             what element i adds;
+//   end_tile(c, sums, count, total):                   adds a finished tile of `count` elements to `total`;
+//   merge(total, other), Total:                        joins two totals;
+// and calls result(c, total) once per channel.
+template <typename Reduction, typename Result>
+void reduce_channels(const Activation& shape, const Reduction& reduction, const Result& result) {
+  using Total = typename Reduction::Total;
+  const int64_t channels = shape.channels;
+  if (shape.channels_last) {
+    const int64_t rows = shape.count();
+    const int64_t tile_rows = std::min<int64_t>(std::max<int64_t>(kTileElements / channels, 8), 256);
+    const int64_t tiles = (rows + tile_rows - 1) / tile_rows;
+    const int64_t chunk_rows = (tiles + kMaxChunks - 1) / kMaxChunks * tile_rows;
+    const int64_t chunks = (rows + chunk_rows - 1) / chunk_rows;
+    std::vector<Total> totals(chunks * channels);
+#pragma omp parallel for num_threads(shape.threads) schedule(static)
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      Reduction local = reduction;
+      std::vector<float> sums(2 * channels);
+      float* const first = sums.data();
+      float* const second = first + channels;
+      const int64_t end = std::min(rows, (chunk + 1) * chunk_rows);
+      for (int64_t tile = chunk * chunk_rows; tile < end; tile += tile_rows) {
+        const int64_t tile_end = std::min(tile + tile_rows, end);
+        local.begin_tile(0, channels, tile * channels, channels, tile_end - tile);
+        std::fill(sums.begin(), sums.end(), 0.0f);
+        int64_t row = tile;
+        const auto add_rows = [&](auto group) {
+          const int64_t offset = row * channels;
+#pragma GCC ivdep
+          for (int64_t c = 0; c < channels; ++c) {
+            const auto channel = local.channel(c);
+            Sums added{0.0f, 0.0f};
+            for (int g = 0; g < decltype(group)::value; ++g) {
+              const Sums value = local.value(offset + g * channels + c, channel);
+              added.first += value.first;
+              added.second += value.second;
+            }
+            first[c] += added.first;
+            second[c] += added.second;
+          }
+          row += decltype(group)::value;
+        };
+        while (row + kRowGroup <= tile_end) add_rows(std::integral_constant<int, kRowGroup>{});
+        while (row < tile_end) add_rows(std::integral_constant<int, 1>{});
+        for (int64_t c = 0; c < channels; ++c) {
+          local.end_tile(c, Sums{first[c], second[c]}, tile_end - tile, totals[chunk * channels + c]);
+        }
+      }
+    }
+#pragma omp parallel for num_threads(shape.threads) schedule(static)
+    for (int64_t c = 0; c < channels; ++c) {
+      Total total = totals[c];
+      for (int64_t chunk = 1; chunk < chunks; ++chunk) Reduction::merge(total, totals[chunk * channels + c]);
+      result(c, total);
+    }
+  } else {
+#pragma omp parallel for num_threads(shape.threads) schedule(static)
+    for (int64_t c = 0; c < channels; ++c) {
+      Reduction local = reduction;
+      Total total{};
+      for (int64_t image = 0; image < shape.images; ++image) {
+        const int64_t plane = (image * channels + c) * shape.pixels;
+        for (int64_t begin = 0; begin < shape.pixels; begin += kTilePixels) {
+          const int64_t count = std::min(kTilePixels, shape.pixels - begin);
+          const int64_t offset = plane + begin;
+          local.begin_tile(c, c + 1, offset, 1, count);
+          const auto channel = local.channel(c);
+          float first[kLanes] = {};
+          float second[kLanes] = {};
+          int64_t i = 0;
+          for (; i + kLanes <= count; i += kLanes) {
+#pragma GCC ivdep
+            for (int lane = 0; lane < kLanes; ++lane) {
+              const Sums value = local.value(offset + i + lane, channel);
+              first[lane] += value.first;
+              second[lane] += value.second;
+            }
+          }
+          for (int lane = 0; i < count; ++i, ++lane) {
+            const Sums value = local.value(offset + i, channel);
+            first[lane] += value.first;
+            second[lane] += value.second;
+          }
+          Sums sums{0.0f, 0.0f};
+          for (int lane = 0; lane < kLanes; ++lane) {
+            sums.first += first[lane];
+            sums.second += second[lane];
+          }
+          local.end_tile(c, sums, count, total);
+        }
+      }
+      result(c, total);
+    }
+  }
+}
+
+// Calls run(T{}) with the element type of `dtype`.
+template <typename Run>
+void with_element(DType dtype, const Run& run) {
+  switch (dtype) {
+    case DType::float32:
+      return run(Float32{});
+    case DType::float16:
+      return run(Float16{});
+    case DType::bfloat16:
+      return run(BFloat16{});
+  }
+}
+
+// Calls run(std::true_type or std::false_type): a choice made once, outside the loops.
+template <typename Run>
+void with_bool(bool value, const Run& run) {
+  value ? run(std::true_type{}) : run(std::false_type{});
+}
+
+// A Norm's vectors with the null ones filled in.
+struct ChannelVectors {
+  const float* mean;
+  std::vector<float> scale;  // weight * invstd
+  std::vector<float> bias;
+
+  ChannelVectors(const Norm& norm, int64_t channels)
+      : mean(norm.mean), scale(norm.invstd, norm.invstd + channels), bias(channels, 0.0f) {
+    if (norm.weight != nullptr) {
+      for (int64_t c = 0; c < channels; ++c) scale[c] *= norm.weight[c];
+    }
+    if (norm.bias != nullptr) std::copy_n(norm.bias, channels, bias.begin());
+  }
+};
+
+}  // namespace CPU_CAPABILITY
+}  // namespace fused_resnet

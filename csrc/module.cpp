@@ -1,0 +1,108 @@
+// The table of contents of fused_resnet._C. Tensors are checked and allocated in fused_resnet/ops/native.py; what
+// arrives here is addresses, sizes and numbers, so this file builds without PyTorch and works with every version.
+#include <pybind11/pybind11.h>
+
+#include "bn_act.h"
+
+#ifndef FUSED_RESNET_VERSION
+#define FUSED_RESNET_VERSION "unknown"
+#endif
+#ifndef FUSED_RESNET_COMPILER
+#define FUSED_RESNET_COMPILER "unknown"
+#endif
+#ifndef FUSED_RESNET_CUDA_TARGETS
+#define FUSED_RESNET_CUDA_TARGETS ""
+#endif
+
+namespace py = pybind11;
+
+namespace fused_resnet {
+namespace {
+
+using Address = uintptr_t;
+
+void* pointer(Address address) { return reinterpret_cast<void*>(address); }
+float* floats(Address address) { return reinterpret_cast<float*>(address); }
+
+Norm norm_of(Address mean, Address invstd, Address weight, Address bias) {
+  return {floats(mean), floats(invstd), floats(weight), floats(bias)};
+}
+
+void check(const Activation& shape) {
+  if (shape.images < 1 || shape.channels < 1 || shape.pixels < 1 || shape.threads < 1) {
+    throw py::value_error("images, channels, pixels and threads must be positive");
+  }
+}
+
+void bn_stats(const Activation& shape, Address x, Address mean, Address invstd, Address running_mean,
+              Address running_var, double momentum, double eps) {
+  check(shape);
+  bn_act_kernels().stats(shape, pointer(x), floats(mean), floats(invstd));
+  bn_finalize(shape.channels, shape.count(), momentum, eps, floats(mean), floats(invstd), floats(running_mean),
+              floats(running_var));
+}
+
+void bn_apply(const Activation& shape, Address x, const Norm& norm, Address residual, bool relu, Address out) {
+  check(shape);
+  bn_act_kernels().apply(shape, pointer(x), norm, pointer(residual), relu, pointer(out));
+}
+
+void bn_apply_dual(const Activation& shape, Address x, const Norm& norm, Address x2, const Norm& norm2, bool relu,
+                   Address out) {
+  check(shape);
+  bn_act_kernels().apply_dual(shape, pointer(x), norm, pointer(x2), norm2, relu, pointer(out));
+}
+
+void bn_grad_stats(const Activation& shape, Address grad_out, Address x, Address out, const Norm& norm, bool relu,
+                   Address sum_dz, Address sum_dz_xhat) {
+  check(shape);
+  bn_act_kernels().grad_stats(shape, pointer(grad_out), pointer(x), pointer(out), norm, relu, floats(sum_dz),
+                              floats(sum_dz_xhat));
+}
+
+void bn_grad_apply(const Activation& shape, Address grad_out, Address x, Address out, const Norm& norm, Address sum_dz,
+                   Address sum_dz_xhat, bool relu, Address grad_x, Address grad_residual) {
+  check(shape);
+  bn_act_kernels().grad_apply(shape, pointer(grad_out), pointer(x), pointer(out), norm, floats(sum_dz),
+                              floats(sum_dz_xhat), relu, pointer(grad_x), pointer(grad_residual));
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = FUSED_RESNET_VERSION;
+  info["compiler"] = FUSED_RESNET_COMPILER;
+  info["cpu_capability"] = cpu_capability();
+#ifdef _OPENMP
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+  info["cuda_targets"] = FUSED_RESNET_CUDA_TARGETS;
+  return info;
+}
+
+}  // namespace
+}  // namespace fused_resnet
+
+PYBIND11_MODULE(_C, m) {
+  namespace fr = fused_resnet;
+  m.doc() = "Compiled kernels of fused_resnet. Private: use fused_resnet.ops.";
+  m.def("build_info", &fr::build_info, "How this extension was built, and the CPU kernels it runs here.");
+
+  py::enum_<fr::DType>(m, "DType")
+      .value("float32", fr::DType::float32)
+      .value("float16", fr::DType::float16)
+      .value("bfloat16", fr::DType::bfloat16);
+  py::class_<fr::Activation>(m, "Activation")
+      .def(py::init<int64_t, int64_t, int64_t, bool, fr::DType, int>(), py::arg("images"), py::arg("channels"),
+           py::arg("pixels"), py::arg("channels_last"), py::arg("dtype"), py::arg("threads"));
+  py::class_<fr::Norm>(m, "Norm").def(py::init(&fr::norm_of), py::arg("mean"), py::arg("invstd"), py::arg("weight"),
+                                      py::arg("bias"));
+
+  using NoGil = py::call_guard<py::gil_scoped_release>;
+  m.def("bn_stats", &fr::bn_stats, NoGil());
+  m.def("bn_apply", &fr::bn_apply, NoGil());
+  m.def("bn_apply_dual", &fr::bn_apply_dual, NoGil());
+  m.def("bn_grad_stats", &fr::bn_grad_stats, NoGil());
+  m.def("bn_grad_apply", &fr::bn_grad_apply, NoGil());
+}

@@ -1,0 +1,86 @@
+"""Facts that a result file must carry to be believed later: which machine, which versions, which commit."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+REPOSITORY_FILE = Path(__file__).resolve()
+
+
+def machine_facts(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Plain values for JSON.
+
+    ``commit`` is the checkout this package runs from, with "-dirty" if tracked files are modified, and None when it
+    runs from an installation. ``load_average`` is of the last minute, in processes: a busy machine measures badly.
+    """
+    device = torch.device(device)
+    return {
+        "device": device_name(device),
+        "device_type": device.type,
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "os": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
+        "triton": _version("triton"),
+        "torchvision": _version("torchvision"),
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def device_name(device: torch.device | str) -> str:
+    """The GPU's name, or the CPU's."""
+    device = torch.device(device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+
+
+def cpu_name() -> str:
+    """The CPU's model name, and the best instruction set that PyTorch uses on it."""
+    return f"{_cpu_model()} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def commit() -> str | None:
+    """The commit of the git checkout that tracks this file, "-dirty" appended if it is modified; None if none does."""
+    if _git("ls-files", "--error-unmatch", REPOSITORY_FILE.name) is None:
+        return None
+    return _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=REPOSITORY_FILE.parent, capture_output=True, text=True, timeout=20
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None

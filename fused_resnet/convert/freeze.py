@@ -1,0 +1,155 @@
+"""``freeze``: a model as a function of its input alone, every BatchNorm folded into the convolution in front of it."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from fused_resnet.convert.fuse import fuse
+from fused_resnet.models.cifar import CIFARResNet, PlainBlock
+from fused_resnet.models.resnet import ResNet
+from fused_resnet.modules.basic_block import BasicBlock
+from fused_resnet.modules.bn_act import has_global_hooks, is_intercepted
+from fused_resnet.modules.bottleneck import Bottleneck
+from fused_resnet.modules.conv_bn_act import ConvBNAct2d, why_not_fold
+from fused_resnet.modules.frozen import FrozenBlock, FrozenConvAct
+
+BLOCK_FORWARDS = (BasicBlock.forward, Bottleneck.forward, PlainBlock.forward)
+STEM_FORWARDS = (ResNet.forward, CIFARResNet.forward)
+
+
+class FrozenModel(nn.Module):
+    """What ``freeze`` returns: ``module`` without gradients, in one dtype and memory format; perhaps as a CUDA graph."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.module = module
+        self.dtype = dtype
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """The model's output in the frozen dtype. x: (N, C, H, W) of any floating dtype and memory format, on the
+        model's device; with a CUDA graph, of the example's shape (ValueError otherwise)."""
+        if self._graph is None:
+            return self.module(x.to(self.dtype, memory_format=torch.channels_last))
+        if x.shape != self._graph_input.shape:
+            raise ValueError(
+                f"x must have the shape the CUDA graph was captured with, {tuple(self._graph_input.shape)}; "
+                f"got {tuple(x.shape)}"
+            )
+        self._graph_input.copy_(x)
+        self._graph.replay()
+        return self._graph_output.clone()
+
+    @torch.no_grad()
+    def capture(self, x: Tensor) -> None:
+        """Records the kernels of one call as a CUDA graph, which every later call replays."""
+        self._graph_input = x.to(self.dtype, memory_format=torch.channels_last, copy=True)
+        stream = torch.cuda.Stream(x.device)
+        stream.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # compiles and picks algorithms, which capture forbids
+                self.module(self._graph_input)
+        torch.cuda.current_stream(x.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._graph_output = self.module(self._graph_input)
+        self._graph = graph
+
+    def train(self, mode: bool = True) -> FrozenModel:
+        if mode:
+            raise RuntimeError("a frozen model has no statistics to train with; train the model it was frozen from")
+        return super().train(mode)
+
+
+def freeze(
+    model: nn.Module, example_input: Tensor, *, dtype: torch.dtype | None = None, cuda_graph: bool = False
+) -> FrozenModel:
+    """A copy of ``model`` for inference: BatchNorm folded, weights laid out for the device, one kernel a convolution.
+
+    Equals ``model.eval()`` up to rounding. The model is left as it is. A block that cannot be folded (hooks, another
+    kind of norm, batch statistics) stays in the copy and runs the ordinary way; ``fusion_report`` of the result lists
+    the norms that are left.
+
+    Args:
+        model: torchvision's ResNets, ours, or any module with their blocks inside.
+        example_input: (N, C, H, W) on the model's device; it is run once, and chooses layouts. Other sizes work too.
+        dtype: float32, float16 or bfloat16 (float64 too, unfused) for weights and activations; the model's if None.
+        cuda_graph: capture the whole model as one CUDA graph, for inputs of exactly the example's shape.
+
+    Returns:
+        A module from (N, C, H, W), any floating dtype, to the model's output in ``dtype``.
+
+    Raises:
+        TypeError: model is not an ``nn.Module``, example_input not a floating-point Tensor, or dtype not floating.
+        ValueError: example_input is not 4D or not on the model's device, or cuda_graph without a CUDA device.
+    """
+    if not isinstance(example_input, Tensor) or not example_input.is_floating_point():
+        got = getattr(example_input, "dtype", type(example_input).__name__)
+        raise TypeError(f"example_input must be a floating-point Tensor; got {got}")
+    if example_input.dim() != 4:
+        raise ValueError(f"example_input must be (N, C, H, W); got shape {tuple(example_input.shape)}")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating-point torch.dtype or None; got {dtype!r}")
+    frozen = fuse(copy.deepcopy(model)).eval().requires_grad_(False)
+    like = next((p for p in (*frozen.parameters(), *frozen.buffers()) if p.is_floating_point()), example_input)
+    if like.device != example_input.device:
+        raise ValueError(f"example_input must be on the model's device, {like.device}; got {example_input.device}")
+    if cuda_graph and like.device.type != "cuda":
+        raise ValueError(f"cuda_graph must be False for a model on {like.device}; it takes CUDA devices")
+    dtype = like.dtype if dtype is None else dtype
+
+    folded = {name: part for name, module in frozen.named_modules() if (part := _fold(module, dtype)) is not None}
+    frozen = frozen.to(dtype=dtype, memory_format=torch.channels_last)
+    for name, part in folded.items():
+        frozen = _replace(frozen, name, part)
+    result = FrozenModel(frozen, dtype)
+    result.eval()
+    result(example_input)
+    if cuda_graph:
+        result.capture(example_input)
+    return result
+
+
+def _fold(module: nn.Module, dtype: torch.dtype) -> nn.Module | dict[str, nn.Module] | None:
+    """What takes this module's place, or (for a stem) the places of its children; None where it stays as it is."""
+    forward = type(module).forward
+    if is_intercepted(module) or has_global_hooks():
+        return None
+    if forward is ConvBNAct2d.forward and not why_not_fold(module.conv, module.bn, module.act):
+        return FrozenConvAct(module.conv, module.bn, module.act is not None, dtype)
+    if forward in STEM_FORWARDS and not why_not_fold(module.conv1, module.bn1, module.relu):
+        conv = FrozenConvAct(module.conv1, module.bn1, True, dtype)
+        return {"conv1": conv, "bn1": nn.Identity(), "relu": nn.Identity()}
+    if forward in BLOCK_FORWARDS:
+        return _fold_block(module, dtype)
+    return None
+
+
+def _fold_block(block: nn.Module, dtype: torch.dtype) -> FrozenBlock | None:
+    layers = [(getattr(block, f"conv{i}"), getattr(block, f"bn{i}")) for i in (1, 2, 3) if hasattr(block, f"conv{i}")]
+    if any(why_not_fold(conv, norm, block.relu) for conv, norm in layers):
+        return None
+    downsample = getattr(block, "downsample", None)
+    if type(downsample) is nn.Sequential and len(downsample) == 2 and not is_intercepted(downsample):
+        if why_not_fold(*downsample, None):
+            return None
+        downsample = FrozenConvAct(*downsample, False, dtype)
+    convs = [FrozenConvAct(conv, norm, True, dtype) for conv, norm in layers]
+    return FrozenBlock(convs, downsample, shortcut=type(block).forward is not PlainBlock.forward)
+
+
+def _replace(model: nn.Module, name: str, part: nn.Module | dict[str, nn.Module]) -> nn.Module:
+    """``model`` with the module of this name, or children of it, replaced."""
+    if isinstance(part, dict):
+        for child, replacement in part.items():
+            setattr(model.get_submodule(name), child, replacement)
+        return model
+    if not name:
+        return part
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, part)
+    return model

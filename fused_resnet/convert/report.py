@@ -1,0 +1,146 @@
+"""``fusion_report``: every norm of a model, whether it is fused, and if not, why not."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from fused_resnet.convert.fuse import torchvision_classes
+from fused_resnet.convert.sites import fusion_sites, is_known
+from fused_resnet.modules.shortcut import why_not_split
+from fused_resnet.ops.backend import AUTO, requested_backend, unavailable, why_not
+from fused_resnet.ops.layout import is_channels_last
+
+LINE_LENGTH = 120
+
+
+@dataclass(frozen=True)
+class FusionSite:
+    """One pass over memory, or the norm that runs by itself."""
+
+    name: str
+    """The full names of its norms and what is fused behind them: "layer1.0.bn2 + add + relu"."""
+    norms: tuple[str, ...]
+    """The full names of its norms, as in ``model.named_modules()``."""
+    reasons: tuple[str, ...]
+    """Why it runs the ordinary way; empty if it is fused."""
+
+    @property
+    def fused(self) -> bool:
+        return not self.reasons
+
+
+@dataclass(frozen=True)
+class FusionReport:
+    """The sites of a model in its own order; ``str(report)`` is a table of them."""
+
+    sites: tuple[FusionSite, ...]
+
+    def __str__(self) -> str:
+        fused = sum(site.fused for site in self.sites)
+        lines = [f"{fused} of {len(self.sites)} sites fused"]
+        width = max((len(site.name) for site in self.sites), default=0)
+        for site in self.sites:
+            start = f"  {site.name:<{width}}  {'fused' if site.fused else 'ordinary':<8}"
+            wrapped = textwrap.wrap("; ".join(site.reasons), max(LINE_LENGTH - len(start) - 2, 40)) or [""]
+            lines.append(f"{start}  {wrapped[0]}".rstrip())
+            lines += [" " * (len(start) + 2) + line for line in wrapped[1:]]
+        return "\n".join(lines)
+
+
+def fusion_report(model: nn.Module) -> FusionReport:
+    """Says of every norm in ``model`` whether it runs fused and, where not, every reason.
+
+    Each norm (BatchNorm of any kind, GroupNorm) is in one site. A reason is what ``forward`` would find: hooks, another
+    kind of norm or activation, ``unfuse``, a block that is not known; or what a backend refuses, as far as the
+    parameters tell (device, dtype, memory format). The input's memory format and autocast are not known here.
+
+    Args:
+        model: any module. It is not changed and not run.
+
+    Raises:
+        TypeError: model is not an ``nn.Module``.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    memory_format = _memory_format(model)
+    named = dict(model.named_modules())
+    sites: list[FusionSite] = []
+    covered: set[nn.Module] = set()
+    for path, module in named.items():
+        for site in fusion_sites(module):
+            norms = [module.get_submodule(norm) for norm in site.norms]
+            if not covered.issuperset(norms):
+                covered.update(norms)
+                reasons = site.reasons
+                if not reasons:
+                    conv = None if site.conv is None else module.get_submodule(site.conv)
+                    reasons = _why_no_backend(norms[0], conv, memory_format)
+                names = tuple(_join(path, norm) for norm in site.norms)
+                sites.append(FusionSite(_join(path, site.label), names, tuple(reasons)))
+        if _is_norm(module) and module not in covered:
+            covered.add(module)
+            sites.append(FusionSite(path or type(module).__name__, (path,), (_why_unknown(named, path),)))
+    return FusionReport(tuple(sites))
+
+
+def _why_unknown(named: dict[str, nn.Module], path: str) -> str:
+    """Why no forward of ours hands this norm over, by the nearest module around it that is not a Sequential."""
+    if not path:
+        return f"{_class_name(named[path])} is not in a block"
+    child, parent = path, path.rpartition(".")[0]
+    while type(named[parent]) is nn.Sequential and parent:
+        child, parent = parent, parent.rpartition(".")[0]
+    block = named[parent]
+    if is_known(block) and child.rpartition(".")[2] == "downsample":
+        return "; ".join(why_not_split(named[child])) or "it is not the last norm of downsample"
+    if "forward" in block.__dict__:
+        return f"the forward of its {_class_name(block)} was replaced"
+    if type(block) in torchvision_classes():
+        return "fused_resnet.fuse was not called, or before this block was there"
+    return f"its block, {_class_name(block)}, is not one that fuse knows"
+
+
+def _why_no_backend(norm: nn.Module, conv: nn.Module | None, memory_format: torch.memory_format) -> list[str]:
+    """What the fused backends say to an activation such as this convolution would give; [] if one takes it."""
+    like = next((t for m in (conv, norm) if m is not None for t in (*m.parameters(), *m.buffers())), None)
+    if like is None:
+        return []
+    channels = cast(int, norm.num_features)
+    x = torch.empty((2, channels, 2, 2), dtype=like.dtype, device=like.device, memory_format=memory_format)
+    vector = torch.empty(channels, dtype=torch.float32, device=like.device)
+    arguments = (x, vector, vector, None, None, None, True)
+    requested = requested_backend()
+    reasons = {}
+    for backend in ("triton", "native") if requested == AUTO else (requested,):
+        reasons[backend] = unavailable(backend) or why_not(backend, "bn_apply", *arguments)
+        if backend == "reference":
+            reasons[backend] = ["the reference, which fuses nothing, was asked for"]
+        if not reasons[backend]:
+            return []
+    backend = requested if requested != AUTO else "triton" if like.is_cuda else "native"
+    return [f"{backend}: {reason}" for reason in reasons[backend]]
+
+
+def _memory_format(model: nn.Module) -> torch.memory_format:
+    """channels_last if a convolution's weight clearly lies so: its output does then, and those of all after it."""
+    weights = (p for p in model.parameters() if isinstance(p, Tensor) and p.dim() == 4)
+    if any(is_channels_last(weight) and not weight.is_contiguous() for weight in weights):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)) or "BatchNorm" in type(module).__name__
+
+
+def _class_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path and name else path or name

@@ -1,0 +1,53 @@
+"""Whole networks: torchvision's ten ResNets, and the CIFAR networks of the paper with their plain twins."""
+
+from fused_resnet.models.cifar import (
+    CIFARResNet,
+    cifar_plain20,
+    cifar_plain32,
+    cifar_plain44,
+    cifar_plain56,
+    cifar_plain110,
+    cifar_resnet20,
+    cifar_resnet32,
+    cifar_resnet44,
+    cifar_resnet56,
+    cifar_resnet110,
+)
+from fused_resnet.models.resnet import (
+    ResNet,
+    resnet18,
+    resnet34,
+    resnet50,
+    resnet101,
+    resnet152,
+    resnext50_32x4d,
+    resnext101_32x8d,
+    resnext101_64x4d,
+    wide_resnet50_2,
+    wide_resnet101_2,
+)
+
+__all__ = [
+    "CIFARResNet",
+    "ResNet",
+    "cifar_plain20",
+    "cifar_plain32",
+    "cifar_plain44",
+    "cifar_plain56",
+    "cifar_plain110",
+    "cifar_resnet20",
+    "cifar_resnet32",
+    "cifar_resnet44",
+    "cifar_resnet56",
+    "cifar_resnet110",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+]

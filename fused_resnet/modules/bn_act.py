@@ -1,0 +1,214 @@
+"""BatchNorm, residual add and ReLU in one pass: the parameters and buffers of modules, given to the ops.
+
+``norm_act`` is what the blocks call. It runs the fused op where that is the same as calling the modules; where it might
+not be (a hook, a subclass, another kind of norm), it calls the modules. ``why_not_fuse`` is the one place that decides.
+"""
+
+from __future__ import annotations
+
+from typing import TypeGuard, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as global_hooks
+
+from fused_resnet.ops.bn_act import BatchNorm, bn_act, bn_act_dual
+from fused_resnet.ops.checks import check_activation
+
+UNFUSED = "_fused_resnet_unfused"
+"""``fused_resnet.unfuse`` gives a norm an attribute of this name to have its site run the ordinary way."""
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    """``relu(BatchNorm2d(x) + residual)`` in one pass over memory.
+
+    The arguments, parameters, buffers and ``state_dict`` are those of ``nn.BatchNorm2d``; checkpoints load both ways.
+    ``nn.SyncBatchNorm.convert_sync_batchnorm`` replaces subclasses of BatchNorm too and would drop the ReLU: in a model
+    that will be converted, use ``ConvBNAct2d`` or the blocks, whose norms are plain ``nn.BatchNorm2d``.
+
+    Args:
+        activation: "relu", or None for no activation.
+
+    Raises:
+        ValueError: for another ``activation``.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str | None = "relu",
+    ) -> None:
+        check_activation(activation)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self.activation = activation
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``F.relu(F.batch_norm(x, ...) + residual)``, in x's dtype and memory format.
+
+        Args:
+            x: (N, C, H, W), any floating dtype and memory format.
+            residual: added before the activation, in x's dtype; x's shape.
+
+        Raises:
+            ValueError: as ``nn.BatchNorm2d``: x is not 4D, or has one value per channel in training.
+        """
+        if UNFUSED not in self.__dict__ and is_image(x):
+            return _bn_act(self, self.activation, x, residual)
+        out = _add(super().forward(x), residual)
+        return out if self.activation is None else F.relu(out)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation={self.activation!r}"
+
+
+def norm_act(norm: nn.Module, act: nn.Module | None, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """``act(norm(x) + residual)``: one fused pass when norm and act are plain, else the modules, the ordinary way.
+
+    Args:
+        norm: fused if ``why_not_fuse(norm, act)`` is empty; any module from tensor to tensor works.
+        act: fused if an ``nn.ReLU`` without hooks; None for no activation.
+        x: (N, C, H, W), any floating dtype and memory format.
+        residual: added before the activation, in x's dtype (the ordinary way: in that of norm's result); x's shape.
+
+    Returns:
+        A new tensor of x's shape, dtype and memory format (the ordinary way: what the modules return). A norm in
+        training updates its running statistics and ``num_batches_tracked`` as ``nn.BatchNorm2d`` does, but once, not
+        twice, when ``torch.utils.checkpoint`` runs it again during backward.
+
+    Raises:
+        ValueError: as ``nn.BatchNorm2d``: x is not 4D, or has one value per channel in training.
+    """
+    if is_image(x) and (residual is None or residual.shape == x.shape) and not why_not_fuse(norm, act):
+        return _bn_act(cast(nn.BatchNorm2d, norm), None if act is None else "relu", x, residual)
+    out = _add(norm(x), residual)
+    return out if act is None else act(out)
+
+
+def norm_act_dual(norm: nn.Module, act: nn.Module | None, x: Tensor, norm2: nn.Module, x2: Tensor) -> Tensor:
+    """``act(norm(x) + norm2(x2))``: the end of a projection block, in one pass that reads x and x2 and writes once.
+
+    Arguments, result and errors are those of ``norm_act``; x2 has x's shape. Where only one of the norms can be fused,
+    that one takes the other's output as its residual.
+    """
+    if (
+        not (is_image(x) and is_image(x2) and x.shape == x2.shape)
+        or why_not_fuse(norm, act)
+        or why_not_fuse(norm2, None)
+    ):
+        return norm_act(norm, act, x, residual=norm_act(norm2, None, x2))
+    activation = None if act is None else "relu"
+    first = batch_norm_arguments(cast(nn.BatchNorm2d, norm))
+    second = batch_norm_arguments(cast(nn.BatchNorm2d, norm2))
+    return bn_act_dual(x, first, x2, second, activation=activation)
+
+
+def why_not_fuse(norm: nn.Module, act: nn.Module | None) -> list[str]:
+    """The reasons why ``norm`` and ``act`` must be called as modules; an empty list means that they can be fused."""
+    reasons = []
+    if type(norm) is BatchNormAct2d:
+        if norm.activation is not None:
+            reasons.append("the norm is a BatchNormAct2d that applies an activation itself")
+    elif type(norm) is not nn.BatchNorm2d:
+        reasons.append(f"the norm is {_class_name(norm)}, not exactly torch.nn.BatchNorm2d")
+    if UNFUSED in norm.__dict__:
+        reasons.append("fused_resnet.unfuse was called on it")
+    if act is not None and type(act) is not nn.ReLU:
+        reasons.append(f"the activation is {_class_name(act)}, not exactly torch.nn.ReLU")
+    if is_intercepted(norm):
+        reasons.append("the norm has hooks, or a forward of its own")
+    if act is not None and is_intercepted(act):
+        reasons.append("the activation has hooks, or a forward of its own")
+    if has_global_hooks():
+        reasons.append("a hook is registered on all modules")
+    return reasons
+
+
+def is_intercepted(module: nn.Module) -> bool:
+    """True if calling this module does more, or other, than its class's forward: hooks, a replaced or compiled one."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._compiled_call_impl is not None
+        or "forward" in module.__dict__
+    )
+
+
+def has_global_hooks() -> bool:
+    """True if torch.nn.modules.module has hooks that run for every module."""
+    return bool(
+        global_hooks._global_forward_hooks
+        or global_hooks._global_forward_pre_hooks
+        or global_hooks._global_backward_hooks
+        or global_hooks._global_backward_pre_hooks
+    )
+
+
+def batch_norm_arguments(norm: nn.BatchNorm2d) -> BatchNorm:
+    """What ``nn.BatchNorm2d.forward`` would give to ``F.batch_norm`` now; counts the batch where it would.
+
+    Batch statistics normalise in training, and in eval when there are no running ones; the running statistics move in
+    training when they are tracked; ``momentum=None`` makes them the average over all batches counted.
+    """
+    running_mean, running_var, momentum = norm.running_mean, norm.running_var, norm.momentum
+    training = norm.training
+    if not training:
+        training = running_mean is None and running_var is None
+    elif not norm.track_running_stats:
+        running_mean = running_var = None
+    elif _is_recomputation():
+        running_mean = None if running_mean is None else running_mean.clone()
+        running_var = None if running_var is None else running_var.clone()
+    elif norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if momentum is None:
+            momentum = 1.0 / float(norm.num_batches_tracked)
+    if momentum is None:
+        momentum = 0.0
+    return BatchNorm(norm.weight, norm.bias, running_mean, running_var, training, momentum, norm.eps)
+
+
+def _bn_act(norm: nn.BatchNorm2d, activation: str | None, x: Tensor, residual: Tensor | None) -> Tensor:
+    weight, bias, running_mean, running_var, training, momentum, eps = batch_norm_arguments(norm)
+    if residual is not None and residual.dtype != x.dtype:  # a float32 input of a block whose convolutions are autocast
+        residual = residual.to(x.dtype)
+    return bn_act(
+        x,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        residual,
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        activation=activation,
+    )
+
+
+def _add(out: Tensor, residual: Tensor | None) -> Tensor:
+    """What ``out += residual`` would leave in out, its dtype kept."""
+    return out if residual is None else (out + residual).type_as(out)
+
+
+def is_image(x: object) -> TypeGuard[Tensor]:
+    """False for what only the modules themselves can answer: fx proxies, jit traces, and shapes that they refuse."""
+    return isinstance(x, Tensor) and x.dim() == 4 and not torch.jit.is_tracing()
+
+
+def _is_recomputation() -> bool:
+    """True while autograd is in a backward pass, where ``torch.utils.checkpoint`` runs the forward a second time."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _class_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"

@@ -1,0 +1,99 @@
+"""What a block becomes when its BatchNorms are constants: convolutions with an epilogue, and nothing else.
+
+``fused_resnet.freeze`` makes these. They have no parameters: their buffers are the folded weights, so ``state_dict``
+and ``.to`` work, and training does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_resnet.ops.conv_bn_act import fold
+from fused_resnet.ops.packed_conv import pack_conv_weight, packed_conv_act, why_not_packed
+
+
+class FrozenConvAct(nn.Module):
+    """``act(conv2d(x, weight) + bias + residual)``: an ``nn.Conv2d`` with an ``nn.BatchNorm2d`` folded into it.
+
+    One kernel: oneDNN's with the weights packed for it on the CPU, ours by ``ops.conv_bn_act`` elsewhere. Folded in
+    float64 and rounded once.
+
+    Args:
+        conv: without bias, zero padding.
+        norm: with running statistics.
+        relu: whether a ReLU follows.
+        dtype: of the weight and of x; the bias of every channel is float32 on CUDA, where it is added in float32.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, relu: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        assert norm.running_mean is not None and norm.running_var is not None
+        scale, shift = fold(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, torch.float64)
+        weight = (conv.weight.detach().double() * scale.detach()[:, None, None, None]).to(dtype)
+        self.register_buffer("weight", weight.contiguous(memory_format=torch.channels_last))
+        self.register_buffer("bias", shift.detach().to(torch.float32 if weight.is_cuda else dtype))
+        self.stride, self.padding, self.dilation = list(conv.stride), list(conv.padding), list(conv.dilation)
+        self.groups = conv.groups
+        self.relu = relu
+        self._packed: Tensor | None = None
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x: (N, C, H, W), channels_last for speed; residual: of the result's shape and dtype, or None."""
+        settings = (self.stride, self.padding, self.dilation, self.groups)
+        if torch.compiler.is_compiling() or why_not_packed(x):
+            return torch.ops.fused_resnet.conv_bn_act(
+                x, self.weight, None, self.bias, residual, *settings, self.relu
+            )
+        if self._packed is None:
+            self._packed = pack_conv_weight(self.weight, list(x.shape), *settings)
+        return packed_conv_act(x, self._packed, self.bias, residual, *settings, self.relu)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FrozenConvAct:
+        self._packed = None  # of the weight as it was
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None}  # opaque: neither copied nor pickled, packed again when needed
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._packed = None
+        super()._load_from_state_dict(*args)
+
+    def extra_repr(self) -> str:
+        outputs, inputs, *kernel_size = self.weight.shape
+        return (
+            f"{inputs * self.groups}, {outputs}, kernel_size={tuple(kernel_size)}, stride={tuple(self.stride)}, "
+            f"padding={tuple(self.padding)}, dilation={tuple(self.dilation)}, groups={self.groups}, relu={self.relu}"
+        )
+
+
+class FrozenBlock(nn.Module):
+    """``relu(F(x) + shortcut(x))`` as one kernel per convolution; the last adds the shortcut in its epilogue.
+
+    Args:
+        convs: F, in order.
+        downsample: the shortcut, where x and F(x) differ in shape; x itself if None.
+        shortcut: False for a plain block, relu(H(x)).
+    """
+
+    def __init__(self, convs: Sequence[FrozenConvAct], downsample: nn.Module | None, shortcut: bool = True) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(convs)
+        self.downsample = downsample
+        self.shortcut = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        *convs, last = self.convs
+        out = x
+        for conv in convs:
+            out = conv(out)
+        if not self.shortcut:
+            return last(out)
+        return last(out, x if self.downsample is None else self.downsample(x))

@@ -1,0 +1,134 @@
+"""What the public ops accept. Every refusal names the argument, what it got and what it takes.
+
+These stand above every backend, so that a kernel never sees a tensor it would read past the end of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = ("relu", None)
+
+
+def check_activation(activation: str | None) -> bool:
+    """True for "relu", False for None."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be 'relu' or None; got {activation!r}")
+    return activation == "relu"
+
+
+def check_image(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a Tensor; got {type(x).__name__}")
+    if x.dim() != 4:
+        raise ValueError(f"{name} must have 4 dimensions (N, C, H, W); got {x.dim()}, shape {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must have a floating-point dtype; got {x.dtype}")
+    if x.shape[1] == 0:
+        raise ValueError(f"{name} must have at least one channel; got shape {tuple(x.shape)}")
+
+
+def check_channel_vector(name: str, vector: Tensor | None, x: Tensor, channels: int) -> None:
+    if vector is None:
+        return
+    if not isinstance(vector, Tensor):
+        raise TypeError(f"{name} must be a Tensor or None; got {type(vector).__name__}")
+    if vector.dim() != 1 or vector.shape[0] != channels:
+        raise ValueError(f"{name} must have shape ({channels},), one value per channel; got {tuple(vector.shape)}")
+    if not vector.is_floating_point():
+        raise TypeError(f"{name} must have a floating-point dtype; got {vector.dtype}")
+    _check_same_device(name, vector, x)
+
+
+def check_residual(name: str, residual: Tensor | None, x: Tensor, shape: Sequence[int]) -> None:
+    if residual is None:
+        return
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"{name} must be a Tensor or None; got {type(residual).__name__}")
+    if tuple(residual.shape) != tuple(shape):
+        raise ValueError(f"{name} must have the output's shape {tuple(shape)}; got {tuple(residual.shape)}")
+    if not residual.is_floating_point():
+        raise TypeError(f"{name} must have a floating-point dtype; got {residual.dtype}")
+    _check_same_device(name, residual, x)
+
+
+def check_batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    channels: int,
+    suffix: str = "",
+) -> None:
+    check_channel_vector("weight" + suffix, weight, x, channels)
+    check_channel_vector("bias" + suffix, bias, x, channels)
+    check_channel_vector("running_mean" + suffix, running_mean, x, channels)
+    check_channel_vector("running_var" + suffix, running_var, x, channels)
+    if not training and (running_mean is None or running_var is None):
+        raise ValueError(f"running_mean{suffix} and running_var{suffix} must be given when training is False; got None")
+    check_number("momentum" + suffix, momentum)
+    check_number("eps" + suffix, eps)
+    if eps < 0:
+        raise ValueError(f"eps{suffix} must be >= 0; got {eps}")
+
+
+def check_number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float; got {type(value).__name__}")
+
+
+def check_several_values_per_channel(x: Tensor) -> None:
+    """nn.BatchNorm2d's ValueError: one value has no variance."""
+    if x.shape[0] * x.shape[2] * x.shape[3] == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+
+
+def check_pair(name: str, value: int | Sequence[int], minimum: int) -> list[int]:
+    """An int or two of them, as [vertical, horizontal]."""
+    pair = [value, value] if isinstance(value, int) else list(value) if isinstance(value, (tuple, list)) else None
+    if pair is None or len(pair) != 2 or not all(isinstance(v, int) and not isinstance(v, bool) for v in pair):
+        raise TypeError(f"{name} must be an int or two ints; got {value!r}")
+    if min(pair) < minimum:
+        raise ValueError(f"{name} must be >= {minimum}; got {value!r}")
+    return pair
+
+
+def check_conv_weight(x: Tensor, conv_weight: Tensor, groups: int) -> None:
+    if not isinstance(conv_weight, Tensor):
+        raise TypeError(f"conv_weight must be a Tensor; got {type(conv_weight).__name__}")
+    if conv_weight.dim() != 4:
+        raise ValueError(
+            f"conv_weight must have 4 dimensions (out_channels, in_channels / groups, kernel height, kernel width); "
+            f"got shape {tuple(conv_weight.shape)}"
+        )
+    if conv_weight.numel() == 0:
+        raise ValueError(f"conv_weight must not be empty; got shape {tuple(conv_weight.shape)}")
+    if not conv_weight.is_floating_point():
+        raise TypeError(f"conv_weight must have a floating-point dtype; got {conv_weight.dtype}")
+    if isinstance(groups, bool) or not isinstance(groups, int):
+        raise TypeError(f"groups must be an int; got {type(groups).__name__}")
+    if groups < 1 or conv_weight.shape[0] % groups:
+        raise ValueError(f"groups must be >= 1 and divide the {conv_weight.shape[0]} output channels; got {groups}")
+    if conv_weight.shape[1] * groups != x.shape[1]:
+        raise ValueError(
+            f"x must have {conv_weight.shape[1] * groups} channels for conv_weight of shape "
+            f"{tuple(conv_weight.shape)} and groups={groups}; got {x.shape[1]}"
+        )
+    _check_same_device("conv_weight", conv_weight, x)
+
+
+def _check_same_device(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.device != x.device:
+        raise ValueError(f"{name} must be on x's device, {x.device}; got {tensor.device}")
+
+
+def check_same_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} must have x's dtype, {dtype}; got {tensor.dtype}")

@@ -1,0 +1,92 @@
+"""What the demo leaves behind: one table on the screen, a JSON with every number, a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from fused_resnet.bench.contenders import FROZEN, FUSED, MEMORY_FORMATS, PLAIN
+from fused_resnet.training.demo_picture import draw_picture
+
+JSON_NAME = "demo.json"
+PICTURE_NAME = "demo.png"
+
+
+def print_report(results: dict[str, Any], console: Console) -> None:
+    """Prints the table; ``results`` as `fused_resnet.training.demo.run_demo` returns them."""
+    table = Table(
+        title=f"fused_resnet on {results['machine']['device']}",
+        title_style="bold",
+        caption=_caption(results),
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+    )
+    table.add_column("")
+    for column in (PLAIN, FUSED, FROZEN):
+        table.add_column(column, justify="right")
+    _add_training(table, results["training"], results["settings"]["batch_size"])
+    for entry in results["inference"]:
+        table.add_section()
+        _add_inference(table, entry)
+    console.print(table)
+
+
+def write_report(results: dict[str, Any], folder: Path) -> list[Path]:
+    """Writes demo.json and demo.png into the folder, which is made if it is not there; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers, picture = folder / JSON_NAME, folder / PICTURE_NAME
+    numbers.write_text(json.dumps(results, indent=1) + "\n")
+    draw_picture(results, picture)
+    return [picture, numbers]
+
+
+def _add_training(table: Table, training: dict[str, Any], batch_size: int) -> None:
+    runs = [training[name] for name in (PLAIN, FUSED)]
+    table.add_row(f"[bold]Training {training['model']}, batch {batch_size}")
+    table.add_row("  memory format", *(run["memory_format"] for run in runs))
+    table.add_row("  test accuracy", *(f"{run['accuracy']:.1%}" for run in runs))
+    table.add_row("  loss of the last step", *(f"{run['losses'][-1]:.4f}" for run in runs))
+    for which in ("first", "mean", "max"):
+        table.add_row(f"  loss difference, {which}", "", f"{training['loss_difference'][which]:.1e}")
+    table.add_row("  time of a step", *(_milliseconds(run["step_seconds"]) for run in runs))
+    table.add_row("  speed", _times(1), _times(training["speedup"]))
+    table.add_row("  saved for backward", *(f"{run['saved_bytes'] / 1e6:.1f} MB" for run in runs))
+    table.add_row("  saved bytes", _times(1), _times(training["saved_bytes_ratio"]))
+
+
+def _add_inference(table: Table, entry: dict[str, Any]) -> None:
+    contenders = entry["contenders"]
+    ours = [contenders[name] for name in (FUSED, FROZEN)]
+    table.add_row(f"[bold]Inference {entry['model']}, batch {entry['batch_size']}")
+    for memory_format in MEMORY_FORMATS:
+        times = [_milliseconds(contenders[f"{PLAIN} {memory_format}"])]
+        if memory_format == "channels_last":
+            times += [_milliseconds(contender) for contender in ours]
+        table.add_row(f"  time, {memory_format}", *times)
+    table.add_row("  speed", _times(1), *(_times(contender["speedup"]) for contender in ours))
+    table.add_row("  logits' difference", "", *(f"{contender['relative_difference']:.1e}" for contender in ours))
+
+
+def _caption(results: dict[str, Any]) -> str:
+    machine, settings = results["machine"], results["settings"]
+    threads = "" if machine["device_type"] == "cuda" else f" {machine['threads']} threads,"
+    training, inference = settings["size"], settings["inference_size"]
+    return (
+        f"Medians of interleaved rounds; speed is to the faster of the plain memory formats. "
+        f"{settings['autocast'] or 'float32'},{threads} torch {machine['torch']}; "
+        f"training images {training}x{training}, inference {inference}x{inference}; "
+        f"{results['seconds']:.0f} s in all."
+    )
+
+
+def _milliseconds(timing: dict[str, Any]) -> str:
+    return f"{timing['median'] * 1e3:.4g} ms"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f}x"

@@ -1,0 +1,72 @@
+"""One training step of a module as named tensors, to hold a fused module against the plain PyTorch it stands for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fused_resnet.ops import use_backend
+
+# Rounding, relative to the largest value of a tensor. float64 rounds at 1e-16 and float32 at 6e-8; a few layers of sums
+# over a few hundred values amplify that by less than 1000. A wrong formula or a missed update shows at 1e-3 and above.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-5}
+
+# The reference runs our own autograd in float64; "auto" is what users get, float64 falling back to PyTorch's own ops.
+LANES = pytest.mark.parametrize(
+    ("dtype", "backend"),
+    [(torch.float64, "reference"), (torch.float64, "auto"), (torch.float32, "auto")],
+    ids=["float64-reference", "float64-auto", "float32-auto"],
+)
+
+
+def step(modules: nn.Module, call: Callable[..., Tensor], *inputs: Tensor, backend: str = "auto") -> dict[str, Tensor]:
+    """Output, every gradient and every buffer after ``call(*inputs)`` and backward of a fixed random cotangent."""
+    inputs = tuple(tensor.detach().clone().requires_grad_() for tensor in inputs)
+    modules.zero_grad()
+    with use_backend(backend) if backend != "auto" else contextlib.nullcontext():
+        out = call(*inputs)
+        cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+        out.backward(cotangent.to(out.dtype))
+    result = {"output": out.detach()}
+    result |= {f"gradient of input {i}": tensor.grad for i, tensor in enumerate(inputs) if tensor.grad is not None}
+    result |= {f"gradient of {name}": p.grad for name, p in modules.named_parameters() if p.grad is not None}
+    result |= {f"buffer {name}": buffer.clone() for name, buffer in modules.named_buffers()}
+    return result
+
+
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float | None = None) -> None:
+    """Same names, shapes and dtypes; values within ``tolerance`` (by default TOLERANCE) of each tensor's largest."""
+    assert list(actual) == list(expected)
+    for name, want in expected.items():
+        got = actual[name]
+        assert (got.shape, got.dtype) == (want.shape, want.dtype), name
+        limit = 0.0
+        if want.is_floating_point():
+            scale = max(want.abs().max().item(), 1e-3)
+            limit = (TOLERANCE[want.dtype] if tolerance is None else tolerance) * scale
+        assert torch.allclose(got, want, rtol=0, atol=limit), f"{name}: {(got - want).abs().max()} > {limit}"
+
+
+def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """The same, bit for bit."""
+    assert list(actual) == list(expected)
+    for name, want in expected.items():
+        assert torch.equal(actual[name], want), name
+
+
+def randomize(module: nn.Module) -> nn.Module:
+    """Gives every norm weights and statistics that matter: away from the 1 and 0 it starts with."""
+    for norm in module.modules():
+        for tensor, low, high in (
+            (getattr(norm, "running_mean", None), -0.5, 0.5),
+            (getattr(norm, "running_var", None), 0.5, 2.0),
+            (getattr(norm, "weight", None) if isinstance(norm, nn.BatchNorm2d) else None, 0.5, 1.5),
+            (getattr(norm, "bias", None) if isinstance(norm, nn.BatchNorm2d) else None, -0.5, 0.5),
+        ):
+            if tensor is not None:
+                nn.init.uniform_(tensor, low, high)
+    return module
