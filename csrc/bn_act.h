@@ -40,13 +40,13 @@ struct BnActKernels {
   void (*apply_dual)(const Activation& shape, const void* x, const Norm& norm, const void* x2, const Norm& norm2,
                      bool relu, void* out);
   // dz = grad_out where the ReLU let it pass: by the sign of `out` or, when it is null, of the recomputed z.
-  // Reads 2T, or 3T with `out`.
-  void (*grad_stats)(const Activation& shape, const void* grad_out, const void* x, const void* out, const Norm& norm,
-                     bool relu, float* sum_dz, float* sum_dz_xhat);
+  // Reads 2T; with `out` reads 3T and writes dz, 1T.
+  void (*grad_stats)(const Activation& shape, const void* grad_out, const void* x, const void* out, void* dz,
+                     const Norm& norm, bool relu, float* sum_dz, float* sum_dz_xhat);
   // grad_x = weight * invstd * (dz - sum_dz / count - xhat * sum_dz_xhat / count); null sums: constant statistics.
-  // grad_residual = dz unless null. Reads 2T or 3T, writes 1T or 2T.
-  void (*grad_apply)(const Activation& shape, const void* grad_out, const void* x, const void* out, const Norm& norm,
-                     const float* sum_dz, const float* sum_dz_xhat, bool relu, void* grad_x, void* grad_residual);
+  // With `relu` dz is grad_out masked by the recomputed z, else grad_out. Reads 2T, writes 1T.
+  void (*grad_apply)(const Activation& shape, const void* grad_out, const void* x, const Norm& norm,
+                     const float* sum_dz, const float* sum_dz_xhat, bool relu, void* grad_x);
 };
 
 // The kernels built for the widest vectors that this processor has, and the name of that build.

@@ -53,18 +53,18 @@ void bn_apply_dual(const Activation& shape, Address x, const Norm& norm, Address
   bn_act_kernels().apply_dual(shape, pointer(x), norm, pointer(x2), norm2, relu, pointer(out));
 }
 
-void bn_grad_stats(const Activation& shape, Address grad_out, Address x, Address out, const Norm& norm, bool relu,
-                   Address sum_dz, Address sum_dz_xhat) {
+void bn_grad_stats(const Activation& shape, Address grad_out, Address x, Address out, Address dz, const Norm& norm,
+                   bool relu, Address sum_dz, Address sum_dz_xhat) {
   check(shape);
-  bn_act_kernels().grad_stats(shape, pointer(grad_out), pointer(x), pointer(out), norm, relu, floats(sum_dz),
-                              floats(sum_dz_xhat));
+  bn_act_kernels().grad_stats(shape, pointer(grad_out), pointer(x), pointer(out), pointer(dz), norm, relu,
+                              floats(sum_dz), floats(sum_dz_xhat));
 }
 
-void bn_grad_apply(const Activation& shape, Address grad_out, Address x, Address out, const Norm& norm, Address sum_dz,
-                   Address sum_dz_xhat, bool relu, Address grad_x, Address grad_residual) {
+void bn_grad_apply(const Activation& shape, Address grad_out, Address x, const Norm& norm, Address sum_dz,
+                   Address sum_dz_xhat, bool relu, Address grad_x) {
   check(shape);
-  bn_act_kernels().grad_apply(shape, pointer(grad_out), pointer(x), pointer(out), norm, floats(sum_dz),
-                              floats(sum_dz_xhat), relu, pointer(grad_x), pointer(grad_residual));
+  bn_act_kernels().grad_apply(shape, pointer(grad_out), pointer(x), norm, floats(sum_dz), floats(sum_dz_xhat), relu,
+                              pointer(grad_x));
 }
 
 py::dict build_info() {

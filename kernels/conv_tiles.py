@@ -45,9 +45,13 @@ GROUP_ROWS = 8  # row tiles that pass under the same filters before the next fil
 
 STEP_BYTES = (128, 64)
 POINTWISE_STEP_BYTES = (128, 64, 32)
-FLAT_STEP_BYTES = 64  # each column of a flat step keeps its own place in the kernel in registers: 128 would spill
+# Where rows do not begin on 16 bytes every element has an address and a mask of its own, and so it has in flat steps:
+# more of them in a thread would spill.
+ALIGNMENT_BYTES = 16
+SINGLE_STEP_BYTES = 64
+SINGLE_TILE = 64 * 64
 MIN_STEP = 16  # the least that a matrix instruction takes
-MAX_FLAT_CHANNELS = 128
+MAX_FLAT_CHANNELS = 64
 MAX_PADDING = 1.25  # times the channels
 
 FLOP_PER_CYCLE = 2500
@@ -80,12 +84,16 @@ def conv_tiles(
 ) -> ConvTiles:
     """The cheapest candidate. ``full_precision``: float32 that may not be rounded to TF32."""
     step_bytes = POINTWISE_STEP_BYTES if pointwise else STEP_BYTES
+    candidates = CANDIDATES
+    if channels * element_bytes % ALIGNMENT_BYTES or filters * element_bytes % ALIGNMENT_BYTES:
+        step_bytes = tuple(count for count in step_bytes if count <= SINGLE_STEP_BYTES)
+        candidates = tuple(tile for tile in CANDIDATES if tile[0] * tile[1] <= SINGLE_TILE)
     if full_precision:
         step_bytes = (MIN_STEP * element_bytes,)
     depth = _depth_step(channels, [max(count // element_bytes, MIN_STEP) for count in step_bytes])
     flat = not pointwise and channels <= MAX_FLAT_CHANNELS and _padded(channels, depth) > MAX_PADDING * channels
     if flat:
-        depth = MIN_STEP if full_precision else FLAT_STEP_BYTES // element_bytes
+        depth = MIN_STEP if full_precision else SINGLE_STEP_BYTES // element_bytes
     padded_depth = _padded(taps * channels, depth) if flat else taps * _padded(channels, depth)
 
     def cycles(candidate: tuple[int, int, int, int]) -> float:
@@ -96,7 +104,7 @@ def conv_tiles(
         tile = START_CYCLES + max(multiply, elements * element_bytes / BYTES_PER_CYCLE)
         return math.ceil(tiles / multiprocessors) * tile
 
-    block_rows, block_filters, warps, stages = FULL_PRECISION_TILE if full_precision else min(CANDIDATES, key=cycles)
+    block_rows, block_filters, warps, stages = FULL_PRECISION_TILE if full_precision else min(candidates, key=cycles)
     return ConvTiles(block_rows, block_filters, depth, flat, warps, stages)
 
 

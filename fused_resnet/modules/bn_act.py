@@ -98,11 +98,8 @@ def norm_act_dual(norm: nn.Module, act: nn.Module | None, x: Tensor, norm2: nn.M
     Arguments, result and errors are those of ``norm_act``; x2 has x's shape. Where only one of the norms can be fused,
     that one takes the other's output as its residual.
     """
-    if (
-        not (is_image(x) and is_image(x2) and x.shape == x2.shape)
-        or why_not_fuse(norm, act)
-        or why_not_fuse(norm2, None)
-    ):
+    alike = is_image(x) and is_image(x2) and x.shape == x2.shape and x.dtype == x2.dtype
+    if not alike or why_not_fuse(norm, act) or why_not_fuse(norm2, None):
         return norm_act(norm, act, x, residual=norm_act(norm2, None, x2))
     activation = None if act is None else "relu"
     first = batch_norm_arguments(cast(nn.BatchNorm2d, norm))

@@ -72,10 +72,12 @@ class ConvBNAct2d(nn.Module):
         self.act = nn.ReLU(inplace=True) if relu else None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``act(bn(conv(x)) + residual)``; residual has the result's shape and is added before the activation."""
+        """``act(bn(conv(x)) + residual)``; residual, of the result's shape, is added in its dtype."""
         conv, bn = self.conv, self.bn
         if not is_image(x) or bn.training or why_not_fold(conv, bn, self.act):
             return norm_act(bn, self.act, conv(x), residual)
+        if residual is not None:
+            residual = residual.to(_result_dtype(x))
         return conv_bn_act(
             x,
             conv.weight,
@@ -106,6 +108,14 @@ def why_not_fold(conv: nn.Module, norm: nn.Module, act: nn.Module | None) -> lis
     if conv.bias is not None or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         reasons.append("the convolution has a bias, or padding other than numbers of zeros")
     return reasons
+
+
+def _result_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of ``F.conv2d(x, ...)``, which autocast changes for all but float64."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
 
 
 def _padding_that_keeps_size(

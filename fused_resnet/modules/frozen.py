@@ -48,9 +48,7 @@ class FrozenConvAct(nn.Module):
         """x: (N, C, H, W), channels_last for speed; residual: of the result's shape and dtype, or None."""
         settings = (self.stride, self.padding, self.dilation, self.groups)
         if torch.compiler.is_compiling() or why_not_packed(x):
-            return torch.ops.fused_resnet.conv_bn_act(
-                x, self.weight, None, self.bias, residual, *settings, self.relu
-            )
+            return torch.ops.fused_resnet.conv_bn_act(x, self.weight, None, self.bias, residual, *settings, self.relu)
         if self._packed is None:
             self._packed = pack_conv_weight(self.weight, list(x.shape), *settings)
         return packed_conv_act(x, self._packed, self.bias, residual, *settings, self.relu)

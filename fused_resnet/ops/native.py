@@ -81,28 +81,20 @@ def bn_grad_stats(
     weight: Tensor | None,
     bias: Tensor | None,
     relu: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     x = dense(x)
     grad_out, out = _like(grad_out, x), _like(out, x)
     sum_dz, sum_dz_xhat = _channel_vector(x), _channel_vector(x)
+    dz = x.new_empty(0) if out is None else torch.empty_like(x)
+    tensors = (grad_out, x, out, None if out is None else dz)
     with _Norm(mean, invstd, weight, bias) as norm:
-        _C.bn_grad_stats(
-            _shape(x),
-            _address(grad_out),
-            _address(x),
-            _address(out),
-            norm,
-            relu,
-            _address(sum_dz),
-            _address(sum_dz_xhat),
-        )
-    return sum_dz, sum_dz_xhat
+        _C.bn_grad_stats(_shape(x), *map(_address, tensors), norm, relu, _address(sum_dz), _address(sum_dz_xhat))
+    return sum_dz, sum_dz_xhat, dz
 
 
 def bn_grad_apply(
     grad_out: Tensor,
     x: Tensor,
-    out: Tensor | None,
     mean: Tensor,
     invstd: Tensor,
     weight: Tensor | None,
@@ -110,27 +102,16 @@ def bn_grad_apply(
     sum_dz: Tensor | None,
     sum_dz_xhat: Tensor | None,
     relu: bool,
-    residual_grad: bool,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     x = dense(x)
-    grad_out, out = _like(grad_out, x), _like(out, x)
+    grad_out = _like(grad_out, x)
     sum_dz, sum_dz_xhat = _vector(sum_dz), _vector(sum_dz_xhat)
     grad_x = torch.empty_like(x)
-    grad_residual = torch.empty_like(x) if residual_grad else x.new_empty(0)
     with _Norm(mean, invstd, weight, bias) as norm:
         _C.bn_grad_apply(
-            _shape(x),
-            _address(grad_out),
-            _address(x),
-            _address(out),
-            norm,
-            _address(sum_dz),
-            _address(sum_dz_xhat),
-            relu,
-            _address(grad_x),
-            _address(grad_residual) if residual_grad else 0,
+            _shape(x), *map(_address, (grad_out, x)), norm, *map(_address, (sum_dz, sum_dz_xhat)), relu, _address(grad_x)
         )
-    return grad_x, grad_residual
+    return grad_x
 
 
 class _Norm:

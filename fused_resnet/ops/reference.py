@@ -86,21 +86,22 @@ def bn_grad_stats(
     weight: Tensor | None,
     bias: Tensor | None,
     relu: bool,
-) -> tuple[Tensor, Tensor]:
-    """(sum of dz, sum of dz * xhat) of each channel: the gradients of bias and weight.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum of dz, sum of dz * xhat, dz): the first two, of each channel, are the gradients of bias and weight.
 
     With ``relu``, dz is grad_out where the ReLU let it pass: where ``out`` is not <= 0 or, when ``out`` is None (there
-    was no residual), where the recomputed ``xhat * weight + bias`` is not. Reads 2T, or 3T with ``out``; writes 0.
+    was no residual), where the recomputed ``xhat * weight + bias`` is not. dz is the gradient of the residual, so with
+    ``out`` it is written here and returned; else it is empty. Reads 2T; with ``out`` reads 3T and writes 1T.
     """
     dz = _grad_before_relu(grad_out, x, out, mean, invstd, weight, bias, relu)
     xhat = _normalize(x, mean, invstd, None, None)
-    return dz.sum((0, 2, 3)), (dz * xhat).sum((0, 2, 3))
+    written = x.new_empty(0) if out is None else torch.empty_like(dense(x)).copy_(dz)
+    return dz.sum((0, 2, 3)), (dz * xhat).sum((0, 2, 3)), written
 
 
 def bn_grad_apply(
     grad_out: Tensor,
     x: Tensor,
-    out: Tensor | None,
     mean: Tensor,
     invstd: Tensor,
     weight: Tensor | None,
@@ -108,25 +109,20 @@ def bn_grad_apply(
     sum_dz: Tensor | None,
     sum_dz_xhat: Tensor | None,
     relu: bool,
-    residual_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    """(gradient of x, gradient of the residual); the second is empty unless ``residual_grad``.
+) -> Tensor:
+    """The gradient of x: weight * invstd * (dz - sum_dz / count - xhat * sum_dz_xhat / count).
 
-    dx = weight * invstd * (dz - sum_dz / count - xhat * sum_dz_xhat / count); with both sums None the statistics are
-    constants (eval mode) and dx = weight * invstd * dz. Reads 2T (1T for constant statistics without a recomputed
-    mask), one more with ``out``; writes 1T, one more with ``residual_grad``.
+    With ``relu``, dz is grad_out masked by the recomputed ``xhat * weight + bias``; else it is grad_out. With both sums
+    None the statistics are constants (eval mode) and dx = weight * invstd * dz. Reads 2T, writes 1T.
     """
     x = dense(x)
-    dz = _grad_before_relu(grad_out, x, out, mean, invstd, weight, bias, relu)
-    dx = dz
+    dx = dz = _grad_before_relu(grad_out, x, None, mean, invstd, weight, bias, relu)
     if sum_dz is not None and sum_dz_xhat is not None:
         count = x.numel() // x.shape[1]
         xhat = _normalize(x, mean, invstd, None, None)
         dx = dz - per_channel(sum_dz / count) - xhat * per_channel(sum_dz_xhat / count)
     scale = invstd if weight is None else invstd * weight
-    grad_x = torch.empty_like(x).copy_(dx * per_channel(scale))
-    grad_residual = torch.empty_like(x).copy_(dz) if residual_grad else x.new_empty(0)
-    return grad_x, grad_residual
+    return torch.empty_like(x).copy_(dx * per_channel(scale))
 
 
 def conv_bn_act(

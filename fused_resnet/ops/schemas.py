@@ -21,9 +21,9 @@ SCHEMAS = {
     "bn_apply_dual": "(Tensor x, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias,"
     " Tensor x2, Tensor mean2, Tensor invstd2, Tensor? weight2, Tensor? bias2, bool relu) -> Tensor",
     "bn_grad_stats": "(Tensor grad_out, Tensor x, Tensor? out, Tensor mean, Tensor invstd, Tensor? weight,"
-    " Tensor? bias, bool relu) -> (Tensor, Tensor)",
-    "bn_grad_apply": "(Tensor grad_out, Tensor x, Tensor? out, Tensor mean, Tensor invstd, Tensor? weight,"
-    " Tensor? bias, Tensor? sum_dz, Tensor? sum_dz_xhat, bool relu, bool residual_grad) -> (Tensor, Tensor)",
+    " Tensor? bias, bool relu) -> (Tensor, Tensor, Tensor)",
+    "bn_grad_apply": "(Tensor grad_out, Tensor x, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias,"
+    " Tensor? sum_dz, Tensor? sum_dz_xhat, bool relu) -> Tensor",
     "conv_bn_act": "(Tensor x, Tensor conv_weight, Tensor? scale, Tensor? shift, Tensor? residual, int[] stride,"
     " int[] padding, int[] dilation, int groups, bool relu) -> Tensor",
 }
@@ -54,12 +54,13 @@ def _(x, mean, invstd, weight, bias, x2, mean2, invstd2, weight2, bias2, relu):
 
 @_shape_of("bn_grad_stats")
 def _(grad_out, x, out, mean, invstd, weight, bias, relu):
-    return _channel_vector(x), _channel_vector(x)
+    dz = x.new_empty(0) if out is None else torch.empty_like(dense(x))
+    return _channel_vector(x), _channel_vector(x), dz
 
 
 @_shape_of("bn_grad_apply")
-def _(grad_out, x, out, mean, invstd, weight, bias, sum_dz, sum_dz_xhat, relu, residual_grad):
-    return torch.empty_like(dense(x)), torch.empty_like(dense(x)) if residual_grad else x.new_empty(0)
+def _(grad_out, x, mean, invstd, weight, bias, sum_dz, sum_dz_xhat, relu):
+    return torch.empty_like(dense(x))
 
 
 @_shape_of("conv_bn_act")

@@ -20,7 +20,9 @@ SHAPES = [(3, CHANNELS, 5, 4), (1, CHANNELS, 1, 3), (2, CHANNELS, 13, 1)]
 
 
 def plain(norm: nn.Module, act: nn.Module | None, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    out = norm(x) if residual is None else norm(x) + residual
+    """The result keeps norm's dtype, as torchvision's ``out += identity`` does."""
+    out = norm(x)
+    out = out if residual is None else (out + residual).to(out.dtype)
     return out if act is None else act(out)
 
 

@@ -23,7 +23,7 @@ class Plain(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         out = self.bn(self.conv(x))
-        out = out if residual is None else out + residual
+        out = out if residual is None else (out + residual).to(out.dtype)
         return out if self.act is None else self.act(out)
 
 
