@@ -1,4 +1,4 @@
-"""The BatchNorm sites of ResNet-50 at 224x224: what the bn_act benchmarks run on. tests/bench/test_shapes.py counts them."""
+"""The BatchNorm sites of ResNet-50 at 224x224: what the bn_act benchmarks run on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Batch normalisation, residual add and ReLU, backward: one pass for the two sums of each channel and one for dx.
+"""Batch normalisation, residual add and ReLU, backward: one pass for the two sums of each channel (and the gradient of
+the residual, where there was one) and one for the gradient of x.
 
 Notation of ``fused_resnet/ops/reference.py``: dz is the gradient in front of the ReLU, xhat = (x - mean) * invstd.
 """
@@ -32,24 +33,28 @@ def bn_grad_stats(
     weight: Tensor | None,
     bias: Tensor | None,
     relu: bool,
-) -> tuple[Tensor, Tensor]:
-    """(sum of dz, sum of dz * xhat) of each channel, in float32: the gradients of bias and weight.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum of dz, sum of dz * xhat, dz): the first two, of each channel and in float32, are the gradients of bias and
+    weight; the last, the gradient of the residual, is written in x's dtype and strides with ``out``, else empty.
 
     With ``relu`` the gradient passes where ``out`` is not <= 0 or, if ``out`` is None, where the recomputed
     ``xhat * weight + bias`` is not. Two launches: partial sums of each chunk of rows, and their sum.
 
-    Reads 2T, 3T with ``out`` (which only ``relu`` reads); writes 8*P*C bytes of P partial sums, and reads them again.
+    Reads 2T and writes 0; with ``out`` reads 3T and writes 1T. Beside that 8*P*C bytes of P partial sums are written
+    and read again, P about 1000 / (C / 128).
     """
     x = channels_last(x)
     rows, channels = matrix_shape(x)
     tiles = reduction_tiles(rows, channels, multiprocessors(x.device))
+    dz = x.new_empty(0) if out is None else torch.empty_like(x)
     partial_sums = torch.empty((2, tiles.chunks, channels), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         bn_grad_stats_kernel[tiles.grid](
             channels_last(grad_out),
             x,
-            optional_channels_last(out) if relu else None,
+            optional_channels_last(out),
             *map(dense_vector, (mean, invstd, weight, bias)),
+            None if out is None else dz,
             partial_sums,
             rows,
             channels,
@@ -62,13 +67,12 @@ def bn_grad_stats(
             num_warps=REDUCTION_WARPS,
         )
     sum_dz, sum_dz_xhat = finalize_sums(partial_sums).unbind()
-    return sum_dz, sum_dz_xhat
+    return sum_dz, sum_dz_xhat, dz
 
 
 def bn_grad_apply(
     grad_out: Tensor,
     x: Tensor,
-    out: Tensor | None,
     mean: Tensor,
     invstd: Tensor,
     weight: Tensor | None,
@@ -76,13 +80,12 @@ def bn_grad_apply(
     sum_dz: Tensor | None,
     sum_dz_xhat: Tensor | None,
     relu: bool,
-    residual_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    """(gradient of x, gradient of the residual), in x's dtype and strides; the second is empty unless asked for.
+) -> Tensor:
+    """The gradient of x, in its dtype and strides: ``weight * invstd * (dz - sum_dz / count - xhat * sum_dz_xhat /
+    count)``, or ``weight * invstd * dz`` with a sum None, for statistics that are constants.
 
-    ``dx = weight * invstd * (dz - sum_dz / count - xhat * sum_dz_xhat / count)``; with a sum None the statistics are
-    constants and ``dx = weight * invstd * dz``. Reads 2T (1T for constant statistics without a recomputed mask), one
-    more with ``out`` (which only ``relu`` reads); writes 1T, one more with ``residual_grad``.
+    With ``relu``, dz is grad_out masked by the recomputed ``xhat * weight + bias``; else it is grad_out. Reads 2T (1T
+    for constant statistics without ReLU), writes 1T.
     """
     if sum_dz is None or sum_dz_xhat is None:
         sum_dz = sum_dz_xhat = None
@@ -90,15 +93,12 @@ def bn_grad_apply(
     rows, channels = matrix_shape(x)
     tiles = elementwise_tiles(rows, channels, multiprocessors(x.device))
     grad_x = torch.empty_like(x)
-    grad_residual = torch.empty_like(x) if residual_grad else x.new_empty(0)
     with torch.cuda.device_of(x):
         bn_grad_apply_kernel[tiles.grid](
             channels_last(grad_out),
             x,
-            optional_channels_last(out) if relu else None,
             *map(dense_vector, (mean, invstd, weight, bias, sum_dz, sum_dz_xhat)),
             grad_x,
-            grad_residual if residual_grad else None,
             rows,
             channels,
             tiles.chunk_rows,
@@ -107,7 +107,7 @@ def bn_grad_apply(
             BLOCK_CHANNELS=tiles.block_channels,
             num_warps=ELEMENTWISE_WARPS,
         )
-    return grad_x, grad_residual
+    return grad_x
 
 
 @triton.jit
@@ -125,6 +125,7 @@ def bn_grad_stats_kernel(
     invstd_ptr,
     weight_ptr,
     bias_ptr,
+    dz_ptr,
     partial_sums_ptr,
     rows,
     channels,
@@ -135,7 +136,7 @@ def bn_grad_stats_kernel(
     BLOCK_CHANNELS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Row ``chunk`` of both matrices of partial sums. Lane l of a channel adds rows l, l + BLOCK_ROWS, ... of the
+    """Row ``chunk`` of both matrices of partial sums, and the program's own part of dz. Lane l of a channel adds rows l, l + BLOCK_ROWS, ... of the
     chunk in order; the lanes are added once, at the end."""
     chunk, first_row, own_rows, channel = program_tile(rows, channels, chunk_rows, BLOCK_ROWS, BLOCK_CHANNELS)
     in_channels = channel < channels
@@ -154,6 +155,8 @@ def bn_grad_stats_kernel(
                 dz = relu_grad(dz, tl.load(out_ptr + tile + offset, mask=inside, other=0.0).to(tl.float32))
             else:
                 dz = relu_grad(dz, normalize(x, mean, scale, bias))
+        if dz_ptr is not None:
+            tl.store(dz_ptr + tile + offset, dz.to(dz_ptr.dtype.element_ty), mask=inside)
         sum_dz += dz
         sum_dz_distance += dz * (x - mean[None, :])
     invstd = tl.load(invstd_ptr + channel, mask=in_channels, other=0.0).to(tl.float32)
@@ -167,7 +170,6 @@ def bn_grad_stats_kernel(
 def bn_grad_apply_kernel(
     grad_out_ptr,
     x_ptr,
-    out_ptr,
     mean_ptr,
     invstd_ptr,
     weight_ptr,
@@ -175,7 +177,6 @@ def bn_grad_apply_kernel(
     sum_dz_ptr,
     sum_dz_xhat_ptr,
     grad_x_ptr,
-    grad_residual_ptr,
     rows,
     channels,
     chunk_rows,
@@ -183,7 +184,7 @@ def bn_grad_apply_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """Every program writes its own chunk of rows and block of channels of both gradients, all of it once."""
+    """Every program writes its own chunk of rows and block of channels of the gradient, all of it once."""
     _, first_row, own_rows, channel = program_tile(rows, channels, chunk_rows, BLOCK_ROWS, BLOCK_CHANNELS)
     in_channels = channel < channels
     mean, scale, bias = load_normalization(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, channel, in_channels)
@@ -198,17 +199,12 @@ def bn_grad_apply_kernel(
         inside = (start + lane < own_rows)[:, None] & in_channels[None, :]
         tile = (first_row + start) * channels
         dz = tl.load(grad_out_ptr + tile + offset, mask=inside, other=0.0).to(tl.float32)
-        if sum_dz_ptr is not None or (RELU and out_ptr is None):
+        if sum_dz_ptr is not None or RELU:
             x = tl.load(x_ptr + tile + offset, mask=inside, other=0.0).to(tl.float32)
         if RELU:
-            if out_ptr is not None:
-                dz = relu_grad(dz, tl.load(out_ptr + tile + offset, mask=inside, other=0.0).to(tl.float32))
-            else:
-                dz = relu_grad(dz, normalize(x, mean, scale, bias))
+            dz = relu_grad(dz, normalize(x, mean, scale, bias))
         dx = dz
         if sum_dz_ptr is not None:
             dx = dz - mean_dz[None, :] - (x - mean[None, :]) * slope[None, :]
         dx *= scale[None, :]
         tl.store(grad_x_ptr + tile + offset, dx.to(grad_x_ptr.dtype.element_ty), mask=inside)
-        if grad_residual_ptr is not None:
-            tl.store(grad_residual_ptr + tile + offset, dz.to(grad_residual_ptr.dtype.element_ty), mask=inside)

@@ -81,10 +81,10 @@ void bn_apply(const Activation& shape, const void* x, const Norm& norm, const vo
     auto* to = static_cast<Storage*>(out);
     with_bool(relu, [&](auto with_relu) {
       with_bool(residual != nullptr, [&](auto with_residual) {
-        for_each_element(shape, channel, [=](int64_t i, AffineChannel affine) {
+        for_each_element(shape, to, channel, [=](int64_t i, AffineChannel affine) {
           float z = affine(T::load(from[i]));
           if constexpr (decltype(with_residual)::value) z += T::load(added[i]);
-          to[i] = T::store(decltype(with_relu)::value ? relu_of(z) : z);
+          return T::store(decltype(with_relu)::value ? relu_of(z) : z);
         });
       });
     });
@@ -109,9 +109,9 @@ void bn_apply_dual(const Activation& shape, const void* x, const Norm& norm, con
     const auto* from2 = static_cast<const Storage*>(x2);
     auto* to = static_cast<Storage*>(out);
     with_bool(relu, [&](auto with_relu) {
-      for_each_element(shape, channel, [=](int64_t i, Both affine) {
+      for_each_element(shape, to, channel, [=](int64_t i, Both affine) {
         const float z = affine.one(T::load(from[i])) + affine.two(T::load(from2[i]));
-        to[i] = T::store(decltype(with_relu)::value ? relu_of(z) : z);
+        return T::store(decltype(with_relu)::value ? relu_of(z) : z);
       });
     });
   });

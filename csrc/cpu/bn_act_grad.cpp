@@ -106,12 +106,12 @@ void bn_grad_apply(const Activation& shape, const void* grad_out, const void* x,
     auto* to = static_cast<Storage*>(grad_x);
     with_bool(relu, [&](auto with_relu) {
       with_bool(live_statistics, [&](auto live) {
-        for_each_element(shape, channel, [=](int64_t i, GradChannel of) {
+        for_each_element(shape, to, channel, [=](int64_t i, GradChannel of) {
           const float deviation = T::load(values[i]) - of.mean;
           float dz = T::load(gradients[i]);
           if constexpr (decltype(with_relu)::value) dz = masked(dz, deviation * of.scale + of.bias);
           if constexpr (decltype(live)::value) dz -= of.mean_dz + deviation * of.slope;
-          to[i] = T::store(dz * of.scale);
+          return T::store(dz * of.scale);
         });
       });
     });

@@ -6,7 +6,7 @@ Plain PyTorch is measured in both memory formats, and is the better of the two w
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,8 @@ from fused_resnet import models
 from fused_resnet.bench.timer import Timing
 from fused_resnet.training.loop import autocast, start_run
 
-MEMORY_FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 PLAIN = "plain"
+PLAIN_FORMATS = {"plain NCHW": torch.contiguous_format, "plain channels_last": torch.channels_last}
 FUSED = "fused"
 FROZEN = "frozen"
 
@@ -81,47 +81,40 @@ def inference_contenders(
         images: (N, 3, H, W) in float32 on the device to run on.
         autocast_dtype: plain and fused run under autocast to it, and freeze packs its weights in it.
     """
-    frozen = fused_resnet.freeze(
-        _placed(model, images, "channels_last").eval(),
-        images.contiguous(memory_format=torch.channels_last),
-        dtype=autocast_dtype,
-        cuda_graph=images.is_cuda,
-    )
+    channels_last = images.contiguous(memory_format=torch.channels_last)
+    fused = _placed(model, images, torch.channels_last).eval()
+    frozen = fused_resnet.freeze(fused, channels_last, dtype=autocast_dtype, cuda_graph=images.is_cuda)
     contenders = {
-        f"{PLAIN} {memory_format}": _forward(
-            _placed(plain, images, memory_format), images, memory_format, autocast_dtype
+        name: _forward(
+            _placed(plain, images, memory_format), images.contiguous(memory_format=memory_format), autocast_dtype
         )
-        for memory_format in MEMORY_FORMATS
+        for name, memory_format in PLAIN_FORMATS.items()
     }
-    contenders[FUSED] = _forward(_placed(model, images, "channels_last"), images, "channels_last", autocast_dtype)
-    contenders[FROZEN] = _forward(frozen, images, "channels_last", None)
-    return contenders
+    return contenders | {
+        FUSED: _forward(fused, channels_last, autocast_dtype),
+        FROZEN: _forward(frozen, channels_last, None),
+    }
 
 
 def training_contenders(
-    model: nn.Module,
-    plain: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    fused_formats: tuple[str, ...],
-    autocast_dtype: torch.dtype | None = None,
+    model: nn.Module, plain: nn.Module, images: Tensor, labels: Tensor, autocast_dtype: torch.dtype | None = None
 ) -> dict[str, Callable[[], Tensor]]:
     """Functions that run one training step on copies (forward, backward, SGD: `Run.step`) and give the loss.
 
-    They are plain NCHW, plain channels_last, and fused in each of ``fused_formats``, such as "fused channels_last".
-    Other arguments as in `inference_contenders`; ``labels`` is (N,) of int64.
+    They are plain NCHW, plain channels_last and fused. Arguments as in `inference_contenders`; ``labels`` is (N,) of
+    int64.
     """
-    pairs = [(PLAIN, plain, memory_format) for memory_format in MEMORY_FORMATS]
-    pairs += [(FUSED, model, memory_format) for memory_format in fused_formats]
-    return {
-        f"{name} {memory_format}": _training_step(network, images, labels, memory_format, autocast_dtype)
-        for name, network, memory_format in pairs
+    contenders = {
+        name: _training_step(plain, images, labels, memory_format, autocast_dtype)
+        for name, memory_format in PLAIN_FORMATS.items()
     }
+    contenders[FUSED] = _training_step(model, images, labels, torch.channels_last, autocast_dtype)
+    return contenders
 
 
-def faster_format(name: str, timings: dict[str, Timing]) -> str:
-    """The memory format in which the contender, measured as "<name> <memory format>" in each, has the lower median."""
-    return min(MEMORY_FORMATS, key=lambda memory_format: timings[f"{name} {memory_format}"].median)
+def faster_plain(timings: Mapping[str, Timing]) -> str:
+    """The name of the plain contender with the lower median."""
+    return min(PLAIN_FORMATS, key=lambda name: timings[name].median)
 
 
 def relative_difference(actual: Tensor, expected: Tensor) -> float:
@@ -130,16 +123,13 @@ def relative_difference(actual: Tensor, expected: Tensor) -> float:
     return ((actual.double() - expected).abs().max() / expected.abs().max()).item()
 
 
-def _placed(model: nn.Module, images: Tensor, memory_format: str) -> nn.Module:
+def _placed(model: nn.Module, images: Tensor, memory_format: torch.memory_format) -> nn.Module:
     placed = copy.deepcopy(model).to(images.device)
-    return placed.to(memory_format=MEMORY_FORMATS[memory_format])  # type: ignore[call-overload]
+    return placed.to(memory_format=memory_format)  # type: ignore[call-overload]
 
 
-def _forward(
-    model: nn.Module, images: Tensor, memory_format: str, autocast_dtype: torch.dtype | None
-) -> Callable[[], Tensor]:
+def _forward(model: nn.Module, images: Tensor, autocast_dtype: torch.dtype | None) -> Callable[[], Tensor]:
     model.eval()
-    images = images.contiguous(memory_format=MEMORY_FORMATS[memory_format])
 
     def forward() -> Tensor:
         with torch.inference_mode(), autocast(images, autocast_dtype):
@@ -149,12 +139,12 @@ def _forward(
 
 
 def _training_step(
-    model: nn.Module, images: Tensor, labels: Tensor, memory_format: str, autocast_dtype: torch.dtype | None
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    memory_format: torch.memory_format,
+    autocast_dtype: torch.dtype | None,
 ) -> Callable[[], Tensor]:
-    run = start_run(
-        _placed(model, images, memory_format),
-        memory_format=MEMORY_FORMATS[memory_format],
-        autocast_dtype=autocast_dtype,
-    )
-    images = images.contiguous(memory_format=run.memory_format)
+    run = start_run(_placed(model, images, memory_format), memory_format=memory_format, autocast_dtype=autocast_dtype)
+    images = images.contiguous(memory_format=memory_format)
     return lambda: run.step(images, labels)

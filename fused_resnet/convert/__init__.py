@@ -1,4 +1,4 @@
-"""Conversion of models that exist already: ``fuse`` and back, ``freeze`` for inference, and what became of each norm."""
+"""Conversion of models that exist already: ``fuse`` and back, ``freeze`` for inference, and a report of every norm."""
 
 from fused_resnet.convert.freeze import FrozenModel, freeze
 from fused_resnet.convert.fuse import fuse, unfuse

@@ -81,7 +81,8 @@ def fusion_report(model: nn.Module) -> FusionReport:
                     conv = None if site.conv is None else module.get_submodule(site.conv)
                     reasons = _why_no_backend(norms[0], conv, memory_format)
                 names = tuple(_join(path, norm) for norm in site.norms)
-                sites.append(FusionSite(_join(path, site.label), names, tuple(reasons)))
+                first = names[0] or type(module).__name__
+                sites.append(FusionSite(" + ".join((first, *site.norms[1:], *site.tail)), names, tuple(reasons)))
         if _is_norm(module) and module not in covered:
             covered.add(module)
             sites.append(FusionSite(path or type(module).__name__, (path,), (_why_unknown(named, path),)))

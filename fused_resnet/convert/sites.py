@@ -26,8 +26,8 @@ class Site(NamedTuple):
     """The norms in it, by their names in the module ("" is the module itself)."""
     conv: str | None
     """The convolution in front of the first of them."""
-    label: str
-    """Such as "bn3 + downsample.1 + add + relu"."""
+    tail: tuple[str, ...]
+    """What follows them in the same pass: "add", and the name of the activation."""
     reasons: list[str]
     """Why it runs the ordinary way; empty if it is fused."""
 
@@ -65,7 +65,7 @@ def fusion_sites(module: nn.Module) -> list[Site]:
         return []
     if isinstance(module, BatchNormAct2d):
         reasons = ["fused_resnet.unfuse was called on it"] if UNFUSED in module.__dict__ else []
-        return [Site(("",), None, module.activation or "", reasons)]
+        return [Site(("",), None, () if module.activation is None else (module.activation,), reasons)]
     sites = []
     for call in _CALLS[type(module).forward]:
         if call.ends_block:
@@ -90,5 +90,5 @@ def _end_of_block(block: nn.Module, call: _Call) -> list[Site]:
 def _site(module: nn.Module, conv: str, norms: tuple[str, ...], act_name: str | None, add: bool = False) -> Site:
     act = None if act_name is None else getattr(module, act_name)
     reasons = [reason for norm in norms for reason in why_not_fuse(module.get_submodule(norm), act)]
-    label = [*norms, *(["add"] if add else []), *([] if act is None else [str(act_name)])]
-    return Site(norms, conv, " + ".join(label), list(dict.fromkeys(reasons)))
+    tail = (*(["add"] if add else []), *([] if act is None else [str(act_name)]))
+    return Site(norms, conv, tail, list(dict.fromkeys(reasons)))

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--inference-model", choices=builder_names(), default="resnet50", help="(default: %(default)s)")
     add("--inference-size", type=_positive, default=224, help="pixels of its images' side (default: %(default)s)")
     add("--inference-batches", type=_positive, nargs="+", help="batch sizes (default: 1 8; on a GPU 1 256)")
-    add("--rounds", type=_positive, help="rounds of inference timing (default: 12; on a GPU 50)")
+    add("--rounds", type=_positive, help="rounds of inference timing (default: 10; on a GPU 50)")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -90,7 +90,7 @@ def settings_for(args: argparse.Namespace) -> Settings:
         inference_model=args.inference_model,
         inference_size=args.inference_size,
         inference_batches=tuple(args.inference_batches or ((1, 256) if on_gpu else (1, 8))),
-        rounds=args.rounds or (50 if on_gpu else 12),
+        rounds=args.rounds or (50 if on_gpu else 10),
     )
     if not 2 <= settings.batch_size <= TRAIN_IMAGES:
         raise ValueError(f"--batch-size must be 2 to {TRAIN_IMAGES}, the training images; got {settings.batch_size}")

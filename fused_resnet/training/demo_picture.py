@@ -10,10 +10,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from fused_resnet.bench.contenders import FROZEN, FUSED, PLAIN
+from fused_resnet.bench.contenders import FROZEN, FUSED, PLAIN, PLAIN_FORMATS
+from fused_resnet.training.comparison import REFERENCE
 
 INK = "#1f2933"
 QUIET = "#7b8794"
+WHITE: Any = {"facecolor": "white", "edgecolor": "none", "pad": 1}
 COLORS = {PLAIN: "#b8c1cc", FUSED: "#1273de", FROZEN: "#0b8a6f"}
 STYLE: Any = {
     "font.size": 11,
@@ -37,7 +39,7 @@ def draw_picture(results: dict[str, Any], path: Path) -> None:
         figure = Figure(figsize=(11, 6), dpi=160, layout="constrained")
         figure.suptitle(_title(results), x=0.01, ha="left", fontsize=10.5, color=QUIET)
         left, right = figure.subfigures(1, 2, width_ratios=[1.1, 1], squeeze=False)[0]
-        losses, differences = left.subplots(2, 1, height_ratios=[3, 1], sharex=True)
+        losses, differences = left.subplots(2, 1, height_ratios=[2.2, 1], sharex=True)
         _draw_losses(losses, results["training"])
         _draw_differences(differences, results["training"])
         _draw_speeds(right.subplots(), results)
@@ -51,24 +53,31 @@ def _title(results: dict[str, Any]) -> str:
 
 
 def _draw_losses(axes: Axes, training: dict[str, Any]) -> None:
-    plain, fused = training[PLAIN], training[FUSED]
     steps = range(1, training["steps"] + 1)
-    for name, run, width in ((PLAIN, plain, 6.0), (FUSED, fused, 1.6)):
+    for name, contender, width in ((PLAIN, REFERENCE, 6.0), (FUSED, FUSED, 1.6)):
+        run = training["contenders"][contender]
         label = f"{name}: {run['accuracy']:.1%} of test images right"
         axes.plot(steps, run["losses"], label=label, linewidth=width, color=COLORS[name])
-    axes.set_title(f"Training {training['model']} twice from the same seed")
+    axes.set_title(f"Training {training['model']} from the same seed")
     axes.set_ylabel("loss")
     axes.set_ylim(bottom=0)
     axes.legend(loc="upper right")
 
 
 def _draw_differences(axes: Axes, training: dict[str, Any]) -> None:
-    differences = [abs(a - b) for a, b in zip(training[PLAIN]["losses"], training[FUSED]["losses"], strict=True)]
-    # Equal losses have no logarithm; they are drawn at the bottom, float32's resolution.
-    axes.semilogy(range(1, len(differences) + 1), [max(d, 1e-8) for d in differences], color=INK, linewidth=1)
+    contenders = training["contenders"]
+    (other_plain,) = set(PLAIN_FORMATS) - {REFERENCE}
+    lines = ((other_plain, COLORS[PLAIN], 3.0, "plain in the other memory format"), (FUSED, COLORS[FUSED], 1.6, FUSED))
+    for name, color, width, label in lines:
+        pairs = zip(contenders[name]["losses"], contenders[REFERENCE]["losses"], strict=True)
+        # Equal losses have no logarithm; they are drawn at the bottom, float32's resolution.
+        differences = [max(abs(a - b), 1e-8) for a, b in pairs]
+        axes.semilogy(range(1, len(differences) + 1), differences, color=color, linewidth=width, label=label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylabel("|difference|")
+    axes.set_title("How far the losses are from plain's", fontsize=11)
+    axes.set_ylabel("difference")
     axes.set_xlabel("step")
+    axes.legend(loc="lower right", fontsize=9.5)
 
 
 def _draw_speeds(axes: Axes, results: dict[str, Any]) -> None:
@@ -80,7 +89,9 @@ def _draw_speeds(axes: Axes, results: dict[str, Any]) -> None:
             position += 1
             names.append((position, name))
             axes.barh(position, speedup, height=0.8, color=COLORS[name])
-            value = axes.text(speedup, position, f" {speedup:.2f}x", va="center", color=INK, fontweight="bold")
+            value = axes.text(
+                speedup, position, f" {speedup:.2f}x", va="center", color=INK, fontweight="bold", bbox=WHITE
+            )
             axes.annotate(f"  {seconds * 1e3:.4g} ms", (1, 0.5), xycoords=value, va="center", color=QUIET, fontsize=10)
             fastest = max(fastest, speedup)
         position += 1.4
@@ -96,13 +107,10 @@ def _draw_speeds(axes: Axes, results: dict[str, Any]) -> None:
 
 def _speed_groups(results: dict[str, Any]) -> list[tuple[str, dict[str, tuple[float, float]]]]:
     """(heading, {contender: (speed, median seconds)}) of the training and of each inference batch size."""
-    training = results["training"]
-    heading = f"training {training['model']}, batch {results['settings']['batch_size']}"
-    speeds = {PLAIN: 1.0, FUSED: training["speedup"]}
-    groups = [(heading, {name: (speeds[name], training[name]["step_seconds"]["median"]) for name in speeds})]
-    for entry in results["inference"]:
-        contenders = entry["contenders"]
-        bars = {PLAIN: (1.0, contenders[entry["baseline"]]["median"])}
-        bars |= {name: (contenders[name]["speedup"], contenders[name]["median"]) for name in (FUSED, FROZEN)}
-        groups.append((f"inference {entry['model']}, batch {entry['batch_size']}", bars))
+    groups = []
+    for kind, entry in [("training", results["training"]), *(("inference", entry) for entry in results["inference"])]:
+        names = {PLAIN: entry["baseline"], FUSED: FUSED, FROZEN: FROZEN}
+        contenders = {name: entry["contenders"][key] for name, key in names.items() if key in entry["contenders"]}
+        bars = {name: (contender["speedup"], contender["median"]) for name, contender in contenders.items()}
+        groups.append((f"{kind} {entry['model']}, batch {entry['batch_size']}", bars))
     return groups

@@ -31,7 +31,7 @@ def small_resnet(block=resnet.BasicBlock, **settings) -> nn.Module:
 MODELS = {
     "torchvision": lambda: resnet.resnet50(),
     "torchvision fused": lambda: fuse(resnet.resnet18()),
-    "ours": lambda: models.resnet50(),
+    "ours": lambda: models.resnet34(),
     "ours unfused": lambda: unfuse(models.resnet18()),
     "frozen": lambda: fuse(resnet.resnet18(norm_layer=FrozenBatchNorm2d)),
     "GroupNorm": lambda: models.resnet18(norm_layer=lambda channels: nn.GroupNorm(2, channels)),
@@ -80,7 +80,9 @@ def test_not_fused_yet_and_unfused():
         assert site.reasons == ("fused_resnet.fuse was not called, or before this block was there",)
     for reasons in sites(unfuse(models.cifar_resnet20())).values():
         assert reasons == ("fused_resnet.unfuse was called on it",)
-    assert sites(unfuse(modules.BatchNormAct2d(4))) == {"relu": ("fused_resnet.unfuse was called on it",)}
+    assert sites(unfuse(modules.BatchNormAct2d(4))) == {
+        "BatchNormAct2d + relu": ("fused_resnet.unfuse was called on it",)
+    }
 
 
 def test_hooks_split_a_projection_site():

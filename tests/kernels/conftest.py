@@ -1,0 +1,38 @@
+"""Where the Triton kernels can be tested in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+
+def versions(text: str) -> tuple[int, int]:
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)
+
+
+def why_no_device() -> str | None:
+    """The reason why no kernel can run here, or None."""
+    if triton.knobs.runtime.interpret:
+        if versions(triton.__version__) < (3, 7) and versions(np.__version__) >= (2, 4):
+            return f"the interpreter of triton {triton.__version__} is broken on numpy {np.__version__} (>= 2.4)"
+        return None
+    if torch.cuda.is_available():
+        return None
+    return "no CUDA device, and TRITON_INTERPRET=1 was not set before triton was imported"
+
+
+@pytest.fixture
+def device() -> Iterator[torch.device]:
+    """The device the kernels run on. New memory is filled with NaN: what a kernel forgets to write is seen."""
+    if reason := why_no_device():
+        pytest.skip(reason)
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield torch.device("cpu" if triton.knobs.runtime.interpret else "cuda")
+    torch.use_deterministic_algorithms(False)
