@@ -90,8 +90,8 @@ def find_toolchain(choice: str) -> tuple[Toolchain | None, str]:
 
 
 def find_nvcc() -> str | None:
-    homes = [os.environ.get("CUDA_HOME"), None, "/usr/local/cuda"]
-    candidates = ("nvcc" if home is None else os.path.join(home, "bin", "nvcc") for home in homes if home != "")
+    home = os.environ.get("CUDA_HOME")
+    candidates = [*([f"{home}/bin/nvcc"] if home else []), "nvcc", "/usr/local/cuda/bin/nvcc"]
     return next(filter(None, map(shutil.which, candidates)), None)
 
 

@@ -36,7 +36,7 @@ def collect() -> dict[str, Any]:
         "machine": machine_facts("cuda" if torch.cuda.is_available() else "cpu"),
         "cuda_devices": _cuda_devices(),
         "backends": {name: backend.unavailable(name) for name in backend.MODULES},
-        "requested_backend": _requested_backend(),
+        "requested_backend": backend.requested_backend(),
         "extension": _extension(),
         "triton_cache": _triton_cache(),
         "environment": {
@@ -85,13 +85,6 @@ def _cuda_devices() -> list[dict[str, Any]]:
             }
         )
     return devices
-
-
-def _requested_backend() -> str:
-    try:
-        return backend.requested_backend()
-    except ValueError as error:
-        return f"{error} ({backend.ENVIRONMENT_VARIABLE})"
 
 
 def _extension() -> dict[str, Any]:

@@ -34,13 +34,14 @@ def bn_stats(
     Equals ``torch.var_mean(x.float(), (0, 2, 3), correction=0)`` and ``nn.BatchNorm2d``'s update. Two launches: the
     partial statistics of each chunk of rows, and their merge.
 
-    Reads 1T; writes 8*P*C + 8*P bytes of P partial results (and reads them again), P about 1000 / (C / 128).
+    Reads 1T; writes 12*P*C + 8*P bytes of P partial results (and reads them again), P about 1000 / (C / 128).
     """
     x = channels_last(x)
     rows, channels = matrix_shape(x)
     tiles = reduction_tiles(rows, channels, multiprocessors(x.device))
     counts = torch.empty(tiles.chunks, dtype=torch.int64, device=x.device)
-    means, m2s = (torch.empty((tiles.chunks, channels), dtype=torch.float32, device=x.device) for _ in range(2))
+    means = torch.empty((tiles.chunks, channels), dtype=torch.float64, device=x.device)
+    m2s = torch.empty((tiles.chunks, channels), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         bn_stats_kernel[tiles.grid](
             x,
@@ -170,17 +171,22 @@ def bn_stats_kernel(
     STAGES: tl.constexpr,
 ):
     """Row ``chunk`` of the partial statistics. Lane l of a channel takes rows l, l + BLOCK_ROWS, ... of the chunk by
-    Welford's update (Chan's formula with one new value); the lanes are merged once, at the end."""
+    Welford's update (Chan's formula with one new value); the lanes are merged once, at the end.
+
+    The running means are kept as distances from the chunk's first row. Where |mean| >> std that difference is exact
+    and small, while a float32 mean would be rounded in every step by more than the variance can bear."""
     chunk, first_row, own_rows, channel = program_tile(rows, channels, chunk_rows, BLOCK_ROWS, BLOCK_CHANNELS)
     in_channels = channel < channels
     lane = tl.arange(0, BLOCK_ROWS)
     offset = lane[:, None] * channels + channel[None, :]
+    first = tl.load(x_ptr + first_row * channels + channel, mask=in_channels, other=0.0).to(tl.float32)
     mean = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), dtype=tl.float32)
     m2 = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), dtype=tl.float32)
     for start in tl.range(0, own_rows, BLOCK_ROWS, num_stages=STAGES):
         inside = (start + lane < own_rows)[:, None] & in_channels[None, :]
         tile = (first_row + start) * channels
         x = tl.load(x_ptr + tile + offset, mask=inside, other=0.0).to(tl.float32)
+        x -= first[None, :]
         distance = tl.where(inside, x - mean, 0.0)
         mean += distance * (1.0 / (start // BLOCK_ROWS + 1))
         m2 += distance * (x - mean)
@@ -188,7 +194,7 @@ def bn_stats_kernel(
     lane_count = tl.where(lane < own_rows, lane_count, 0.0)
     _, mean, m2 = merge_lanes(lane_count, mean, m2)
     partial = chunk.to(tl.int64) * channels + channel
-    tl.store(means_ptr + partial, mean, mask=in_channels)
+    tl.store(means_ptr + partial, first.to(tl.float64) + mean, mask=in_channels)
     tl.store(m2s_ptr + partial, m2, mask=in_channels)
     tl.store(counts_ptr + chunk, own_rows.to(tl.int64), mask=tl.program_id(0) % tl.cdiv(channels, BLOCK_CHANNELS) == 0)
 

@@ -22,6 +22,7 @@ from fused_resnet.kernels.channels_last import channels_last, dense_vector, opti
 from fused_resnet.kernels.conv_tiles import GROUP_ROWS, conv_tiles
 from fused_resnet.kernels.device import INTERPRETED, multiprocessors
 
+WIDE_ELEMENTS = 2**30  # tensors of so many have 64-bit offsets; not 2**31, as masked lanes count past the end
 OLDEST_CAPABILITY = (8, 0)  # bfloat16 and TF32 matrix instructions, cp.async
 
 
@@ -95,7 +96,7 @@ def conv_bn_act(
             POINTWISE=pointwise,
             PADDED=padding[0] + padding[1] > 0,
             EVEN_DEPTH=(taps * channels if tiles.flat else channels) % tiles.depth == 0,
-            WIDE=max(x.numel(), conv_weight.numel(), out.numel()) >= 2**31,
+            WIDE=max(x.numel(), conv_weight.numel(), out.numel()) >= WIDE_ELEMENTS,
             RELU=relu,
             PRECISION="ieee" if full_precision else "tf32",
             BLOCK_ROWS=tiles.rows,

@@ -10,7 +10,8 @@ Why these numbers (H100 and H200: 132 multiprocessors, 2048 threads and 64 Ki re
   bytes; more would only make every program load more of the per-channel vectors. Fewer channels take the next power
   of two, and the tile grows in rows instead.
 - An elementwise tile is 2048 elements for 128 threads: 16 elements a thread, two 16-byte accesses of 16-bit data on
-  each tensor. The passes compile to at most 80 registers: 768 threads, so 24 KB in flight for each tensor read.
+  each tensor. The passes compile to 56 to 90 registers: at least 640 threads, so 20 KB in flight for each tensor
+  read, and those at the upper end read two.
   A chunk is one tile for small inputs and up to 8 for large ones (the per-channel vectors are loaded once a chunk), as
   long as 64 programs are left for each multiprocessor: at least four waves.
 - A reduction tile is 2048 elements for 256 threads: 8 running sums of each kind a thread stay in registers (at most

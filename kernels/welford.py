@@ -34,17 +34,18 @@ def finalize_statistics(
 
     Args:
         counts: (P,) int64, the number of values behind each partial result; 0 is allowed.
-        means, m2s: (P, C) float32, dense.
+        means, m2s: (P, C), dense, float32 or float64. Give means in float64: where |mean| >> std, float32 ones are
+            rounded by more than the differences between them can bear.
         running_mean, running_var: (C,) of any float dtype, moved in place; or None.
         momentum: running = (1 - momentum) * running + momentum * new. The variance that moves is the unbiased one.
 
     Returns:
         mean and 1/sqrt(biased variance + eps): two (C,) float32 vectors.
 
-    Reads and writes: 8*P*C + 8*P bytes read, 8*C written, and the running statistics read and written.
+    Reads and writes: 12*P*C + 8*P bytes read (means in float64), 8*C written, and the running statistics read and written.
     """
     partials, channels = means.shape
-    mean, invstd = (means.new_empty(channels) for _ in range(2))
+    mean, invstd = (torch.empty(channels, dtype=torch.float32, device=means.device) for _ in range(2))
     new_running_mean, new_running_var = dense_vector(running_mean), dense_vector(running_var)
     with torch.cuda.device_of(means):
         finalize_statistics_kernel[(triton.cdiv(channels, MERGE_CHANNELS),)](

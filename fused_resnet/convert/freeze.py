@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from fused_resnet.modules.bn_act import has_global_hooks, is_intercepted
 from fused_resnet.modules.bottleneck import Bottleneck
 from fused_resnet.modules.conv_bn_act import ConvBNAct2d, why_not_fold
 from fused_resnet.modules.frozen import FrozenBlock, FrozenConvAct
+from fused_resnet.ops.checks import DTYPES
 
 BLOCK_FORWARDS = (BasicBlock.forward, Bottleneck.forward, PlainBlock.forward)
 STEM_FORWARDS = (ResNet.forward, CIFARResNet.forward)
@@ -23,11 +25,18 @@ STEM_FORWARDS = (ResNet.forward, CIFARResNet.forward)
 class FrozenModel(nn.Module):
     """What ``freeze`` returns: ``module`` without gradients, in one dtype and memory format; perhaps as a CUDA graph."""
 
+    _like: Tensor
+
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.module = module
-        self.dtype = dtype
+        self.register_buffer("_like", torch.empty(0, dtype=dtype), persistent=False)
         self._graph: torch.cuda.CUDAGraph | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of weights, activations and the output; ``.to`` changes it."""
+        return self._like.dtype
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
@@ -58,6 +67,16 @@ class FrozenModel(nn.Module):
         with torch.cuda.graph(graph):
             self._graph_output = self.module(self._graph_input)
         self._graph = graph
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FrozenModel:
+        before = [buffer.data_ptr() for buffer in self.buffers()]
+        super()._apply(fn, recurse)
+        if before != [buffer.data_ptr() for buffer in self.buffers()]:
+            self._graph = None  # of buffers that are no more
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_graph": None, "_graph_input": None, "_graph_output": None}
 
     def train(self, mode: bool = True) -> FrozenModel:
         if mode:
@@ -92,8 +111,8 @@ def freeze(
         raise TypeError(f"example_input must be a floating-point Tensor; got {got}")
     if example_input.dim() != 4:
         raise ValueError(f"example_input must be (N, C, H, W); got shape {tuple(example_input.shape)}")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"dtype must be a floating-point torch.dtype or None; got {dtype!r}")
+    if dtype not in (None, *DTYPES):
+        raise TypeError(f"dtype must be one of {', '.join(map(str, DTYPES))}, or None; got {dtype!r}")
     frozen = fuse(copy.deepcopy(model)).eval().requires_grad_(False)
     like = next((p for p in (*frozen.parameters(), *frozen.buffers()) if p.is_floating_point()), example_input)
     if like.device != example_input.device:
@@ -103,7 +122,7 @@ def freeze(
     dtype = like.dtype if dtype is None else dtype
 
     folded = {name: part for name, module in frozen.named_modules() if (part := _fold(module, dtype)) is not None}
-    frozen = frozen.to(dtype=dtype, memory_format=torch.channels_last)
+    frozen = frozen.to(dtype=dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for name, part in folded.items():
         frozen = _replace(frozen, name, part)
     result = FrozenModel(frozen, dtype)
@@ -116,29 +135,34 @@ def freeze(
 
 def _fold(module: nn.Module, dtype: torch.dtype) -> nn.Module | dict[str, nn.Module] | None:
     """What takes this module's place, or (for a stem) the places of its children; None where it stays as it is."""
-    forward = type(module).forward
     if is_intercepted(module) or has_global_hooks():
         return None
-    if forward is ConvBNAct2d.forward and not why_not_fold(module.conv, module.bn, module.act):
-        return FrozenConvAct(module.conv, module.bn, module.act is not None, dtype)
-    if forward in STEM_FORWARDS and not why_not_fold(module.conv1, module.bn1, module.relu):
-        conv = FrozenConvAct(module.conv1, module.bn1, True, dtype)
-        return {"conv1": conv, "bn1": nn.Identity(), "relu": nn.Identity()}
+    forward = type(module).forward
+    if forward is ConvBNAct2d.forward:
+        return _fold_conv(module.conv, module.bn, module.act, dtype)
+    if forward in STEM_FORWARDS:
+        conv = _fold_conv(module.conv1, module.bn1, module.relu, dtype)
+        return None if conv is None else {"conv1": conv, "bn1": nn.Identity(), "relu": nn.Identity()}
     if forward in BLOCK_FORWARDS:
         return _fold_block(module, dtype)
     return None
 
 
-def _fold_block(block: nn.Module, dtype: torch.dtype) -> FrozenBlock | None:
+def _fold_conv(conv: Any, norm: Any, act: Any, dtype: torch.dtype) -> FrozenConvAct | None:
+    return None if why_not_fold(conv, norm, act) else FrozenConvAct(conv, norm, act is not None, dtype)
+
+
+def _fold_block(block: Any, dtype: torch.dtype) -> FrozenBlock | None:
+    """The block as convolutions, all of them or none; a shortcut that is no convolution and norm stays as it is."""
     layers = [(getattr(block, f"conv{i}"), getattr(block, f"bn{i}")) for i in (1, 2, 3) if hasattr(block, f"conv{i}")]
-    if any(why_not_fold(conv, norm, block.relu) for conv, norm in layers):
-        return None
+    convs = [_fold_conv(conv, norm, block.relu, dtype) for conv, norm in layers]
     downsample = getattr(block, "downsample", None)
     if type(downsample) is nn.Sequential and len(downsample) == 2 and not is_intercepted(downsample):
-        if why_not_fold(*downsample, None):
-            return None
-        downsample = FrozenConvAct(*downsample, False, dtype)
-    convs = [FrozenConvAct(conv, norm, True, dtype) for conv, norm in layers]
+        downsample = _fold_conv(*downsample, None, dtype)
+        convs.append(downsample)
+    if None in convs:
+        return None
+    convs = convs[: len(layers)]
     return FrozenBlock(convs, downsample, shortcut=type(block).forward is not PlainBlock.forward)
 
 

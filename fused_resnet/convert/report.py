@@ -74,7 +74,7 @@ def fusion_report(model: nn.Module) -> FusionReport:
     for path, module in named.items():
         for site in fusion_sites(module):
             norms = [module.get_submodule(norm) for norm in site.norms]
-            if not covered.issuperset(norms):
+            if not covered.issuperset(norms) and type(norms[0]) is not nn.Identity:
                 covered.update(norms)
                 reasons = site.reasons
                 if not reasons:

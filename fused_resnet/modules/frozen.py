@@ -39,7 +39,8 @@ class FrozenConvAct(nn.Module):
         weight = (conv.weight.detach().double() * scale.detach()[:, None, None, None]).to(dtype)
         self.register_buffer("weight", weight.contiguous(memory_format=torch.channels_last))
         self.register_buffer("bias", shift.detach().to(torch.float32 if weight.is_cuda else dtype))
-        self.stride, self.padding, self.dilation = list(conv.stride), list(conv.padding), list(conv.dilation)
+        padding = [int(pixels) for pixels in conv.padding]
+        self.stride, self.padding, self.dilation = list(conv.stride), padding, list(conv.dilation)
         self.groups = conv.groups
         self.relu = relu
         self._packed: Tensor | None = None

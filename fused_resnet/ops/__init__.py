@@ -4,4 +4,13 @@ from fused_resnet.ops.backend import BackendError, requested_backend, use_backen
 from fused_resnet.ops.bn_act import BatchNorm, bn_act, bn_act_dual
 from fused_resnet.ops.conv_bn_act import conv_bn_act
 
-__all__ = ["BackendError", "BatchNorm", "bn_act", "bn_act_dual", "conv_bn_act", "requested_backend", "use_backend", "why_not"]
+__all__ = [
+    "BackendError",
+    "BatchNorm",
+    "bn_act",
+    "bn_act_dual",
+    "conv_bn_act",
+    "requested_backend",
+    "use_backend",
+    "why_not",
+]

@@ -49,15 +49,20 @@ class BackendError(RuntimeError):
 def why_not(backend: str, op: str, *args: Any) -> list[str]:
     """The reasons why ``backend`` cannot run ``op`` on these arguments; an empty list means that it can.
 
+    One that cannot run in this process at all says only that.
+
     Args:
         backend: "triton", "native", "separate" or "reference".
         op: a name in ``ops/schemas.py``, such as "bn_apply".
         args: the op's arguments in the order of its schema.
     """
     _known(backend)
-    if op not in SCHEMAS:
+    if op not in tuple(SCHEMAS):
         raise ValueError(f"op must be one of {', '.join(SCHEMAS)}; got {op!r}")
-    return unavailable(backend) + _CHECKS[backend](op, args)
+    names = [argument.name for argument in getattr(torch.ops.fused_resnet, op).default._schema.arguments]
+    if len(args) != len(names):
+        raise TypeError(f"args must be those of {op}, ({', '.join(names)}); got {len(args)} of them")
+    return _reasons(backend, op, args)
 
 
 @functools.cache
@@ -98,8 +103,11 @@ def requested_backend() -> str:
 def has_fused_backend(x: Tensor) -> bool:
     """True if a bn op on x has a body of its own here; else PyTorch's own batch_norm, add and relu are faster.
 
-    An explicitly requested backend, the reference included, always has.
+    An explicitly requested backend, the reference included, always has; inside ``torch.func`` and forward-mode
+    differentiation, which take PyTorch's own ops only, none has.
     """
+    if is_transformed():
+        return False
     if _requested != AUTO:
         return True
     if x.dtype not in FUSED_DTYPES or x.numel() == 0:
@@ -109,17 +117,33 @@ def has_fused_backend(x: Tensor) -> bool:
     return x.device.type == "cpu" and _usable("native")
 
 
+def is_transformed() -> bool:
+    """True inside ``torch.func.grad``, ``vmap`` and their like, and inside ``forward_ad.dual_level``."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
 def choose(op: str, args: tuple[Any, ...]) -> ModuleType:
     """The module that runs ``op`` on these arguments."""
     name = requested_backend()
     if name != AUTO:
-        if reasons := why_not(name, op, *args):
+        if reasons := _reasons(name, op, args):
             raise BackendError(_refusal(name, op, reasons))
         return _module(name)
+    return choose_automatically(op, args)
+
+
+def choose_automatically(op: str, args: tuple[Any, ...]) -> ModuleType:
+    """The first module that can run ``op`` on these arguments, whatever was asked for."""
     for name in MODULES:
-        if not unavailable(name) and not _CHECKS[name](op, args):
+        if not _reasons(name, op, args):
             return _module(name)
     raise AssertionError("the reference refuses nothing")
+
+
+def _reasons(backend: str, op: str, args: tuple[Any, ...]) -> list[str]:
+    return unavailable(backend) or _CHECKS[backend](op, args)
 
 
 @torch.compiler.assume_constant_result
@@ -127,9 +151,9 @@ def _usable(backend: str) -> bool:
     return not unavailable(backend)
 
 
-def _known(name: str) -> str:
-    if name != AUTO and name not in MODULES:
-        raise ValueError(f"backend must be one of {', '.join([AUTO, *MODULES])}; got {name!r}")
+def _known(name: str, what: str = "backend") -> str:
+    if name not in (AUTO, *MODULES):
+        raise ValueError(f"{what} must be one of {', '.join([AUTO, *MODULES])}; got {name!r}")
     return name
 
 
@@ -195,7 +219,7 @@ def _why_not_separate(op: str, args: tuple[Any, ...]) -> list[str]:
 
 
 # One for the process, not for the thread: autograd runs backward in threads of its own.
-_requested: str = _known(os.environ.get(ENVIRONMENT_VARIABLE) or AUTO)
+_requested: str = _known(os.environ.get(ENVIRONMENT_VARIABLE) or AUTO, ENVIRONMENT_VARIABLE)
 
 _CHECKS: dict[str, Callable[[str, tuple[Any, ...]], list[str]]] = {
     "triton": _why_not_triton,

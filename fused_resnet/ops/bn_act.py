@@ -80,12 +80,10 @@ def bn_act(
     checks.check_residual("residual", residual, x, x.shape)
     if training:
         checks.check_several_values_per_channel(x)
-    if not has_fused_backend(x) or (residual is not None and residual.dtype != x.dtype):
-        z = _batch_norm(x, norm)
-        z = z if residual is None else z + residual
-        return F.relu(z) if relu else z
-    mean, invstd = _statistics(x, norm)
-    return _BNAct.apply(x, weight, bias, residual, mean, invstd, not training, eps, relu)
+    if residual is None or residual.dtype == x.dtype:
+        return _bn_act(x, norm, residual, relu)
+    z = _bn_act(x, norm, None, False) + residual
+    return F.relu(z) if relu else z
 
 
 def bn_act_dual(x: Tensor, norm: BatchNorm, x2: Tensor, norm2: BatchNorm, *, activation: str | None = "relu") -> Tensor:
@@ -106,12 +104,15 @@ def bn_act_dual(x: Tensor, norm: BatchNorm, x2: Tensor, norm2: BatchNorm, *, act
     checks.check_image("x", x)
     checks.check_residual("x2", x2, x, x.shape)
     checks.check_image("x2", x2)
+    for name, value in (("norm", norm), ("norm2", norm2)):
+        if not isinstance(value, BatchNorm):
+            raise TypeError(f"{name} must be a BatchNorm; got {type(value).__name__}")
     checks.check_batch_norm(x, *norm, channels=x.shape[1])
     checks.check_batch_norm(x2, *norm2, channels=x.shape[1], suffix="2")
     if norm.training or norm2.training:
         checks.check_several_values_per_channel(x)
     if not has_fused_backend(x) or x2.dtype != x.dtype:
-        z = _batch_norm(x, norm) + _batch_norm(x2, norm2)
+        z = _bn_act(x, norm, None, False) + _bn_act(x2, norm2, None, False)
         return F.relu(z) if relu else z
     mean, invstd = _statistics(x, norm)
     mean2, invstd2 = _statistics(x2, norm2)
@@ -124,9 +125,30 @@ def bn_act_dual(x: Tensor, norm: BatchNorm, x2: Tensor, norm2: BatchNorm, *, act
     )
 
 
+def _bn_act(x: Tensor, norm: BatchNorm, residual: Tensor | None, relu: bool) -> Tensor:
+    """``bn_act`` of checked arguments, the residual of x's dtype."""
+    if not has_fused_backend(x):
+        z = _batch_norm(x, norm)
+        z = z if residual is None else z + residual
+        return F.relu(z) if relu else z
+    mean, invstd = _statistics(x, norm)
+    return _BNAct.apply(x, norm.weight, norm.bias, residual, mean, invstd, not norm.training, norm.eps, relu)
+
+
 def _batch_norm(x: Tensor, norm: BatchNorm) -> Tensor:
-    weight, bias, running_mean, running_var, training, momentum, eps = norm
-    return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    """``F.batch_norm``, also of vectors whose dtypes it does not take together with x's."""
+    *vectors, training, momentum, eps = norm
+    dtypes = {vector.dtype for vector in vectors if vector is not None}
+    wide = statistics_dtype(x)
+    if not (dtypes <= {x.dtype} or dtypes == {wide}):
+        vectors = [None if vector is None else vector.to(wide) for vector in vectors]
+    weight, bias, running_mean, running_var = vectors
+    out = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    if training:
+        for running, moved in ((norm.running_mean, running_mean), (norm.running_var, running_var)):
+            if running is not None and moved is not running:
+                running.copy_(moved)
+    return out
 
 
 def _statistics(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
@@ -213,7 +235,7 @@ class _BNActDual(torch.autograd.Function):
         need, need2 = ctx.needs_input_grad[:3], ctx.needs_input_grad[5:8]
         # To the first normalisation the second is a residual: its gradient is dz, the mask already applied.
         *grads, dz = _backward(grad_out, x, out, norm, ctx.relu, (*need, any(need2)))
-        grads2 = [None, None, None]
+        grads2: list[Tensor | None] = [None, None, None]
         if dz is not None:
             *grads2, _ = _backward(dz, x2, None, norm2, False, (*need2, False))
         return (*grads, None, None, *grads2, None, None, None, None, None)
@@ -238,10 +260,14 @@ def _backward(
         grad_x = _ops.bn_grad_apply(dz, x, mean, invstd, weight, bias, *sums, relu)
     return (
         grad_x,
-        sum_dz_xhat.to(weight.dtype) if need_weight and sum_dz_xhat is not None else None,
-        sum_dz.to(bias.dtype) if need_bias and sum_dz is not None else None,
+        _cast_like(sum_dz_xhat, weight) if need_weight else None,
+        _cast_like(sum_dz, bias) if need_bias else None,
         dz if need_residual else None,
     )
+
+
+def _cast_like(grad: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+    return None if grad is None or parameter is None else grad.to(parameter.dtype)
 
 
 def _differentiable_backward(
@@ -251,11 +277,11 @@ def _differentiable_backward(
     weight, bias, mean, invstd, constant, eps = norm
     if constant:
         variance = invstd.double().pow(-2).to(invstd.dtype) - eps
-        z = F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
+        z = _batch_norm(x, BatchNorm(weight, bias, mean, variance, False, 0.0, eps))
     else:
-        z = F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+        z = _batch_norm(x, BatchNorm(weight, bias, None, None, True, 0.0, eps))
     dz = torch.where((z if out is None else out).detach() <= 0, 0, grad_out) if relu else grad_out
-    wanted = [tensor for tensor, needed in zip((x, weight, bias), need, strict=False) if needed]
+    wanted = [t for t, needed in zip((x, weight, bias), need[:3], strict=True) if needed and t is not None]
     found = iter(torch.autograd.grad(z, wanted, dz, create_graph=True) if wanted else ())
     grad_x, grad_weight, grad_bias = (next(found) if needed else None for needed in need[:3])
     return grad_x, grad_weight, grad_bias, dz if need[3] else None

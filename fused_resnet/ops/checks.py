@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 ACTIVATIONS = ("relu", None)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_activation(activation: str | None) -> bool:
     """True for "relu", False for None."""
+    if not (activation is None or isinstance(activation, str)):
+        raise TypeError(f"activation must be 'relu' or None; got {type(activation).__name__}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be 'relu' or None; got {activation!r}")
     return activation == "relu"
@@ -25,8 +28,7 @@ def check_image(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be a Tensor; got {type(x).__name__}")
     if x.dim() != 4:
         raise ValueError(f"{name} must have 4 dimensions (N, C, H, W); got {x.dim()}, shape {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise TypeError(f"{name} must have a floating-point dtype; got {x.dtype}")
+    _check_numbers(name, x)
     if x.shape[1] == 0:
         raise ValueError(f"{name} must have at least one channel; got shape {tuple(x.shape)}")
 
@@ -38,8 +40,7 @@ def check_channel_vector(name: str, vector: Tensor | None, x: Tensor, channels: 
         raise TypeError(f"{name} must be a Tensor or None; got {type(vector).__name__}")
     if vector.dim() != 1 or vector.shape[0] != channels:
         raise ValueError(f"{name} must have shape ({channels},), one value per channel; got {tuple(vector.shape)}")
-    if not vector.is_floating_point():
-        raise TypeError(f"{name} must have a floating-point dtype; got {vector.dtype}")
+    _check_numbers(name, vector)
     _check_same_device(name, vector, x)
 
 
@@ -50,8 +51,7 @@ def check_residual(name: str, residual: Tensor | None, x: Tensor, shape: Sequenc
         raise TypeError(f"{name} must be a Tensor or None; got {type(residual).__name__}")
     if tuple(residual.shape) != tuple(shape):
         raise ValueError(f"{name} must have the output's shape {tuple(shape)}; got {tuple(residual.shape)}")
-    if not residual.is_floating_point():
-        raise TypeError(f"{name} must have a floating-point dtype; got {residual.dtype}")
+    _check_numbers(name, residual)
     _check_same_device(name, residual, x)
 
 
@@ -71,11 +71,15 @@ def check_batch_norm(
     check_channel_vector("bias" + suffix, bias, x, channels)
     check_channel_vector("running_mean" + suffix, running_mean, x, channels)
     check_channel_vector("running_var" + suffix, running_var, x, channels)
-    if not training and (running_mean is None or running_var is None):
+    if not isinstance(training, bool):
+        raise TypeError(f"training{suffix} must be a bool; got {type(training).__name__}")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError(f"running_mean{suffix} and running_var{suffix} must both be given, or both be None")
+    if not training and running_mean is None:
         raise ValueError(f"running_mean{suffix} and running_var{suffix} must be given when training is False; got None")
     check_number("momentum" + suffix, momentum)
     check_number("eps" + suffix, eps)
-    if eps < 0:
+    if not eps >= 0:  # nor NaN
         raise ValueError(f"eps{suffix} must be >= 0; got {eps}")
 
 
@@ -110,8 +114,7 @@ def check_conv_weight(x: Tensor, conv_weight: Tensor, groups: int) -> None:
         )
     if conv_weight.numel() == 0:
         raise ValueError(f"conv_weight must not be empty; got shape {tuple(conv_weight.shape)}")
-    if not conv_weight.is_floating_point():
-        raise TypeError(f"conv_weight must have a floating-point dtype; got {conv_weight.dtype}")
+    _check_numbers("conv_weight", conv_weight)
     if isinstance(groups, bool) or not isinstance(groups, int):
         raise TypeError(f"groups must be an int; got {type(groups).__name__}")
     if groups < 1 or conv_weight.shape[0] % groups:
@@ -122,6 +125,13 @@ def check_conv_weight(x: Tensor, conv_weight: Tensor, groups: int) -> None:
             f"{tuple(conv_weight.shape)} and groups={groups}; got {x.shape[1]}"
         )
     _check_same_device("conv_weight", conv_weight, x)
+
+
+def _check_numbers(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name} must have dtype float64, float32, float16 or bfloat16; got {tensor.dtype}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a strided (dense) Tensor; got layout {tensor.layout}")
 
 
 def _check_same_device(name: str, tensor: Tensor, x: Tensor) -> None:

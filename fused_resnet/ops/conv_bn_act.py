@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_resnet.ops import checks
+from fused_resnet.ops.backend import is_transformed
 from fused_resnet.ops.bn_act import bn_act
 from fused_resnet.ops.reference import statistics_dtype
 from fused_resnet.ops.schemas import conv_output_size
@@ -68,15 +69,17 @@ def conv_bn_act(
         conv_output_size(x.shape[i + 2], conv_weight.shape[i + 2], stride[i], padding[i], dilation[i]) for i in (0, 1)
     ]
     if min(size) < 1:
-        raise ValueError(f"x must be at least as large as the dilated kernel; got {tuple(x.shape)} for the kernel "
-                         f"{tuple(conv_weight.shape[2:])} with padding {padding} and dilation {dilation}")
+        raise ValueError(
+            f"x must be at least as large as the dilated kernel; got {tuple(x.shape)} for the kernel "
+            f"{tuple(conv_weight.shape[2:])} with padding {padding} and dilation {dilation}"
+        )
     checks.check_residual("residual", residual, x, (x.shape[0], channels, *size))
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, conv_weight = x.to(dtype), conv_weight.to(dtype)
     checks.check_same_dtype("conv_weight", conv_weight, x.dtype)
 
-    if x.shape[0] == 0 or _wants_gradient(x, conv_weight, weight, bias, residual):
+    if x.shape[0] == 0 or is_transformed() or _wants_gradient(x, conv_weight, weight, bias, residual):
         out = F.conv2d(x, conv_weight, None, stride, padding, dilation, groups)
         return bn_act(out, weight, bias, running_mean, running_var, residual, eps=eps, activation=activation)
     scale, shift = fold(weight, bias, running_mean, running_var, eps, statistics_dtype(x))

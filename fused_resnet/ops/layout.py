@@ -24,8 +24,20 @@ def dense_like(tensor: Tensor, x: Tensor) -> Tensor:
 
 
 def conv_memory_format(x: Tensor, conv_weight: Tensor) -> torch.memory_format:
-    """The memory format of conv2d's output: channels_last if the image or the weight clearly lies so, as in torch."""
-    for tensor in (x, conv_weight):
-        if is_channels_last(tensor) and not tensor.is_contiguous():
-            return torch.channels_last
-    return torch.contiguous_format
+    """The memory format of conv2d's output: channels_last if the image or the weight lies so, as in torch."""
+    lies_so = _strides_like_channels_last(x) or _strides_like_channels_last(conv_weight)
+    return torch.channels_last if lies_so else torch.contiguous_format
+
+
+def _strides_like_channels_last(x: Tensor) -> bool:
+    """True if x lies as NHWC and not as NCHW, or has strides that torch's ``suggest_memory_format`` takes for NHWC:
+    those of a slice, and of a 1x1 kernel from a channels_last model, which lies densely both ways."""
+    if is_channels_last(x) and not x.is_contiguous():
+        return True
+    least = 1
+    for dim in (1, 3, 2, 0):
+        size, stride = x.shape[dim], x.stride(dim)
+        if size == 0 or stride < least or (dim == 0 and least == x.stride(1)):
+            return False
+        least = stride * size
+    return True

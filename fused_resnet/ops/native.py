@@ -26,10 +26,17 @@ def bn_stats(
     mean, invstd = _channel_vector(x), _channel_vector(x)
     moved_mean, moved_var = _vector(running_mean), _vector(running_var)
     _C.bn_stats(
-        _shape(x), _address(x), _address(mean), _address(invstd), _address(moved_mean), _address(moved_var), momentum, eps
+        _shape(x),
+        _address(x),
+        _address(mean),
+        _address(invstd),
+        _address(moved_mean),
+        _address(moved_var),
+        momentum,
+        eps,
     )
     for running, moved in ((running_mean, moved_mean), (running_var, moved_var)):
-        if running is not None and moved is not running:
+        if running is not None and moved is not None and moved is not running:
             running.copy_(moved)
     return mean, invstd
 
@@ -65,7 +72,7 @@ def bn_apply_dual(
     relu: bool,
 ) -> Tensor:
     x = dense(x)
-    x2 = _like(x2, x)
+    x2 = dense_like(x2.to(x.dtype), x)
     out = torch.empty_like(x)
     with _Norm(mean, invstd, weight, bias) as norm, _Norm(mean2, invstd2, weight2, bias2) as norm2:
         _C.bn_apply_dual(_shape(x), _address(x), norm, _address(x2), norm2, relu, _address(out))
@@ -83,7 +90,7 @@ def bn_grad_stats(
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = dense(x)
-    grad_out, out = _like(grad_out, x), _like(out, x)
+    grad_out, out = dense_like(grad_out.to(x.dtype), x), _like(out, x)
     sum_dz, sum_dz_xhat = _channel_vector(x), _channel_vector(x)
     dz = x.new_empty(0) if out is None else torch.empty_like(x)
     tensors = (grad_out, x, out, None if out is None else dz)
@@ -104,12 +111,17 @@ def bn_grad_apply(
     relu: bool,
 ) -> Tensor:
     x = dense(x)
-    grad_out = _like(grad_out, x)
+    grad_out = dense_like(grad_out.to(x.dtype), x)
     sum_dz, sum_dz_xhat = _vector(sum_dz), _vector(sum_dz_xhat)
     grad_x = torch.empty_like(x)
     with _Norm(mean, invstd, weight, bias) as norm:
         _C.bn_grad_apply(
-            _shape(x), *map(_address, (grad_out, x)), norm, *map(_address, (sum_dz, sum_dz_xhat)), relu, _address(grad_x)
+            _shape(x),
+            *map(_address, (grad_out, x)),
+            norm,
+            *map(_address, (sum_dz, sum_dz_xhat)),
+            relu,
+            _address(grad_x),
         )
     return grad_x
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_resnet.ops.backend import AUTO, use_backend
+from fused_resnet.ops.backend import choose_automatically
+from fused_resnet.ops.layout import conv_memory_format
 from fused_resnet.ops.reference import statistics_dtype
 
 
@@ -27,8 +28,9 @@ def conv_bn_act(
     relu: bool,
 ) -> Tensor:
     out = F.conv2d(x, conv_weight, None, stride, padding, dilation, groups)
+    out = out.contiguous(memory_format=conv_memory_format(x, conv_weight))
     dtype, channels = statistics_dtype(x), conv_weight.shape[0]
     zero = torch.zeros(channels, dtype=dtype, device=x.device)
     scale = torch.ones_like(zero) if scale is None else scale.to(dtype)
-    with use_backend(AUTO):
-        return torch.ops.fused_resnet.bn_apply(out, zero, scale, None, shift, residual, relu)
+    args = (out, zero, scale, None, shift, residual, relu)
+    return choose_automatically("bn_apply", args).bn_apply(*args)

@@ -10,13 +10,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from fused_resnet.bench.contenders import FROZEN, FUSED, PLAIN, PLAIN_FORMATS
-from fused_resnet.training.comparison import REFERENCE
+from fused_resnet.bench.contenders import FROZEN, FUSED, PLAIN
+from fused_resnet.training.comparison import REFERENCE, YARDSTICK
 from fused_resnet.training.demo_picture import draw_picture
 
 JSON_NAME = "demo.json"
 PICTURE_NAME = "demo.png"
-(OTHER_PLAIN,) = set(PLAIN_FORMATS) - {REFERENCE}
 
 
 def print_report(results: dict[str, Any], console: Console) -> None:
@@ -53,7 +52,7 @@ def _add_training(table: Table, training: dict[str, Any]) -> None:
     table.add_row(f"[bold]Training {training['model']}, batch {training['batch_size']}")
     table.add_row("  test accuracy", *(f"{run['accuracy']:.1%}" for run in pair))
     table.add_row("  loss of the last step", *(f"{run['losses'][-1]:.4f}" for run in pair))
-    yardstick = [contenders[name]["loss_difference"] for name in (OTHER_PLAIN, FUSED)]
+    yardstick = [contenders[name]["loss_difference"] for name in (YARDSTICK, FUSED)]
     for which in ("first", "mean", "max"):
         table.add_row(f"  loss difference, {which}", *(f"{difference[which]:.1e}" for difference in yardstick))
     _add_times(table, contenders, [FUSED])
@@ -69,20 +68,20 @@ def _add_inference(table: Table, entry: dict[str, Any]) -> None:
 
 
 def _add_times(table: Table, contenders: dict[str, Any], ours: list[str]) -> None:
-    table.add_row("  time, NCHW", _milliseconds(contenders[OTHER_PLAIN]))
+    table.add_row("  time, NCHW", _milliseconds(contenders[YARDSTICK]))
     table.add_row("  time, channels_last", *(_milliseconds(contenders[name]) for name in (REFERENCE, *ours)))
     table.add_row("  speed", _times(1), *(_times(contenders[name]["speedup"]) for name in ours))
 
 
 def _caption(results: dict[str, Any]) -> str:
     machine, settings = results["machine"], results["settings"]
-    threads = "" if machine["device_type"] == "cuda" else f" {machine['threads']} threads,"
-    training, inference = settings["size"], settings["inference_size"]
+    threads = "" if machine["device_type"] == "cuda" else f", {machine['threads']} threads"
+    sizes = [f"{settings[key]}x{settings[key]}" for key in ("size", "inference_size")]
     return (
-        f"Medians of interleaved rounds; speed is to the faster of plain's memory formats. Loss differences are to plain "
-        f"channels_last; under plain, the yardstick, that of plain NCHW: rounding alone. {settings['autocast'] or 'float32'},"
-        f"{threads} torch {machine['torch']}; training images {training}x{training}, inference {inference}x{inference}; "
-        f"{results['seconds']:.0f} s in all."
+        "Medians of interleaved rounds; speed is to the faster of plain's memory formats. "
+        "Loss differences are to plain channels_last; in plain's column that of plain NCHW, which is rounding alone. "
+        f"{settings['autocast'] or 'float32'}{threads}, torch {machine['torch']}; "
+        f"training images {sizes[0]}, inference {sizes[1]}; {results['seconds']:.0f} s in all."
     )
 
 

@@ -45,7 +45,7 @@ def test_fused_torchvision_model_trains_and_infers_the_same_in_float64(block):
 
 @pytest.mark.parametrize("block", [resnet.BasicBlock, resnet.Bottleneck])
 def test_fused_torchvision_model_is_as_exact_as_the_plain_one_in_float32(block):
-    """Distances to float64, as lengths of vectors: a ReLU with an input of nearly 0 may flip and move single gradients."""
+    """Distances to float64, as lengths of vectors: a ReLU with an input near 0 may flip and move single gradients."""
     plain = small_resnet(block)
     fused, exact = fuse(copy.deepcopy(plain)), copy.deepcopy(plain).double()
     x = images()

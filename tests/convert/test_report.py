@@ -39,6 +39,7 @@ MODELS = {
     "BatchNormAct2d": lambda: models.resnet18(norm_layer=modules.BatchNormAct2d),
     "CIFAR": lambda: models.cifar_resnet20(),
     "CIFAR plain": lambda: models.cifar_plain20(),
+    "no norms": lambda: models.resnet18(norm_layer=lambda channels: nn.Identity()),
     "single": lambda: modules.BatchNormAct2d(3),
     "bare": lambda: nn.BatchNorm2d(3),
 }

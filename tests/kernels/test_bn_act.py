@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fused_resnet import kernels
+from fused_resnet.kernels.device import INTERPRETED_MULTIPROCESSORS
 from fused_resnet.kernels.row_tiles import RowTiles, elementwise_tiles, reduction_tiles
 from fused_resnet.kernels.welford import finalize_statistics
 from fused_resnet.ops import reference
@@ -35,9 +36,11 @@ def test_every_pass(shape: tuple[int, ...], dtype: torch.dtype, relu: bool, with
     check_every_pass(shape, dtype, device, relu=relu, residual=with_residual)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    shape=st.tuples(st.integers(1, 4), st.integers(1, 140), st.integers(1, 8), st.integers(1, 8)),
+    shape=st.tuples(
+        st.integers(1, 4), st.sampled_from([1, 2, 3, 5, 16, 31, 40, 129]), st.integers(1, 8), st.integers(1, 8)
+    ),
     dtype=st.sampled_from(DTYPES),
     relu=st.booleans(),
     residual=st.booleans(),
@@ -182,7 +185,13 @@ def test_against_batch_norm_itself(device) -> None:
 
 def test_a_chunk_of_several_tiles(device) -> None:
     """Elementwise programs loop only when the device is full; 530,000 elements fill the interpreter's."""
-    check_every_pass((4, 64, 46, 45), torch.float16, device, relu=True, residual=True)
+    x = image((4, 64, 46, 45), torch.float16, device)
+    rows, channels = x.numel() // 64, 64
+    tiles = elementwise_tiles(rows, channels, INTERPRETED_MULTIPROCESSORS)
+    assert tiles.chunk_rows == 2 * tiles.block_rows and rows % tiles.chunk_rows != 0
+    mean, invstd = torch.randn(64, device=device), torch.rand(64, device=device)
+    check("bn_apply", x, mean, invstd, None, None, None, True)
+    check("bn_grad_apply", torch.randn_like(x), x, mean, invstd, None, None, mean, mean, True)
 
 
 def test_statistics_merge_like_one_batch(device) -> None:
@@ -215,7 +224,7 @@ def test_bitwise_repeatable(device) -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=120, deadline=None, derandomize=True)
 @given(st.integers(1, 2**33), st.integers(1, 5000), st.integers(1, 200))
 def test_tiles_cover_the_matrix_once(rows: int, channels: int, multiprocessors: int) -> None:
     for choose in (elementwise_tiles, reduction_tiles):
@@ -291,14 +300,20 @@ def check(op: str, *args: Any, terms: int = 1) -> Any:
         getattr(module, op)(*given) for module, given in ((kernels, ours), (reference, theirs), (reference, exact_args))
     )
     as_tuple = (actual, baseline, exact) if isinstance(actual, tuple) else ((actual,), (baseline,), (exact,))
+    # A mean is a small sum of large numbers, and is moved into the running one.
+    magnitude = exact_args[0].abs().max().item() if op == "bn_stats" and exact_args[0].isfinite().all() else None
     for index, (a, b, e) in enumerate(zip(*as_tuple, strict=True)):
         if a.numel() == 0 == b.numel():
             continue
         assert a.stride() == b.stride(), f"{op}: output {index} has strides {a.stride()}, not {b.stride()}"
-        assert_at_most_twice(a, b, e, what=f"{op}: output {index}", terms=terms)
+        large = magnitude if index == 0 else None
+        assert_at_most_twice(a, b, e, what=f"{op}: output {index}", terms=terms, magnitude=large)
     for index, (a, b, e) in enumerate(zip(ours, theirs, exact_args, strict=True)):
         if isinstance(a, Tensor):
-            assert_at_most_twice(a, b, e, what=f"{op}: argument {index}")
+            if a.dtype == torch.float64:  # running statistics: float32's digits are in them
+                a, b = a.float(), b.float()
+            large = magnitude if index == 1 else None
+            assert_at_most_twice(a, b, e, what=f"{op}: argument {index}", magnitude=large)
     return actual
 
 

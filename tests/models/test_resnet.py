@@ -26,10 +26,12 @@ BUILDERS = (
     "wide_resnet50_2",
     "wide_resnet101_2",
 )
-# The last stage of a 64x64 image is 2x2, so two images give each channel of the last norms 8 values.
-IMAGE_SIZE, BATCH_SIZE, STEPS = 64, 2, 3
-# float64 rounds at 1e-16; three steps through up to 155 layers of batch normalisation over few values amplify that to
-# about 1e-12. A wrong formula, a missed update or a swapped operand shows at 1e-3 and above.
+# Odd sizes in every stage (20, 10, 5, 3, 2), and 8 values for each channel of the last norms.
+IMAGE_SIZE, BATCH_SIZE, STEPS = 40, 2, 3
+# A residual network with random weights is chaotic: three steps turn float64's 1e-16 into 1e-7. With the last norm of
+# every block at a fifth, as training leaves them, it is not: 1e-13 was seen. A wrong formula, a missed update or a
+# swapped operand shows at 1e-3 and above.
+LAST_NORM_WEIGHT = 0.2
 FLOAT64_TOLERANCE = 1e-9
 
 
@@ -58,9 +60,9 @@ def test_same_names_and_bitwise_the_same_initial_weights(pair):
 def test_three_training_steps_and_inference_in_float64(pair):
     """Per-tensor relative distance of losses, last gradients, weights, running statistics and eval outputs."""
     ours, theirs = pair
-    expected = train(copy.deepcopy(theirs).double())
+    expected = train(well_conditioned(copy.deepcopy(theirs)).double())
     with use_backend("reference"):  # the only one that takes float64; else this would be ATen's own batch_norm
-        got = train(copy.deepcopy(ours).double())
+        got = train(well_conditioned(copy.deepcopy(ours)).double())
     assert got.tensors.keys() == expected.tensors.keys()
     distances = {name: distance(got.tensors[name], expected.tensors[name]) for name in expected.tensors}
     worst = max(distances, key=distances.__getitem__)
@@ -78,7 +80,7 @@ def test_float32_channels_last_is_as_accurate_as_torchvision(name, device):
     last stages move all gradients by a few percent, in one run and not in the next, so that much is allowed on top.
     """
     torch.manual_seed(1)
-    theirs = getattr(torchvision.models, name)(num_classes=10)
+    theirs = well_conditioned(getattr(torchvision.models, name)(num_classes=10))
     ours = getattr(models, name)(num_classes=10)
     ours.load_state_dict(theirs.state_dict())
     truth = train(copy.deepcopy(theirs).double(), steps=1, learning_rate=0.0)
@@ -111,6 +113,13 @@ class Record:
         """The relative distance to the truth, averaged over the tensors of this kind."""
         names = [name for name in truth.tensors if name.split(".")[0] == kind]
         return sum(distance(self.tensors[name], truth.tensors[name]) for name in names) / len(names)
+
+
+def well_conditioned(model: nn.Module) -> nn.Module:
+    for block in model.modules():
+        if hasattr(block, "downsample"):
+            nn.init.constant_(getattr(block, "bn3", block.bn2).weight, LAST_NORM_WEIGHT)
+    return model
 
 
 def train(model: nn.Module, steps: int = STEPS, learning_rate: float = 0.01) -> Record:

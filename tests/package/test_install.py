@@ -80,9 +80,10 @@ def test_wheel_holds_the_package_and_nothing_beside_it(wheel, sources):
 def test_sdist_holds_every_source(sdist, sources):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    for folder in ("csrc", "kernels", "fused_resnet", "requirements"):
-        files = {path.relative_to(sources).as_posix() for path in (sources / folder).rglob("*.*") if path.is_file()}
-        assert {name for name in files if not name.endswith((".pyc", ".so"))} <= names
+    for pattern in ("csrc/**/*.*", "requirements/*.txt", "kernels/**/*.py", "fused_resnet/**/*.py", "tests/**/*.py"):
+        files = {path.relative_to(sources).as_posix() for path in sources.glob(pattern)}
+        assert files
+        assert files <= names
     assert {"setup.py", "pyproject.toml", "Makefile", "LICENSE", "README.md"} <= names
 
 
