@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "bn_act.h"
+#include "buffers.h"
 
 #ifndef FUSED_RESNET_VERSION
 #define FUSED_RESNET_VERSION "unknown"
@@ -100,6 +101,13 @@ PYBIND11_MODULE(_C, m) {
                                       py::arg("bias"));
 
   using NoGil = py::call_guard<py::gil_scoped_release>;
+  py::class_<fr::Buffer>(m, "Buffer", py::buffer_protocol(), "Memory for an output; kept for the next one when freed.")
+      .def(py::init<int64_t>(), py::arg("bytes"))
+      .def_buffer([](fr::Buffer& buffer) {
+        return py::buffer_info(static_cast<uint8_t*>(buffer.data()), static_cast<py::ssize_t>(buffer.bytes()));
+      });
+  m.def("kept_bytes", &fr::kept_bytes, "Bytes of freed buffers that wait to be used again.");
+  m.def("release_kept_buffers", &fr::release_kept_buffers, "Gives them back to the system.");
   m.def("bn_stats", &fr::bn_stats, NoGil());
   m.def("bn_apply", &fr::bn_apply, NoGil());
   m.def("bn_apply_dual", &fr::bn_apply_dual, NoGil());

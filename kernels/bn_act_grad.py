@@ -136,8 +136,10 @@ def bn_grad_stats_kernel(
     BLOCK_CHANNELS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Row ``chunk`` of both matrices of partial sums, and the program's own part of dz. Lane l of a channel adds rows l, l + BLOCK_ROWS, ... of the
-    chunk in order; the lanes are added once, at the end."""
+    """Row ``chunk`` of both matrices of partial sums, and the program's own part of dz.
+
+    Lane l of a channel adds rows l, l + BLOCK_ROWS, ... of the chunk in order; the lanes are added once, at the end.
+    """
     chunk, first_row, own_rows, channel = program_tile(rows, channels, chunk_rows, BLOCK_ROWS, BLOCK_CHANNELS)
     in_channels = channel < channels
     mean, scale, bias = load_normalization(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, channel, in_channels)

@@ -56,7 +56,7 @@ def conv_bn_act(
     filters, _, kernel_height, kernel_width = conv_weight.shape
     out_height, out_width = _output_size(x, conv_weight, stride, padding, dilation)
     rows, taps = batch * out_height * out_width, kernel_height * kernel_width
-    full_precision = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision != "tf32"
+    full_precision = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision != "tf32"  # type: ignore[attr-defined]
     pointwise = taps == 1 and (*stride, *padding) == (1, 1, 0, 0)
     tiles = conv_tiles(
         rows,

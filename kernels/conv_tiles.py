@@ -83,8 +83,8 @@ def conv_tiles(
     full_precision: bool = False,
 ) -> ConvTiles:
     """The cheapest candidate. ``full_precision``: float32 that may not be rounded to TF32."""
-    step_bytes = POINTWISE_STEP_BYTES if pointwise else STEP_BYTES
-    candidates = CANDIDATES
+    step_bytes: tuple[int, ...] = POINTWISE_STEP_BYTES if pointwise else STEP_BYTES
+    candidates: tuple[tuple[int, int, int, int], ...] = CANDIDATES
     if channels * element_bytes % ALIGNMENT_BYTES or filters * element_bytes % ALIGNMENT_BYTES:
         step_bytes = tuple(count for count in step_bytes if count <= SINGLE_STEP_BYTES)
         candidates = tuple(tile for tile in CANDIDATES if tile[0] * tile[1] <= SINGLE_TILE)

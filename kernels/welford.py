@@ -42,7 +42,7 @@ def finalize_statistics(
     Returns:
         mean and 1/sqrt(biased variance + eps): two (C,) float32 vectors.
 
-    Reads and writes: 12*P*C + 8*P bytes read (means in float64), 8*C written, and the running statistics read and written.
+    Reads 12*P*C + 8*P bytes (means in float64) and writes 8*C, beside the running statistics, read and written.
     """
     partials, channels = means.shape
     mean, invstd = (torch.empty(channels, dtype=torch.float32, device=means.device) for _ in range(2))

@@ -14,12 +14,6 @@ namespace {
 template <typename T>
 struct Moments {
   static constexpr int64_t kShiftValues = 8;
-  struct Total {
-    double mean = 0.0;
-    double m2 = 0.0;
-    double count = 0.0;
-  };
-
   const typename T::Storage* x;
   std::vector<float> shift;
 
@@ -37,17 +31,26 @@ struct Moments {
     const float deviation = T::load(x[i]) - channel_shift;
     return {deviation, deviation * deviation};
   }
-  void end_tile(int64_t c, const Sums& sums, int64_t count, Total& total) const {
-    const double n = static_cast<double>(count);
-    const double drift = sums.first / n;
-    merge(total, Total{shift[c] + drift, std::max(sums.second - drift * sums.first, 0.0), n});
+  void end_tile(int64_t c_begin, int64_t c_end, const float* first, const float* second, int64_t count,
+                int64_t total_count, double* total_mean, double* total_m2) const {
+    const double inverse = 1.0 / static_cast<double>(count);
+    const double share = static_cast<double>(count) / static_cast<double>(total_count + count);
+    const double weight = share * static_cast<double>(total_count);
+    const float* const shifts = shift.data() + c_begin;
+#pragma GCC ivdep
+    for (int64_t k = 0; k < c_end - c_begin; ++k) {
+      const double drift = first[k] * inverse;
+      const double m2 = second[k] - drift * first[k];
+      const double delta = shifts[k] + drift - total_mean[k];
+      total_mean[k] += delta * share;
+      total_m2[k] += (m2 < 0.0 ? 0.0 : m2) + delta * delta * weight;
+    }
   }
-  static void merge(Total& total, const Total& other) {
-    const double delta = other.mean - total.mean;
-    const double count = total.count + other.count;
-    total.mean += delta * (other.count / count);
-    total.m2 += other.m2 + delta * delta * (total.count * other.count / count);
-    total.count = count;
+  static void merge(double mean, double m2, int64_t count, int64_t total_count, double& total_mean, double& total_m2) {
+    const double share = static_cast<double>(count) / static_cast<double>(total_count + count);
+    const double delta = mean - total_mean;
+    total_mean += delta * share;
+    total_m2 += m2 + delta * delta * share * static_cast<double>(total_count);
   }
 };
 
@@ -62,9 +65,10 @@ void bn_stats(const Activation& shape, const void* x, float* mean, float* varian
   with_element(shape.dtype, [&](auto element) {
     using T = decltype(element);
     const Moments<T> moments{static_cast<const typename T::Storage*>(x), std::vector<float>(shape.channels)};
-    reduce_channels(shape, moments, [&](int64_t c, const auto& total) {
-      mean[c] = static_cast<float>(total.mean);
-      variance[c] = static_cast<float>(total.m2 / total.count);
+    const double inverse = 1.0 / static_cast<double>(shape.count());
+    reduce_channels(shape, moments, [&](int64_t c, double total_mean, double total_m2) {
+      mean[c] = static_cast<float>(total_mean);
+      variance[c] = static_cast<float>(total_m2 * inverse);
     });
   });
 }

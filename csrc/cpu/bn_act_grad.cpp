@@ -19,11 +19,6 @@ inline float masked(float grad_out, float z) { return z <= 0.0f ? 0.0f : grad_ou
 
 template <typename T, Mask mask>
 struct GradSums {
-  struct Total {
-    double first = 0.0;
-    double second = 0.0;
-  };
-
   const typename T::Storage *grad_out, *x, *out;
   typename T::Storage* written_dz;
   const float *mean, *scale, *bias;
@@ -40,10 +35,16 @@ struct GradSums {
     }
     return {dz, dz * deviation};
   }
-  void end_tile(int64_t, const Sums& sums, int64_t, Total& total) const { merge(total, {sums.first, sums.second}); }
-  static void merge(Total& total, const Total& other) {
-    total.first += other.first;
-    total.second += other.second;
+  void end_tile(int64_t c_begin, int64_t c_end, const float* first, const float* second, int64_t, int64_t,
+                double* total_first, double* total_second) const {
+    for (int64_t k = 0; k < c_end - c_begin; ++k) {
+      total_first[k] += first[k];
+      total_second[k] += second[k];
+    }
+  }
+  static void merge(double first, double second, int64_t, int64_t, double& total_first, double& total_second) {
+    total_first += first;
+    total_second += second;
   }
 };
 
@@ -64,9 +65,9 @@ void bn_grad_stats(const Activation& shape, const void* grad_out, const void* x,
                            vectors.mean,
                            vectors.scale.data(),
                            vectors.bias.data()};
-      reduce_channels(shape, sums, [&](int64_t c, const typename Reduction::Total& total) {
-        sum_dz[c] = static_cast<float>(total.first);
-        sum_dz_xhat[c] = static_cast<float>(total.second * norm.invstd[c]);
+      reduce_channels(shape, sums, [&](int64_t c, double total_dz, double total_dz_deviation) {
+        sum_dz[c] = static_cast<float>(total_dz);
+        sum_dz_xhat[c] = static_cast<float>(total_dz_deviation * norm.invstd[c]);
       });
     };
     if (!relu) {

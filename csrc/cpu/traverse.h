@@ -70,105 +70,127 @@ constexpr int64_t kTileElements = 32 * 1024;  // of all channels together (NHWC)
 constexpr int64_t kTilePixels = 4096;         // of one plane (NCHW)
 constexpr int64_t kMaxChunks = 64;            // of an NHWC activation: more than a machine's cores, whatever they are
 constexpr int kLanes = 32;                    // interleaved sums along a contiguous run
-constexpr int kRowGroup = 4;                  // rows added together before they touch the sums in memory
+constexpr int kRowGroup = 4;                  // short rows added together before they touch the sums in memory
+constexpr int64_t kShortRow = 128;            // longer rows out of memory are read one by one, as prefetchers like it
+constexpr int64_t kCachedElements = 1 << 20;  // of an activation that the producer left in a cache
+
+template <typename Reduction, typename Result>
+void reduce_rows(const Activation& shape, const Reduction& reduction, const Result& result) {
+  const int64_t channels = shape.channels;
+  const int64_t rows = shape.count();
+  const int64_t tile_rows = std::min<int64_t>(std::max<int64_t>(kTileElements / channels, 8), 256);
+  const int64_t tiles = (rows + tile_rows - 1) / tile_rows;
+  const int64_t chunk_rows = (tiles + kMaxChunks - 1) / kMaxChunks * tile_rows;
+  const int64_t chunks = (rows + chunk_rows - 1) / chunk_rows;
+  const bool by_groups = channels <= kShortRow || rows * channels <= kCachedElements;
+  std::vector<double> totals(2 * chunks * channels);
+  double* const total_first = totals.data();
+  double* const total_second = total_first + chunks * channels;
+#pragma omp parallel for num_threads(shape.threads) schedule(static)
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    Reduction local = reduction;
+    std::vector<float> sums(2 * channels);
+    float* const first = sums.data();
+    float* const second = first + channels;
+    const int64_t begin = chunk * chunk_rows;
+    const int64_t end = std::min(rows, begin + chunk_rows);
+    for (int64_t tile = begin; tile < end; tile += tile_rows) {
+      const int64_t tile_end = std::min(tile + tile_rows, end);
+      local.begin_tile(0, channels, tile * channels, channels, tile_end - tile);
+      std::fill(sums.begin(), sums.end(), 0.0f);
+      int64_t row = tile;
+      const auto add_rows = [&](auto group) {
+        const int64_t offset = row * channels;
+#pragma GCC ivdep
+        for (int64_t c = 0; c < channels; ++c) {
+          const auto channel = local.channel(c);
+          Sums added{0.0f, 0.0f};
+          for (int g = 0; g < decltype(group)::value; ++g) {
+            const Sums value = local.value(offset + g * channels + c, channel);
+            added.first += value.first;
+            added.second += value.second;
+          }
+          first[c] += added.first;
+          second[c] += added.second;
+        }
+        row += decltype(group)::value;
+      };
+      if (by_groups) {
+        while (row + kRowGroup <= tile_end) add_rows(std::integral_constant<int, kRowGroup>{});
+      }
+      while (row < tile_end) add_rows(std::integral_constant<int, 1>{});
+      local.end_tile(0, channels, first, second, tile_end - tile, tile - begin, total_first + chunk * channels,
+                     total_second + chunk * channels);
+    }
+  }
+#pragma omp parallel for num_threads(shape.threads) schedule(static)
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t chunk = 1; chunk < chunks; ++chunk) {
+      const int64_t before = chunk * chunk_rows;
+      Reduction::merge(total_first[chunk * channels + c], total_second[chunk * channels + c],
+                       std::min(chunk_rows, rows - before), before, total_first[c], total_second[c]);
+    }
+    result(c, total_first[c], total_second[c]);
+  }
+}
+
+template <typename Reduction, typename Result>
+void reduce_planes(const Activation& shape, const Reduction& reduction, const Result& result) {
+#pragma omp parallel for num_threads(shape.threads) schedule(static)
+  for (int64_t c = 0; c < shape.channels; ++c) {
+    Reduction local = reduction;
+    double total_first = 0.0, total_second = 0.0;
+    int64_t total_count = 0;
+    for (int64_t image = 0; image < shape.images; ++image) {
+      const int64_t plane = (image * shape.channels + c) * shape.pixels;
+      for (int64_t begin = 0; begin < shape.pixels; begin += kTilePixels) {
+        const int64_t count = std::min(kTilePixels, shape.pixels - begin);
+        const int64_t offset = plane + begin;
+        local.begin_tile(c, c + 1, offset, 1, count);
+        const auto channel = local.channel(c);
+        float first[kLanes] = {};
+        float second[kLanes] = {};
+        int64_t i = 0;
+        for (; i + kLanes <= count; i += kLanes) {
+#pragma GCC ivdep
+          for (int lane = 0; lane < kLanes; ++lane) {
+            const Sums value = local.value(offset + i + lane, channel);
+            first[lane] += value.first;
+            second[lane] += value.second;
+          }
+        }
+        for (int lane = 0; i < count; ++i, ++lane) {
+          const Sums value = local.value(offset + i, channel);
+          first[lane] += value.first;
+          second[lane] += value.second;
+        }
+        for (int lane = 1; lane < kLanes; ++lane) {
+          first[0] += first[lane];
+          second[0] += second[lane];
+        }
+        local.end_tile(c, c + 1, first, second, count, total_count, &total_first, &total_second);
+        total_count += count;
+      }
+    }
+    result(c, total_first, total_second);
+  }
+}
 
 // Reduces every channel with `reduction`, which is copied for every chunk of work and has
 //   begin_tile(c_begin, c_end, offset, stride, count): the tile's elements of channel c lie at offset + c - c_begin,
 //                                                      `stride` apart;
 //   channel(c), value(i, channel) -> Sums:             what element i adds;
-//   end_tile(c, sums, count, total):                   adds a finished tile of `count` elements to `total`;
-//   merge(total, other), Total:                        joins two totals;
-// and calls result(c, total) once per channel.
+//   end_tile(c_begin, c_end, first, second, count, total_count, total_first, total_second):
+//                                                      adds a finished tile of `count` elements, whose sums are first[c
+//                                                      - c_begin] and so on, to the totals of `total_count` before it;
+//   merge(first, second, count, total_count, total_first, total_second): joins two totals of one channel;
+// and calls result(c, first, second) once per channel.
 template <typename Reduction, typename Result>
 void reduce_channels(const Activation& shape, const Reduction& reduction, const Result& result) {
-  using Total = typename Reduction::Total;
-  const int64_t channels = shape.channels;
   if (shape.channels_last) {
-    const int64_t rows = shape.count();
-    const int64_t tile_rows = std::min<int64_t>(std::max<int64_t>(kTileElements / channels, 8), 256);
-    const int64_t tiles = (rows + tile_rows - 1) / tile_rows;
-    const int64_t chunk_rows = (tiles + kMaxChunks - 1) / kMaxChunks * tile_rows;
-    const int64_t chunks = (rows + chunk_rows - 1) / chunk_rows;
-    std::vector<Total> totals(chunks * channels);
-#pragma omp parallel for num_threads(shape.threads) schedule(static)
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      Reduction local = reduction;
-      std::vector<float> sums(2 * channels);
-      float* const first = sums.data();
-      float* const second = first + channels;
-      const int64_t end = std::min(rows, (chunk + 1) * chunk_rows);
-      for (int64_t tile = chunk * chunk_rows; tile < end; tile += tile_rows) {
-        const int64_t tile_end = std::min(tile + tile_rows, end);
-        local.begin_tile(0, channels, tile * channels, channels, tile_end - tile);
-        std::fill(sums.begin(), sums.end(), 0.0f);
-        int64_t row = tile;
-        const auto add_rows = [&](auto group) {
-          const int64_t offset = row * channels;
-#pragma GCC ivdep
-          for (int64_t c = 0; c < channels; ++c) {
-            const auto channel = local.channel(c);
-            Sums added{0.0f, 0.0f};
-            for (int g = 0; g < decltype(group)::value; ++g) {
-              const Sums value = local.value(offset + g * channels + c, channel);
-              added.first += value.first;
-              added.second += value.second;
-            }
-            first[c] += added.first;
-            second[c] += added.second;
-          }
-          row += decltype(group)::value;
-        };
-        while (row + kRowGroup <= tile_end) add_rows(std::integral_constant<int, kRowGroup>{});
-        while (row < tile_end) add_rows(std::integral_constant<int, 1>{});
-        for (int64_t c = 0; c < channels; ++c) {
-          local.end_tile(c, Sums{first[c], second[c]}, tile_end - tile, totals[chunk * channels + c]);
-        }
-      }
-    }
-#pragma omp parallel for num_threads(shape.threads) schedule(static)
-    for (int64_t c = 0; c < channels; ++c) {
-      Total total = totals[c];
-      for (int64_t chunk = 1; chunk < chunks; ++chunk) Reduction::merge(total, totals[chunk * channels + c]);
-      result(c, total);
-    }
+    reduce_rows(shape, reduction, result);
   } else {
-#pragma omp parallel for num_threads(shape.threads) schedule(static)
-    for (int64_t c = 0; c < channels; ++c) {
-      Reduction local = reduction;
-      Total total{};
-      for (int64_t image = 0; image < shape.images; ++image) {
-        const int64_t plane = (image * channels + c) * shape.pixels;
-        for (int64_t begin = 0; begin < shape.pixels; begin += kTilePixels) {
-          const int64_t count = std::min(kTilePixels, shape.pixels - begin);
-          const int64_t offset = plane + begin;
-          local.begin_tile(c, c + 1, offset, 1, count);
-          const auto channel = local.channel(c);
-          float first[kLanes] = {};
-          float second[kLanes] = {};
-          int64_t i = 0;
-          for (; i + kLanes <= count; i += kLanes) {
-#pragma GCC ivdep
-            for (int lane = 0; lane < kLanes; ++lane) {
-              const Sums value = local.value(offset + i + lane, channel);
-              first[lane] += value.first;
-              second[lane] += value.second;
-            }
-          }
-          for (int lane = 0; i < count; ++i, ++lane) {
-            const Sums value = local.value(offset + i, channel);
-            first[lane] += value.first;
-            second[lane] += value.second;
-          }
-          Sums sums{0.0f, 0.0f};
-          for (int lane = 0; lane < kLanes; ++lane) {
-            sums.first += first[lane];
-            sums.second += second[lane];
-          }
-          local.end_tile(c, sums, count, total);
-        }
-      }
-      result(c, total);
-    }
+    reduce_planes(shape, reduction, result);
   }
 }
 

@@ -16,7 +16,7 @@ from fused_resnet.modules.bn_act import has_global_hooks, is_intercepted
 from fused_resnet.modules.bottleneck import Bottleneck
 from fused_resnet.modules.conv_bn_act import ConvBNAct2d, why_not_fold
 from fused_resnet.modules.frozen import FrozenBlock, FrozenConvAct
-from fused_resnet.ops.checks import DTYPES
+from fused_resnet.ops.checks import DTYPES, check_image
 
 BLOCK_FORWARDS = (BasicBlock.forward, Bottleneck.forward, PlainBlock.forward)
 STEM_FORWARDS = (ResNet.forward, CIFARResNet.forward)
@@ -42,6 +42,7 @@ class FrozenModel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The model's output in the frozen dtype. x: (N, C, H, W) of any floating dtype and memory format, on the
         model's device; with a CUDA graph, of the example's shape (ValueError otherwise)."""
+        check_image("x", x)
         if self._graph is None:
             return self.module(x.to(self.dtype, memory_format=torch.channels_last))
         if x.shape != self._graph_input.shape:
@@ -106,11 +107,7 @@ def freeze(
         TypeError: model is not an ``nn.Module``, example_input not a floating-point Tensor, or dtype not floating.
         ValueError: example_input is not 4D or not on the model's device, or cuda_graph without a CUDA device.
     """
-    if not isinstance(example_input, Tensor) or not example_input.is_floating_point():
-        got = getattr(example_input, "dtype", type(example_input).__name__)
-        raise TypeError(f"example_input must be a floating-point Tensor; got {got}")
-    if example_input.dim() != 4:
-        raise ValueError(f"example_input must be (N, C, H, W); got shape {tuple(example_input.shape)}")
+    check_image("example_input", example_input)
     if dtype not in (None, *DTYPES):
         raise TypeError(f"dtype must be one of {', '.join(map(str, DTYPES))}, or None; got {dtype!r}")
     frozen = fuse(copy.deepcopy(model)).eval().requires_grad_(False)

@@ -12,6 +12,7 @@ from torch import Tensor
 from fused_resnet import _C  # type: ignore[attr-defined]
 from fused_resnet.ops.layout import dense, dense_like, is_channels_last
 
+_BUFFER_BYTES = 32 << 20  # from here on malloc maps memory afresh
 _DTYPES = {
     torch.float32: _C.DType.float32,
     torch.float16: _C.DType.float16,
@@ -52,7 +53,7 @@ def bn_apply(
 ) -> Tensor:
     x = dense(x)
     residual = _like(residual, x)
-    out = torch.empty_like(x)
+    out = _empty_like(x)
     with _Norm(mean, invstd, weight, bias) as norm:
         _C.bn_apply(_shape(x), _address(x), norm, _address(residual), relu, _address(out))
     return out
@@ -73,7 +74,7 @@ def bn_apply_dual(
 ) -> Tensor:
     x = dense(x)
     x2 = dense_like(x2.to(x.dtype), x)
-    out = torch.empty_like(x)
+    out = _empty_like(x)
     with _Norm(mean, invstd, weight, bias) as norm, _Norm(mean2, invstd2, weight2, bias2) as norm2:
         _C.bn_apply_dual(_shape(x), _address(x), norm, _address(x2), norm2, relu, _address(out))
     return out
@@ -92,7 +93,7 @@ def bn_grad_stats(
     x = dense(x)
     grad_out, out = dense_like(grad_out.to(x.dtype), x), _like(out, x)
     sum_dz, sum_dz_xhat = _channel_vector(x), _channel_vector(x)
-    dz = x.new_empty(0) if out is None else torch.empty_like(x)
+    dz = x.new_empty(0) if out is None else _empty_like(x)
     tensors = (grad_out, x, out, None if out is None else dz)
     with _Norm(mean, invstd, weight, bias) as norm:
         _C.bn_grad_stats(_shape(x), *map(_address, tensors), norm, relu, _address(sum_dz), _address(sum_dz_xhat))
@@ -113,7 +114,7 @@ def bn_grad_apply(
     x = dense(x)
     grad_out = dense_like(grad_out.to(x.dtype), x)
     sum_dz, sum_dz_xhat = _vector(sum_dz), _vector(sum_dz_xhat)
-    grad_x = torch.empty_like(x)
+    grad_x = _empty_like(x)
     with _Norm(mean, invstd, weight, bias) as norm:
         _C.bn_grad_apply(
             _shape(x),
@@ -144,6 +145,14 @@ def _shape(x: Tensor):
     return _C.Activation(
         images, channels, height * width, is_channels_last(x), _DTYPES[x.dtype], torch.get_num_threads()
     )
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    """``torch.empty_like(x)`` of a dense x; large ones in memory that was used before (csrc/buffers.h says why)."""
+    if x.nbytes < _BUFFER_BYTES:
+        return torch.empty_like(x)
+    storage = torch.frombuffer(_C.Buffer(x.nbytes), dtype=x.dtype).untyped_storage()
+    return torch.empty(0, dtype=x.dtype).set_(storage, 0, x.shape, x.stride())
 
 
 def _address(tensor: Tensor | None) -> int:

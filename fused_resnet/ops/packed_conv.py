@@ -48,7 +48,8 @@ def packed_conv_act(
     groups: int,
     relu: bool,
 ) -> Tensor:
-    """``act(F.conv2d(x, weight, bias, stride, padding, dilation, groups) + residual)`` as one oneDNN call.
+    """``act(F.conv2d(x, weight, bias, stride, padding, dilation, groups) + residual)`` as one oneDNN call
+    (and an add where there are groups).
 
     Args:
         x: (N, C, H, W), for which ``why_not_packed`` is empty.
@@ -61,6 +62,9 @@ def packed_conv_act(
         return torch.ops.mkldnn._convolution_pointwise(
             x, packed_weight, bias, padding, stride, dilation, groups, act, [], ""
         )
+    if groups > 1:  # which PyTorch adds in a pass of its own, for float32 only
+        out = packed_conv_act(x, packed_weight, bias, None, stride, padding, dilation, groups, False).add_(residual)
+        return out.relu_() if relu else out
     return torch.ops.mkldnn._convolution_pointwise.binary(
         x, residual, packed_weight, bias, padding, stride, dilation, groups, "add", 1.0, act if relu else None, [], None
     )

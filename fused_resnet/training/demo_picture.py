@@ -46,9 +46,14 @@ def draw_picture(results: dict[str, Any], path: Path) -> None:
         figure.savefig(path)
 
 
+def milliseconds(seconds: float) -> str:
+    """A duration for people: "0.312 ms", "1418.0 ms"."""
+    return f"{seconds * 1e3:.{1 if seconds >= 0.01 else 3}f} ms"
+
+
 def _title(results: dict[str, Any]) -> str:
     machine, settings = results["machine"], results["settings"]
-    where = machine["device"] + ("" if machine["device_type"] == "cuda" else f", {machine['threads']} threads")
+    where = machine["device"] + ("" if machine["device_type"] == "cuda" else f", threads: {machine['threads']}")
     return f"{where}   ·   torch {machine['torch']}   ·   {settings['autocast'] or 'float32'}"
 
 
@@ -88,10 +93,16 @@ def _draw_speeds(axes: Axes, results: dict[str, Any]) -> None:
             position += 1
             names.append((position, name))
             axes.barh(position, speedup, height=0.8, color=COLORS[name])
-            value = axes.text(
-                speedup, position, f" {speedup:.2f}x", va="center", color=INK, fontweight="bold", bbox=WHITE
+            value = axes.annotate(
+                f"{speedup:.2f}x",
+                (speedup, position),
+                xytext=(6, 0),
+                textcoords="offset points",
+                va="center",
+                fontweight="bold",
+                bbox=WHITE,
             )
-            axes.annotate(f"  {seconds * 1e3:.4g} ms", (1, 0.5), xycoords=value, va="center", color=QUIET, fontsize=10)
+            axes.annotate(f"  {milliseconds(seconds)}", (1, 0.5), xycoords=value, va="center", color=QUIET, fontsize=10)
             fastest = max(fastest, speedup)
         position += 1.4
     axes.set_ylim(position - 0.7, -0.6)

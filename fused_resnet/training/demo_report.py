@@ -12,7 +12,7 @@ from rich.table import Table
 
 from fused_resnet.bench.contenders import FROZEN, FUSED, PLAIN
 from fused_resnet.training.comparison import REFERENCE, YARDSTICK
-from fused_resnet.training.demo_picture import draw_picture
+from fused_resnet.training.demo_picture import draw_picture, milliseconds
 
 JSON_NAME = "demo.json"
 PICTURE_NAME = "demo.png"
@@ -68,14 +68,14 @@ def _add_inference(table: Table, entry: dict[str, Any]) -> None:
 
 
 def _add_times(table: Table, contenders: dict[str, Any], ours: list[str]) -> None:
-    table.add_row("  time, NCHW", _milliseconds(contenders[YARDSTICK]))
-    table.add_row("  time, channels_last", *(_milliseconds(contenders[name]) for name in (REFERENCE, *ours)))
+    table.add_row("  time, NCHW", milliseconds(contenders[YARDSTICK]["median"]))
+    table.add_row("  time, channels_last", *(milliseconds(contenders[name]["median"]) for name in (REFERENCE, *ours)))
     table.add_row("  speed", _times(1), *(_times(contenders[name]["speedup"]) for name in ours))
 
 
 def _caption(results: dict[str, Any]) -> str:
     machine, settings = results["machine"], results["settings"]
-    threads = "" if machine["device_type"] == "cuda" else f", {machine['threads']} threads"
+    threads = "" if machine["device_type"] == "cuda" else f", threads: {machine['threads']}"
     sizes = [f"{settings[key]}x{settings[key]}" for key in ("size", "inference_size")]
     return (
         "Medians of interleaved rounds; speed is to the faster of plain's memory formats. "
@@ -83,10 +83,6 @@ def _caption(results: dict[str, Any]) -> str:
         f"{settings['autocast'] or 'float32'}{threads}, torch {machine['torch']}; "
         f"training images {sizes[0]}, inference {sizes[1]}; {results['seconds']:.0f} s in all."
     )
-
-
-def _milliseconds(timing: dict[str, Any]) -> str:
-    return f"{timing['median'] * 1e3:.4g} ms"
 
 
 def _times(ratio: float) -> str:

@@ -293,7 +293,7 @@ def check_every_pass(
 
 
 def check(op: str, *args: Any, terms: int = 1) -> Any:
-    """The kernel's result, after the accuracy rule on every output and on every tensor it was given (some are changed)."""
+    """The kernel's result, after the accuracy rule on every output and on every tensor given."""
     ours, theirs = copy(args), copy(args)
     exact_args = [each.double() if isinstance(each, Tensor) else each for each in copy(args)]
     actual, baseline, exact = (

@@ -18,23 +18,8 @@ for package in demo.PACKAGES:
     pytest.importorskip(package)
 
 LITTLE_WORK = [
-    "--device",
-    "cpu",
-    "--steps",
-    "2",
-    "--batch-size",
-    "4",
-    "--size",
-    "32",
-    "--inference-model",
-    "resnet18",
-    "--inference-size",
-    "32",
-    "--inference-batches",
-    "1",
-    "2",
-    "--rounds",
-    "2",
+    *("--device", "cpu", "--steps", "2", "--batch-size", "4", "--size", "32", "--rounds", "2"),
+    *("--inference-model", "resnet18", "--inference-size", "32", "--inference-batches", "1", "2"),
 ]
 
 

@@ -12,14 +12,8 @@ from fused_resnet.training.loop import accuracy, one_cycle, start_run, train_sid
 
 
 def network() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, bias=False),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(8, 2),
-    )
+    features = [nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1)]
+    return nn.Sequential(*features, nn.Flatten(), nn.Linear(8, 2))
 
 
 def two_kinds(count: int) -> tuple[torch.Tensor, torch.Tensor]:

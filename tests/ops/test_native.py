@@ -1,0 +1,88 @@
+"""The C++ kernels: conversions, the order of sums, outputs larger than the caches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fused_resnet.ops import bn_act, use_backend
+from tests.ops.step import FORMATS, HALF, NEEDS_NATIVE, assert_same, both, make_inputs, step
+
+pytestmark = NEEDS_NATIVE
+
+SCALES = [1.0, -1.0, 1 / 3, 1 + 2**-10, 3.0, 2.0**-9, 2.0**-15 * 1.1, 1000.0]
+
+
+def every_value(dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
+    """All 65536 bit patterns as one image of (2, 32, 32, 32): two images of 32 channels."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    return bits.view(2, 32, 32, 32).contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_every_half_precision_value_converts_as_in_torch(dtype, memory_format):
+    """Reading is exhaustive at scale 1; the other scales put the results between representable values, onto ties, into
+    the subnormals and past the largest."""
+    x = every_value(dtype, memory_format)
+    zero = torch.zeros(32)
+    with use_backend("native"):
+        for scale in SCALES:
+            actual = torch.ops.fused_resnet.bn_apply(x, zero, torch.full((32,), scale), None, None, None, False)
+            expected = (x.float() * scale).to(dtype)
+            finite = ~expected.isnan()
+            assert torch.equal(actual.isnan(), expected.isnan())
+            assert torch.equal(actual[finite], expected[finite]), f"scale {scale}"
+        added = torch.ops.fused_resnet.bn_apply(x, zero, zero, None, None, x, True)
+        expected = torch.relu((x * 0).float() + x.float()).to(dtype)
+        torch.testing.assert_close(added, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bitwise_the_same_for_any_number_of_threads_and_every_run(dtype, memory_format):
+    for shape in ((4, 37, 33, 31), (2, 3, 97, 90)):
+        inputs = make_inputs(shape, dtype, memory_format, residual=True)
+        cotangent = torch.randn(shape).to(dtype)
+        function, _ = both(training=True)
+        expected = step(function, inputs, cotangent, backend="native")
+        for threads in (1, 2, 2, 2, 5):
+            torch.set_num_threads(threads)
+            assert_same(step(function, inputs, cotangent, backend="native"), expected)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize(("dtype", "channels"), [(torch.float32, 67), (torch.bfloat16, 136)], ids=str)
+def test_outputs_larger_than_the_caches(dtype, channels, memory_format):
+    """They are written another way: each image of a large batch is what it is alone."""
+    torch.set_num_threads(2)
+    inputs = make_inputs((2, channels, 257, 256), dtype, memory_format)
+    assert inputs["x"].nbytes > 32 << 20
+    cotangent = torch.randn(inputs["x"].shape).to(dtype).contiguous(memory_format=memory_format)
+    function, _ = both(training=False)
+    whole = step(function, inputs, cotangent, backend="native", wanted=("x",))
+    for image in (0, 1):
+        one = inputs | {"x": inputs["x"][image : image + 1]}
+        alone = step(function, one, cotangent[image : image + 1], backend="native", wanted=("x",))
+        for name in ("output", "gradient of x"):
+            assert torch.equal(whole[name][image : image + 1], alone[name]), name
+
+
+def test_views_of_values_that_are_not_in_memory():
+    """A lazily negated view holds the negatives of its values; C++ must not read those."""
+    inputs = make_inputs((3, 5, 4, 6))
+    x = inputs.pop("x")
+    lazily_negated = torch.complex(x, -x).conj().imag
+    assert lazily_negated.is_neg()
+    assert torch.equal(bn_act(lazily_negated, **inputs), bn_act(x.clone(), **inputs))
+
+
+def test_running_statistics_that_are_views():
+    inputs = make_inputs((3, 5, 4, 6))
+    running = torch.stack([inputs["running_mean"], inputs["running_var"]], dim=1)
+    views = inputs | {"running_mean": running[:, 0], "running_var": running[:, 1]}
+    with use_backend("native"):
+        bn_act(**views, training=True)
+        bn_act(**inputs, training=True)
+    assert torch.equal(running, torch.stack([inputs["running_mean"], inputs["running_var"]], dim=1))
