@@ -13,7 +13,7 @@ namespace {
 // of the tile, so second - first^2 / count cancels a bounded number of bits.
 template <typename T>
 struct Moments {
-  static constexpr int64_t kShiftValues = 8;
+  static constexpr int64_t kShiftValues = 4;
   const typename T::Storage* x;
   std::vector<float> shift;
 
@@ -46,11 +46,16 @@ struct Moments {
       total_m2[k] += (m2 < 0.0 ? 0.0 : m2) + delta * delta * weight;
     }
   }
-  static void merge(double mean, double m2, int64_t count, int64_t total_count, double& total_mean, double& total_m2) {
+  static void merge(int64_t channels, const double* mean, const double* m2, int64_t count, int64_t total_count,
+                    double* total_mean, double* total_m2) {
     const double share = static_cast<double>(count) / static_cast<double>(total_count + count);
-    const double delta = mean - total_mean;
-    total_mean += delta * share;
-    total_m2 += m2 + delta * delta * share * static_cast<double>(total_count);
+    const double weight = share * static_cast<double>(total_count);
+#pragma GCC ivdep
+    for (int64_t k = 0; k < channels; ++k) {
+      const double delta = mean[k] - total_mean[k];
+      total_mean[k] += delta * share;
+      total_m2[k] += m2[k] + delta * delta * weight;
+    }
   }
 };
 

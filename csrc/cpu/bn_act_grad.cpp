@@ -42,9 +42,12 @@ struct GradSums {
       total_second[k] += second[k];
     }
   }
-  static void merge(double first, double second, int64_t, int64_t, double& total_first, double& total_second) {
-    total_first += first;
-    total_second += second;
+  static void merge(int64_t channels, const double* first, const double* second, int64_t, int64_t, double* total_first,
+                    double* total_second) {
+    for (int64_t k = 0; k < channels; ++k) {
+      total_first[k] += first[k];
+      total_second[k] += second[k];
+    }
   }
 };
 

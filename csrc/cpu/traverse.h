@@ -66,9 +66,11 @@ struct Sums {
 };
 
 // Elements summed in float32 before they go into the float64 totals.
-constexpr int64_t kTileElements = 32 * 1024;  // of all channels together (NHWC): 128 KiB, within the second-level cache
 constexpr int64_t kTilePixels = 4096;         // of one plane (NCHW)
-constexpr int64_t kMaxChunks = 64;            // of an NHWC activation: more than a machine's cores, whatever they are
+constexpr int64_t kMinTileRows = 64;          // of an NHWC activation
+constexpr int64_t kMaxTileRows = 256;         //
+constexpr int64_t kMaxChunks = 32;            // of an NHWC activation: as many as cores may work on it
+constexpr int64_t kMergedChannels = 64;       // merged by one thread over all chunks
 constexpr int kLanes = 32;                    // interleaved sums along a contiguous run
 constexpr int kRowGroup = 4;                  // short rows added together before they touch the sums in memory
 constexpr int64_t kShortRow = 128;            // longer rows out of memory are read one by one, as prefetchers like it
@@ -78,7 +80,7 @@ template <typename Reduction, typename Result>
 void reduce_rows(const Activation& shape, const Reduction& reduction, const Result& result) {
   const int64_t channels = shape.channels;
   const int64_t rows = shape.count();
-  const int64_t tile_rows = std::min<int64_t>(std::max<int64_t>(kTileElements / channels, 8), 256);
+  const int64_t tile_rows = std::min(std::max((rows + kMaxChunks - 1) / kMaxChunks, kMinTileRows), kMaxTileRows);
   const int64_t tiles = (rows + tile_rows - 1) / tile_rows;
   const int64_t chunk_rows = (tiles + kMaxChunks - 1) / kMaxChunks * tile_rows;
   const int64_t chunks = (rows + chunk_rows - 1) / chunk_rows;
@@ -124,13 +126,15 @@ void reduce_rows(const Activation& shape, const Reduction& reduction, const Resu
     }
   }
 #pragma omp parallel for num_threads(shape.threads) schedule(static)
-  for (int64_t c = 0; c < channels; ++c) {
+  for (int64_t c_begin = 0; c_begin < channels; c_begin += kMergedChannels) {
+    const int64_t c_end = std::min(channels, c_begin + kMergedChannels);
     for (int64_t chunk = 1; chunk < chunks; ++chunk) {
       const int64_t before = chunk * chunk_rows;
-      Reduction::merge(total_first[chunk * channels + c], total_second[chunk * channels + c],
-                       std::min(chunk_rows, rows - before), before, total_first[c], total_second[c]);
+      const int64_t offset = chunk * channels + c_begin;
+      Reduction::merge(c_end - c_begin, total_first + offset, total_second + offset, std::min(chunk_rows, rows - before),
+                       before, total_first + c_begin, total_second + c_begin);
     }
-    result(c, total_first[c], total_second[c]);
+    for (int64_t c = c_begin; c < c_end; ++c) result(c, total_first[c], total_second[c]);
   }
 }
 
@@ -183,7 +187,8 @@ void reduce_planes(const Activation& shape, const Reduction& reduction, const Re
 //   end_tile(c_begin, c_end, first, second, count, total_count, total_first, total_second):
 //                                                      adds a finished tile of `count` elements, whose sums are first[c
 //                                                      - c_begin] and so on, to the totals of `total_count` before it;
-//   merge(first, second, count, total_count, total_first, total_second): joins two totals of one channel;
+//   merge(channels, first, second, count, total_count, total_first, total_second): adds other totals, of `count`
+//                                                      elements, to the totals of so many channels;
 // and calls result(c, first, second) once per channel.
 template <typename Reduction, typename Result>
 void reduce_channels(const Activation& shape, const Reduction& reduction, const Result& result) {

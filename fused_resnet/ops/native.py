@@ -12,7 +12,7 @@ from torch import Tensor
 from fused_resnet import _C  # type: ignore[attr-defined]
 from fused_resnet.ops.layout import dense, dense_like, is_channels_last
 
-_BUFFER_BYTES = 32 << 20  # from here on malloc maps memory afresh
+_BUFFER_BYTES = 4 << 20  # below this, malloc itself keeps what is freed
 _DTYPES = {
     torch.float32: _C.DType.float32,
     torch.float16: _C.DType.float16,

@@ -11,8 +11,9 @@ from torch import Tensor
 
 import fused_resnet
 from fused_resnet.ops import bn_act, bn_act_dual, conv_bn_act, use_backend
+from fused_resnet.ops.reference import statistics_dtype
 from fused_resnet.ops.schemas import SCHEMAS
-from tests.ops.step import FORMATS, FORMS, NEEDS_NATIVE, dual, dual_inputs, make_cotangent, make_inputs, step
+from tests.ops.step import FORMATS, FORMS, dual, dual_inputs, make_cotangent, make_inputs, step
 
 EAGER_AUTOGRAD = "aot_eager"
 """The compiler's front and middle: it traces, functionalises and partitions, and runs the graphs op by op."""
@@ -28,10 +29,12 @@ def fresh_compiler() -> Iterator[None]:
 
 def op_arguments(x: Tensor, residual: Tensor) -> dict[str, tuple]:
     channels = x.shape[1]
-    mean, invstd, weight, bias, running_mean, running_var = (torch.rand(channels) + 0.5 for _ in range(6))
+    mean, invstd, weight, bias, running_mean, running_var = (
+        torch.rand(channels, dtype=statistics_dtype(x)) + 0.5 for _ in range(6)
+    )
     grad, out = torch.randn_like(x), torch.relu(residual)
     conv_weight = torch.randn(8, channels, 3, 3, dtype=x.dtype)
-    scale, shift = torch.rand(8), torch.rand(8)
+    scale, shift = (torch.rand(8, dtype=statistics_dtype(x)) for _ in range(2))
     conv = ([1, 2], [1, 1], [1, 1], 1, True)
     return {
         "bn_stats": (x, running_mean, running_var, 0.1, 1e-5),
@@ -130,7 +133,7 @@ def test_fake_strides_of_convolutions_are_the_real_ones(layout, backend):
         for make in kernels.values():
             weight = make(x.shape[1]).to(dtype)
             filters, padding = weight.shape[0], weight.shape[2] // 2
-            scale = torch.ones(filters)
+            scale = torch.ones(filters, dtype=statistics_dtype(x))
             args = (x, weight, scale, scale, None, [1, 1], [padding, padding], [1, 1], 1, True)
             with use_backend(backend):
                 assert_fake_is_real(torch.ops.fused_resnet.conv_bn_act, args)
@@ -203,19 +206,6 @@ def test_a_request_made_after_compilation_is_honoured():
         torch.testing.assert_close(compiled(**inputs), expected, rtol=1e-12, atol=1e-12)
     with use_backend("separate"), pytest.raises(fused_resnet.ops.BackendError):
         compiled(**inputs)
-
-
-@NEEDS_NATIVE
-def test_inductor():
-    """Code is generated around the ops: what they mutate and the strides they return must hold in it."""
-
-    def function(x, residual, **vectors):
-        return bn_act(x * 2, residual=residual + 1, **vectors, training=True) * 3
-
-    compiled = torch.compile(function, fullgraph=True)
-    inputs = make_inputs((3, 5, 6, 7), memory_format=FORMATS["nhwc"], residual=True)
-    cotangent = torch.randn(3, 5, 6, 7)
-    assert_close(step(compiled, inputs, cotangent), step(function, inputs, cotangent))
 
 
 def train(model: torch.nn.Module, run: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> dict[str, Tensor]:
