@@ -15,7 +15,7 @@ from fused_resnet.modules.basic_block import BasicBlock
 from fused_resnet.modules.bn_act import has_global_hooks, is_intercepted
 from fused_resnet.modules.bottleneck import Bottleneck
 from fused_resnet.modules.conv_bn_act import ConvBNAct2d, why_not_fold
-from fused_resnet.modules.frozen import FrozenBlock, FrozenConvAct
+from fused_resnet.modules.frozen import FrozenBlock, FrozenConvAct, FrozenStage
 from fused_resnet.ops.checks import DTYPES, check_image
 
 BLOCK_FORWARDS = (BasicBlock.forward, Bottleneck.forward, PlainBlock.forward)
@@ -23,7 +23,7 @@ STEM_FORWARDS = (ResNet.forward, CIFARResNet.forward)
 
 
 class FrozenModel(nn.Module):
-    """What ``freeze`` returns: ``module`` without gradients, in one dtype and memory format; perhaps as a CUDA graph."""
+    """What ``freeze`` returns: ``module`` without gradients, in one dtype and memory format; perhaps a CUDA graph."""
 
     _like: Tensor
 
@@ -122,6 +122,9 @@ def freeze(
     frozen = frozen.to(dtype=dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for name, part in folded.items():
         frozen = _replace(frozen, name, part)
+    for module in frozen.modules():
+        if type(module) is nn.Sequential and all(type(child) is FrozenBlock for child in module):
+            module.__class__ = FrozenStage
     result = FrozenModel(frozen, dtype)
     result.eval()
     result(example_input)
@@ -155,12 +158,14 @@ def _fold_block(block: Any, dtype: torch.dtype) -> FrozenBlock | None:
     convs = [_fold_conv(conv, norm, block.relu, dtype) for conv, norm in layers]
     downsample = getattr(block, "downsample", None)
     if type(downsample) is nn.Sequential and len(downsample) == 2 and not is_intercepted(downsample):
-        downsample = _fold_conv(*downsample, None, dtype)
-        convs.append(downsample)
-    if None in convs:
+        conv, norm = downsample
+        downsample = _fold_conv(conv, norm, None, dtype)
+        if downsample is None:
+            return None
+    folded = [conv for conv in convs if conv is not None]
+    if len(folded) < len(convs):
         return None
-    convs = convs[: len(layers)]
-    return FrozenBlock(convs, downsample, shortcut=type(block).forward is not PlainBlock.forward)
+    return FrozenBlock(folded, downsample, shortcut=type(block).forward is not PlainBlock.forward)
 
 
 def _replace(model: nn.Module, name: str, part: nn.Module | dict[str, nn.Module]) -> nn.Module:

@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_resnet.modules.bn_act import has_global_hooks, is_intercepted
 from fused_resnet.ops.conv_bn_act import fold
 from fused_resnet.ops.packed_conv import pack_conv_weight, packed_conv_act, why_not_packed
+
+PACKED_SIZES = 4  # of the input: a weight packed for one size is packed again at every call of another, 4x slower
 
 
 class FrozenConvAct(nn.Module):
@@ -43,26 +46,30 @@ class FrozenConvAct(nn.Module):
         self.stride, self.padding, self.dilation = list(conv.stride), padding, list(conv.dilation)
         self.groups = conv.groups
         self.relu = relu
-        self._packed: Tensor | None = None
+        self._packed: dict[torch.Size, Tensor] = {}
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x: (N, C, H, W), channels_last for speed; residual: of the result's shape and dtype, or None."""
+    def forward(self, x: Tensor, residual: Tensor | None = None, overwrite: bool = False) -> Tensor:
+        """x: (N, C, H, W), channels_last for speed; residual: of the result's shape and dtype, or None, and with
+        ``overwrite`` its memory may become the result's."""
         settings = (self.stride, self.padding, self.dilation, self.groups)
         if torch.compiler.is_compiling() or why_not_packed(x):
             return torch.ops.fused_resnet.conv_bn_act(x, self.weight, None, self.bias, residual, *settings, self.relu)
-        if self._packed is None:
-            self._packed = pack_conv_weight(self.weight, list(x.shape), *settings)
-        return packed_conv_act(x, self._packed, self.bias, residual, *settings, self.relu)
+        packed = self._packed.get(x.shape)
+        if packed is None:
+            if len(self._packed) == PACKED_SIZES:
+                self._packed.pop(next(iter(self._packed)))
+            packed = self._packed[x.shape] = pack_conv_weight(self.weight, list(x.shape), *settings)
+        return packed_conv_act(x, packed, self.bias, residual, *settings, self.relu, overwrite)
 
     def _apply(self, fn: Any, recurse: bool = True) -> FrozenConvAct:
-        self._packed = None  # of the weight as it was
+        self._packed = {}  # of the weight as it was
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None}  # opaque: neither copied nor pickled, packed again when needed
+        return {**self.__dict__, "_packed": {}}  # opaque: neither copied nor pickled, packed again when needed
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        self._packed = None
+        self._packed = {}
         super()._load_from_state_dict(*args)
 
     def extra_repr(self) -> str:
@@ -88,11 +95,26 @@ class FrozenBlock(nn.Module):
         self.downsample = downsample
         self.shortcut = shortcut
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, overwrite: bool = False) -> Tensor:
+        """``overwrite``: nobody reads x afterwards, so the result may take its memory."""
         *convs, last = self.convs
         out = x
         for conv in convs:
             out = conv(out)
         if not self.shortcut:
             return last(out)
-        return last(out, x if self.downsample is None else self.downsample(x))
+        if self.downsample is None:
+            return last(out, x, overwrite)
+        return last(out, self.downsample(x), overwrite=isinstance(self.downsample, FrozenConvAct))
+
+
+class FrozenStage(nn.Sequential):
+    """Frozen blocks in a row. What one hands to the next is nobody else's, unless a hook may have kept it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        overwrite = False
+        for block in self:
+            overwrite = overwrite and not is_intercepted(block)
+            x = block(x, overwrite)
+            overwrite = not is_intercepted(block) and not has_global_hooks()
+        return x

@@ -146,7 +146,7 @@ def _batch_norm(x: Tensor, norm: BatchNorm) -> Tensor:
     out = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     if training:
         for running, moved in ((norm.running_mean, running_mean), (norm.running_var, running_var)):
-            if running is not None and moved is not running:
+            if running is not None and moved is not None and moved is not running:
                 running.copy_(moved)
     return out
 

@@ -68,10 +68,10 @@ def conv_bn_act(
     size = [
         conv_output_size(x.shape[i + 2], conv_weight.shape[i + 2], stride[i], padding[i], dilation[i]) for i in (0, 1)
     ]
-    if min(size) < 1:
+    if min(*size, *x.shape[2:]) < 1:
         raise ValueError(
-            f"x must be at least as large as the dilated kernel; got {tuple(x.shape)} for the kernel "
-            f"{tuple(conv_weight.shape[2:])} with padding {padding} and dilation {dilation}"
+            f"x must have at least one pixel and, padded, be at least as large as the dilated kernel; "
+            f"got {tuple(x.shape)} for the kernel {tuple(conv_weight.shape[2:])} with padding {padding} and dilation {dilation}"
         )
     checks.check_residual("residual", residual, x, (x.shape[0], channels, *size))
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:

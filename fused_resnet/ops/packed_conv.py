@@ -6,6 +6,8 @@ worth about a third of the time of a ResNet-50 here. The ops are those that ``to
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,7 @@ def pack_conv_weight(
 
     Args:
         weight: (K, C / groups, kernel height, kernel width).
-        input_size: [N, C, H, W]; inputs of other sizes work too.
+        input_size: [N, C, H, W]; inputs of other sizes work too, but may have it packed again at every call.
     """
     return torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups, input_size)
 
@@ -47,6 +49,7 @@ def packed_conv_act(
     dilation: list[int],
     groups: int,
     relu: bool,
+    overwrite: bool = False,
 ) -> Tensor:
     """``act(F.conv2d(x, weight, bias, stride, padding, dilation, groups) + residual)`` as one oneDNN call
     (and an add where there are groups).
@@ -56,6 +59,7 @@ def packed_conv_act(
         packed_weight: from ``pack_conv_weight``.
         bias: (K,), x's dtype.
         residual: the result's shape and dtype; or None.
+        overwrite: the result may take the residual's memory, which saves touching new pages.
     """
     act = "relu" if relu else "none"
     if residual is None:
@@ -65,6 +69,7 @@ def packed_conv_act(
     if groups > 1:  # which PyTorch adds in a pass of its own, for float32 only
         out = packed_conv_act(x, packed_weight, bias, None, stride, padding, dilation, groups, False).add_(residual)
         return out.relu_() if relu else out
-    return torch.ops.mkldnn._convolution_pointwise.binary(
-        x, residual, packed_weight, bias, padding, stride, dilation, groups, "add", 1.0, act if relu else None, [], None
-    )
+    settings: tuple[Any, ...] = (packed_weight, bias, padding, stride, dilation, groups, "add", 1.0, act if relu else None, [], None)
+    if overwrite:
+        return torch.ops.mkldnn._convolution_pointwise_.binary(residual, x, *settings)
+    return torch.ops.mkldnn._convolution_pointwise.binary(x, residual, *settings)

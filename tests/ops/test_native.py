@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import threading
+
 import pytest
 import torch
 from torch import Tensor
 
-from fused_resnet.ops import bn_act, use_backend
+from fused_resnet.ops import backend, bn_act, use_backend
 from tests.ops.step import FORMATS, HALF, NEEDS_NATIVE, assert_same, both, make_inputs, step
 
 pytestmark = NEEDS_NATIVE
+if not backend.unavailable("native"):
+    from fused_resnet import _C
+    from fused_resnet.ops import native
 
 SCALES = [1.0, -1.0, 1 / 3, 1 + 2**-10, 3.0, 2.0**-9, 2.0**-15 * 1.1, 1000.0]
 
@@ -86,3 +93,50 @@ def test_running_statistics_that_are_views():
         bn_act(**views, training=True)
         bn_act(**inputs, training=True)
     assert torch.equal(running, torch.stack([inputs["running_mean"], inputs["running_var"]], dim=1))
+
+
+def test_large_outputs_are_not_overwritten_while_anything_sees_them():
+    """Their memory is used again once nobody does."""
+    inputs = make_inputs((2, 64, 128, 96), memory_format=FORMATS["nhwc"])
+    assert inputs["x"].nbytes > native._BUFFER_BYTES
+    with use_backend("native"):
+        first = bn_act(**inputs)
+        expected = first.clone()
+        view = first[1, 3:5]
+        for scale in (2.0, 3.0):
+            bn_act(**inputs | {"weight": inputs["weight"] * scale})
+        assert torch.equal(first, expected)
+        del first
+        other = bn_act(**inputs | {"weight": inputs["weight"] * 2})
+        assert torch.equal(view, expected[1, 3:5])
+        assert not torch.equal(other, expected)
+        del other, view
+        assert _C.kept_bytes() >= inputs["x"].nbytes
+        reused = bn_act(**inputs)
+        assert torch.equal(reused, expected)
+        _C.release_kept_buffers()
+        assert _C.kept_bytes() == 0
+        assert torch.equal(reused, expected)
+
+
+def test_large_outputs_behave_as_tensors_do():
+    inputs = make_inputs((2, 64, 128, 96), residual=True)
+    large = bn_act(**inputs)
+    reference = large.clone()
+    assert large.is_contiguous() and large.storage_offset() == 0
+    assert torch.equal(copy.deepcopy(large), reference)
+    buffer = io.BytesIO()
+    torch.save(large, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer, weights_only=True), reference)
+    assert torch.equal(large.add_(1), reference + 1)
+    with torch.inference_mode():
+        assert torch.equal(bn_act(**inputs), reference)
+    results = []
+    leaves = {name: tensor.requires_grad_(name[:7] != "running") for name, tensor in inputs.items()}
+    threads = [threading.Thread(target=lambda: results.append(bn_act(**leaves).sum().backward())) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 3

@@ -1,0 +1,92 @@
+"""FrozenConvAct and FrozenBlock by themselves: folding, packed weights, what they hold."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fused_resnet.modules import BasicBlock
+from fused_resnet.modules.frozen import FrozenBlock, FrozenConvAct
+from fused_resnet.ops.packed_conv import why_not_packed
+from tests.modules.compare import randomize
+
+
+def conv_norm(**settings) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
+    pair = randomize(nn.ModuleList([nn.Conv2d(6, 8, 3, bias=False, **settings), nn.BatchNorm2d(8)])).eval()
+    return pair[0], pair[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "settings", [{}, {"stride": 2, "padding": 1}, {"padding": (0, 2), "dilation": 2}, {"groups": 2}]
+)
+@torch.no_grad()
+def test_it_is_the_convolution_norm_add_and_relu(settings, dtype):
+    conv, norm = conv_norm(**settings)
+    x = torch.randn(2, 6, 9, 11).to(dtype)
+    for relu in (True, False):
+        frozen = FrozenConvAct(conv, norm, relu, dtype)
+        act = torch.relu if relu else lambda z: z
+        exact = norm.double()(conv.double()(x.double()))
+        residual = torch.randn(exact.shape).to(dtype)
+        unit = torch.finfo(dtype).eps
+        torch.testing.assert_close(frozen(x).double(), act(exact), rtol=4 * unit, atol=8 * unit)
+        for memory_format in (torch.channels_last, torch.contiguous_format):
+            laid_out = residual.contiguous(memory_format=memory_format)
+            out = frozen(x, laid_out)
+            torch.testing.assert_close(out.double(), act(exact + residual.double()), rtol=4 * unit, atol=8 * unit)
+            assert torch.equal(laid_out, residual)
+        conv.float(), norm.float()
+
+
+@torch.no_grad()
+def test_the_scale_is_multiplied_in_before_rounding():
+    """One rounding of each weight: the folded weight is the bfloat16 nearest to the exact product."""
+    conv, norm = conv_norm()
+    frozen = FrozenConvAct(conv, norm, True, torch.bfloat16)
+    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    assert torch.equal(frozen.weight, (conv.weight.double() * scale[:, None, None, None]).bfloat16())
+
+
+@torch.no_grad()
+def test_packed_weights_follow_the_weights():
+    conv, norm = conv_norm()
+    frozen = FrozenConvAct(conv, norm, False, torch.float32)
+    x = torch.randn(2, 6, 9, 9)
+    first = frozen(x)
+    if not why_not_packed(x):
+        assert frozen._packed is not None
+    frozen.load_state_dict({"weight": frozen.weight * 2, "bias": frozen.bias * 2})
+    torch.testing.assert_close(frozen(x), first * 2)
+    frozen.double()
+    torch.testing.assert_close(frozen(x.double()), first.double() * 2, rtol=1e-5, atol=1e-5)
+    frozen.float()
+    twin = copy.deepcopy(frozen)
+    assert twin._packed is None
+    assert torch.equal(twin(x), frozen(x))
+
+
+def test_it_has_no_parameters_and_says_what_it_is():
+    conv, norm = conv_norm(stride=2, groups=2)
+    frozen = FrozenConvAct(conv, norm, True, torch.float32)
+    assert not list(frozen.parameters())
+    assert sorted(frozen.state_dict()) == ["bias", "weight"]
+    assert "6, 8, kernel_size=(3, 3), stride=(2, 2)" in repr(frozen) and "groups=2, relu=True" in repr(frozen)
+
+
+@torch.no_grad()
+def test_block():
+    block = randomize(BasicBlock(4, 4)).eval()
+    convs = [FrozenConvAct(block.conv1, block.bn1, True, torch.float32)]
+    convs.append(FrozenConvAct(block.conv2, block.bn2, True, torch.float32))
+    x = torch.randn(2, 4, 6, 5)
+    before = x.clone()
+    torch.testing.assert_close(FrozenBlock(convs, None)(x), block(x), rtol=1e-5, atol=1e-5)
+    halved = FrozenBlock(convs, nn.AvgPool2d(1))(x)
+    torch.testing.assert_close(halved, block(x), rtol=1e-5, atol=1e-5)
+    plain = torch.relu(block.bn2(block.conv2(torch.relu(block.bn1(block.conv1(x))))))
+    torch.testing.assert_close(FrozenBlock(convs, None, shortcut=False)(x), plain, rtol=1e-5, atol=1e-5)
+    assert torch.equal(x, before)
