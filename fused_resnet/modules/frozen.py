@@ -7,7 +7,7 @@ and ``.to`` work, and training does not.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,10 @@ class FrozenConvAct(nn.Module):
             return torch.ops.fused_resnet.conv_bn_act(x, self.weight, None, self.bias, residual, *settings, self.relu)
         packed = self._packed.get(x.shape)
         if packed is None:
+            if x.shape[1] != self.weight.shape[1] * self.groups:
+                raise ValueError(
+                    f"x must have {self.weight.shape[1] * self.groups} channels; got shape {tuple(x.shape)}"
+                )
             if len(self._packed) == PACKED_SIZES:
                 self._packed.pop(next(iter(self._packed)))
             packed = self._packed[x.shape] = pack_conv_weight(self.weight, list(x.shape), *settings)
@@ -105,7 +109,12 @@ class FrozenBlock(nn.Module):
             return last(out)
         if self.downsample is None:
             return last(out, x, overwrite)
-        return last(out, self.downsample(x), overwrite=isinstance(self.downsample, FrozenConvAct))
+        shortcut = self.downsample(x)
+        private = type(self.downsample) is FrozenConvAct and not (is_watched(self.downsample) or is_watched(last))
+        return last(out, shortcut, overwrite=private)
+
+    def is_watched(self) -> bool:
+        return any(is_watched(module) for module in (self, *self.convs))
 
 
 class FrozenStage(nn.Sequential):
@@ -114,7 +123,12 @@ class FrozenStage(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         overwrite = False
         for block in self:
-            overwrite = overwrite and not is_intercepted(block)
-            x = block(x, overwrite)
-            overwrite = not is_intercepted(block) and not has_global_hooks()
+            private = not cast(FrozenBlock, block).is_watched()
+            x = block(x, overwrite and private)
+            overwrite = private
         return x
+
+
+def is_watched(module: nn.Module) -> bool:
+    """True if a hook may keep what goes into this module or comes out of it."""
+    return is_intercepted(module) or has_global_hooks()

@@ -116,9 +116,11 @@ def bn_act_dual(x: Tensor, norm: BatchNorm, x2: Tensor, norm2: BatchNorm, *, act
         return F.relu(z) if relu else z
     mean, invstd = _statistics(x, norm)
     mean2, invstd2 = _statistics(x2, norm2)
+    both = (x, norm.weight, norm.bias, mean, invstd, x2, norm2.weight, norm2.bias, mean2, invstd2)
+    if not wants_gradient(*both):
+        return _ops.bn_apply_dual(*both, relu)
     return _BNActDual.apply(
-        *(x, norm.weight, norm.bias, mean, invstd),
-        *(x2, norm2.weight, norm2.bias, mean2, invstd2),
+        *both,
         (not norm.training, norm.eps),
         (not norm2.training, norm2.eps),
         relu,
@@ -132,6 +134,8 @@ def _bn_act(x: Tensor, norm: BatchNorm, residual: Tensor | None, relu: bool) -> 
         z = z if residual is None else z + residual
         return F.relu(z) if relu else z
     mean, invstd = _statistics(x, norm)
+    if not wants_gradient(x, norm.weight, norm.bias, residual):
+        return _ops.bn_apply(x, mean, invstd, norm.weight, norm.bias, residual, relu)
     return _BNAct.apply(x, norm.weight, norm.bias, residual, mean, invstd, not norm.training, norm.eps, relu)
 
 
@@ -153,12 +157,19 @@ def _batch_norm(x: Tensor, norm: BatchNorm) -> Tensor:
 
 def _statistics(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
     """(mean, 1/sqrt(variance + eps)) to normalise x with; moves the running statistics when training."""
+    grad_mode = torch.is_grad_enabled()
     with torch.no_grad():
         if norm.training:
             return _ops.bn_stats(x, norm.running_mean, norm.running_var, norm.momentum, norm.eps)
         assert norm.running_mean is not None and norm.running_var is not None
         dtype = statistics_dtype(x)
-        return norm.running_mean.to(dtype, copy=True), torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
+        mean = norm.running_mean.to(dtype, copy=grad_mode)  # a copy: backward needs it as it is now
+        return mean, torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """True if autograd is to record what is done with these."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 class _Normalization(NamedTuple):

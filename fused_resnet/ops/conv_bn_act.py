@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fused_resnet.ops import checks
 from fused_resnet.ops.backend import is_transformed
-from fused_resnet.ops.bn_act import bn_act
+from fused_resnet.ops.bn_act import bn_act, wants_gradient
 from fused_resnet.ops.reference import statistics_dtype
 from fused_resnet.ops.schemas import conv_output_size
 
@@ -71,7 +71,8 @@ def conv_bn_act(
     if min(*size, *x.shape[2:]) < 1:
         raise ValueError(
             f"x must have at least one pixel and, padded, be at least as large as the dilated kernel; "
-            f"got {tuple(x.shape)} for the kernel {tuple(conv_weight.shape[2:])} with padding {padding} and dilation {dilation}"
+            f"got {tuple(x.shape)} for the kernel {tuple(conv_weight.shape[2:])} with padding {padding} "
+            f"and dilation {dilation}"
         )
     checks.check_residual("residual", residual, x, (x.shape[0], channels, *size))
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
@@ -79,7 +80,7 @@ def conv_bn_act(
         x, conv_weight = x.to(dtype), conv_weight.to(dtype)
     checks.check_same_dtype("conv_weight", conv_weight, x.dtype)
 
-    if x.shape[0] == 0 or is_transformed() or _wants_gradient(x, conv_weight, weight, bias, residual):
+    if x.shape[0] == 0 or is_transformed() or wants_gradient(x, conv_weight, weight, bias, residual):
         out = F.conv2d(x, conv_weight, None, stride, padding, dilation, groups)
         return bn_act(out, weight, bias, running_mean, running_var, residual, eps=eps, activation=activation)
     scale, shift = fold(weight, bias, running_mean, running_var, eps, statistics_dtype(x))
@@ -110,7 +111,3 @@ def fold(
     shift = -running_mean.double() * scale
     shift = shift if bias is None else shift + bias.double()
     return scale.to(dtype), shift.to(dtype)
-
-
-def _wants_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

@@ -161,7 +161,9 @@ def _address(tensor: Tensor | None) -> int:
 
 def _vector(vector: Tensor | None) -> Tensor | None:
     """A per-channel vector as contiguous float32; itself if it is that already."""
-    return None if vector is None else vector.to(torch.float32).contiguous()
+    if vector is None or (vector.dtype == torch.float32 and vector.is_contiguous()):
+        return vector
+    return vector.to(torch.float32).contiguous()
 
 
 def _channel_vector(x: Tensor) -> Tensor:

@@ -69,7 +69,19 @@ def packed_conv_act(
     if groups > 1:  # which PyTorch adds in a pass of its own, for float32 only
         out = packed_conv_act(x, packed_weight, bias, None, stride, padding, dilation, groups, False).add_(residual)
         return out.relu_() if relu else out
-    settings: tuple[Any, ...] = (packed_weight, bias, padding, stride, dilation, groups, "add", 1.0, act if relu else None, [], None)
+    settings: tuple[Any, ...] = (
+        packed_weight,
+        bias,
+        padding,
+        stride,
+        dilation,
+        groups,
+        "add",
+        1.0,
+        act if relu else None,
+        [],
+        None,
+    )
     if overwrite:
         return torch.ops.mkldnn._convolution_pointwise_.binary(residual, x, *settings)
     return torch.ops.mkldnn._convolution_pointwise.binary(x, residual, *settings)

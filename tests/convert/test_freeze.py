@@ -350,11 +350,12 @@ def test_bad_arguments(args, settings, error, message):
 
 def test_bad_images():
     frozen = freeze(make("cifar_resnet20"), X)
-    for bad, error in ((None, TypeError), (X[0], ValueError), (X.int(), TypeError)):
+    four_channels = torch.randn(1, 4, 16, 16)
+    for bad, error in ((None, TypeError), (X[0], ValueError), (X.int(), TypeError), (four_channels, ValueError)):
         with pytest.raises(error, match="^x must"):
             frozen(bad)
-    with pytest.raises(RuntimeError, match="channels"):
-        frozen(torch.randn(1, 4, 16, 16))
+    with pytest.raises(RuntimeError, match=r"kernel|size|descriptor"):
+        frozen(X[:, :, :0])
 
 
 @pytest.mark.gpu

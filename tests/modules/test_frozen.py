@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fused_resnet.modules import BasicBlock
-from fused_resnet.modules.frozen import FrozenBlock, FrozenConvAct
+from fused_resnet.modules.frozen import PACKED_SIZES, FrozenBlock, FrozenConvAct
 from fused_resnet.ops.packed_conv import why_not_packed
 from tests.modules.compare import randomize
 
@@ -58,15 +58,25 @@ def test_packed_weights_follow_the_weights():
     x = torch.randn(2, 6, 9, 9)
     first = frozen(x)
     if not why_not_packed(x):
-        assert frozen._packed is not None
+        assert list(frozen._packed) == [x.shape]
     frozen.load_state_dict({"weight": frozen.weight * 2, "bias": frozen.bias * 2})
     torch.testing.assert_close(frozen(x), first * 2)
     frozen.double()
     torch.testing.assert_close(frozen(x.double()), first.double() * 2, rtol=1e-5, atol=1e-5)
     frozen.float()
     twin = copy.deepcopy(frozen)
-    assert twin._packed is None
+    assert not twin._packed
     assert torch.equal(twin(x), frozen(x))
+
+
+@torch.no_grad()
+def test_weights_are_packed_for_a_few_sizes_at_most():
+    conv, norm = conv_norm()
+    frozen = FrozenConvAct(conv, norm, False, torch.float32)
+    for size in [*range(3, 12), *range(11, 3, -1)]:
+        x = torch.randn(1, 6, size, 5)
+        torch.testing.assert_close(frozen(x), norm(conv(x)), rtol=1e-5, atol=1e-5)
+        assert len(frozen._packed) <= PACKED_SIZES
 
 
 def test_it_has_no_parameters_and_says_what_it_is():
