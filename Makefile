@@ -37,12 +37,13 @@ demo: $(READY)
 
 # Two processes, since Triton reads TRITON_INTERPRET when it is imported. Every step runs, whichever fails.
 test: $(READY)
-	@failed=; \
+	@failed=; workers=; \
 	$(MAKE) --no-print-directory lint || failed="$$failed lint,"; \
+	if $(RUN) -c 'import xdist' 2>/dev/null; then workers="-n auto --maxprocesses=4 --dist loadgroup"; fi; \
 	echo "== tests, 1 of 2: Triton kernels under the interpreter"; \
-	TRITON_INTERPRET=1 $(RUN) -m pytest tests/kernels --durations=5 || failed="$$failed Triton kernels,"; \
+	TRITON_INTERPRET=1 $(RUN) -m pytest tests/kernels $$workers --durations=5 || failed="$$failed Triton kernels,"; \
 	echo "== tests, 2 of 2: everything else"; \
-	$(RUN) -m pytest tests --durations=15 || failed="$$failed tests,"; \
+	$(RUN) -m pytest tests $$workers --durations=15 || failed="$$failed tests,"; \
 	if [ -n "$$failed" ]; then echo "make test: failed:$${failed%,}"; exit 1; fi
 
 CPP_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')

@@ -108,9 +108,7 @@ void bn_apply_dual(const Activation& shape, const void* x, const Norm& norm, con
   struct Both {
     AffineChannel one, two;
   };
-  const auto channel = [=](int64_t c) {
-    return Both{{mean[c], scale[c], bias[c]}, {mean2[c], scale2[c], bias2[c]}};
-  };
+  const auto channel = [=](int64_t c) { return Both{{mean[c], scale[c], bias[c]}, {mean2[c], scale2[c], bias2[c]}}; };
   with_element(shape.dtype, [&](auto element) {
     using T = decltype(element);
     using Storage = typename T::Storage;

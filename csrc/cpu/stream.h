@@ -21,10 +21,14 @@ inline void stream_copy(const Storage* from, Storage* to, int64_t size) {
   int64_t bytes = size * static_cast<int64_t>(sizeof(Storage));
 #ifdef __AVX512F__
   using Vector = __m512i;
-  const auto store = [](char* address, Vector vector) { _mm512_stream_si512(reinterpret_cast<Vector*>(address), vector); };
+  const auto store = [](char* address, Vector vector) {
+    _mm512_stream_si512(reinterpret_cast<Vector*>(address), vector);
+  };
 #elif defined(__AVX2__)
   using Vector = __m256i;
-  const auto store = [](char* address, Vector vector) { _mm256_stream_si256(reinterpret_cast<Vector*>(address), vector); };
+  const auto store = [](char* address, Vector vector) {
+    _mm256_stream_si256(reinterpret_cast<Vector*>(address), vector);
+  };
 #else
   using Vector = __m128i;
   const auto store = [](char* address, Vector vector) { _mm_stream_si128(reinterpret_cast<Vector*>(address), vector); };

@@ -68,7 +68,7 @@ struct Sums {
 // Elements summed in float32 before they go into the float64 totals.
 constexpr int64_t kTilePixels = 4096;         // of one plane (NCHW)
 constexpr int64_t kMinTileRows = 64;          // of an NHWC activation
-constexpr int64_t kMaxTileRows = 256;         //
+constexpr int64_t kMaxTileRows = 256;         // before rounding shows in float32
 constexpr int64_t kMaxChunks = 32;            // of an NHWC activation: as many as cores may work on it
 constexpr int64_t kMergedChannels = 64;       // merged by one thread over all chunks
 constexpr int kLanes = 32;                    // interleaved sums along a contiguous run
@@ -131,8 +131,8 @@ void reduce_rows(const Activation& shape, const Reduction& reduction, const Resu
     for (int64_t chunk = 1; chunk < chunks; ++chunk) {
       const int64_t before = chunk * chunk_rows;
       const int64_t offset = chunk * channels + c_begin;
-      Reduction::merge(c_end - c_begin, total_first + offset, total_second + offset, std::min(chunk_rows, rows - before),
-                       before, total_first + c_begin, total_second + c_begin);
+      Reduction::merge(c_end - c_begin, total_first + offset, total_second + offset,
+                       std::min(chunk_rows, rows - before), before, total_first + c_begin, total_second + c_begin);
     }
     for (int64_t c = c_begin; c < c_end; ++c) result(c, total_first[c], total_second[c]);
   }

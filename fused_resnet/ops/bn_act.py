@@ -116,11 +116,12 @@ def bn_act_dual(x: Tensor, norm: BatchNorm, x2: Tensor, norm2: BatchNorm, *, act
         return F.relu(z) if relu else z
     mean, invstd = _statistics(x, norm)
     mean2, invstd2 = _statistics(x2, norm2)
-    both = (x, norm.weight, norm.bias, mean, invstd, x2, norm2.weight, norm2.bias, mean2, invstd2)
-    if not wants_gradient(*both):
-        return _ops.bn_apply_dual(*both, relu)
+    if not wants_gradient(x, norm.weight, norm.bias, x2, norm2.weight, norm2.bias):
+        first, second = (x, mean, invstd, norm.weight, norm.bias), (x2, mean2, invstd2, norm2.weight, norm2.bias)
+        return _ops.bn_apply_dual(*first, *second, relu)
     return _BNActDual.apply(
-        *both,
+        *(x, norm.weight, norm.bias, mean, invstd),
+        *(x2, norm2.weight, norm2.bias, mean2, invstd2),
         (not norm.training, norm.eps),
         (not norm2.training, norm2.eps),
         relu,

@@ -114,10 +114,25 @@ def test_gradients_of_dual_that_nobody_wants(backend):
         inputs = dual_inputs((3, 5, 4, 6))
         cotangent = make_cotangent(call, inputs)
         everything = step(call, inputs, cotangent, backend=backend)
-        for wanted in (("x",), ("x2",), ("weight2",), ("weight", "bias"), ("bias", "x2"), ("weight", "bias2")):
+        for wanted in ((), ("x",), ("x2",), ("weight2",), ("weight", "bias"), ("bias", "x2"), ("weight", "bias2")):
             actual = step(call, inputs, cotangent, backend=backend, wanted=wanted)
             gradients = {f"gradient of {name}" for name in wanted}
             assert_same(actual, {n: t for n, t in everything.items() if n[:8] != "gradient" or n in gradients})
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_without_grad_mode_the_output_and_the_buffers_are_the_same(backend):
+    for training, residual, activation in FORMS.values():
+        function, _ = both(training=training, activation=activation)
+        for call, inputs in (
+            (function, make_inputs((3, 5, 4, 6), residual=residual)),
+            (dual(bn_act_dual, training, activation), dual_inputs((3, 5, 4, 6))),
+        ):
+            expected = step(call, inputs, torch.zeros(3, 5, 4, 6), backend=backend)
+            for mode in (torch.no_grad(), torch.inference_mode()):
+                with mode:
+                    actual = step(call, inputs, torch.zeros(3, 5, 4, 6), backend=backend)
+                assert_same(actual, {name: t for name, t in expected.items() if not name.startswith("gradient")})
 
 
 @pytest.mark.parametrize("name", ["x", "weight"])

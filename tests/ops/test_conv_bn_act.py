@@ -246,5 +246,9 @@ def test_why_not_packed():
     image = torch.randn(1, 3, 8, 8)
     assert why_not_packed(image.to("meta")) == ["x is on meta; it takes CPU tensors"]
     assert "float64" in why_not_packed(image.double())[0]
-    with torch.backends.mkldnn.flags(enabled=False):
+    # Not torch.backends.mkldnn.flags: on its way out it leaves TF32 allowed, for every test that follows.
+    torch._C._set_mkldnn_enabled(False)
+    try:
         assert "switched off" in why_not_packed(image)[0]
+    finally:
+        torch._C._set_mkldnn_enabled(True)
