@@ -77,6 +77,8 @@ def find_toolchain(choice: str) -> tuple[Toolchain | None, str]:
         missing.append("a platform other than Windows (csrc is written for gcc and clang)")
     elif not shutil.which(cxx[0]):
         missing.append(f"a C++ compiler (no {cxx[0]!r}; CXX names another)")
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        missing.append("Python.h (Debian's python3-dev)")
     nvcc = find_nvcc() if choice != "cpu" else None
     if choice == "cuda" and nvcc is None:
         missing.append("nvcc (looked in CUDA_HOME, PATH and /usr/local/cuda)")

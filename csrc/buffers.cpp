@@ -1,10 +1,11 @@
 #include "buffers.h"
 
 #include <cstdlib>
+#include <iterator>
+#include <list>
 #include <mutex>
 #include <new>
-#include <unordered_map>
-#include <vector>
+#include <utility>
 
 namespace fused_resnet {
 namespace {
@@ -13,7 +14,7 @@ constexpr std::size_t kAlignment = 64;
 
 struct Kept {
   std::mutex mutex;
-  std::unordered_map<int64_t, std::vector<void*>> by_bytes;
+  std::list<std::pair<int64_t, void*>> buffers;  // (bytes, address), the longest unused first
   int64_t bytes = 0;
 };
 
@@ -28,17 +29,28 @@ int64_t rounded(int64_t bytes) {
   return (bytes + alignment - 1) / alignment * alignment;
 }
 
+// Frees from the front until no more than `limit` bytes are kept. The mutex is held.
+void shrink_to(int64_t limit) {
+  while (kept().bytes > limit) {
+    kept().bytes -= kept().buffers.front().first;
+    std::free(kept().buffers.front().second);
+    kept().buffers.pop_front();
+  }
+}
+
 }  // namespace
 
 Buffer::Buffer(int64_t bytes) : data_(nullptr), bytes_(bytes) {
   {
     const std::lock_guard<std::mutex> lock(kept().mutex);
-    const auto found = kept().by_bytes.find(bytes);
-    if (found != kept().by_bytes.end() && !found->second.empty()) {
-      data_ = found->second.back();
-      found->second.pop_back();
-      kept().bytes -= bytes;
-      return;
+    // The youngest of this size: what was freed last may still be in a cache.
+    for (auto buffer = kept().buffers.rbegin(); buffer != kept().buffers.rend(); ++buffer) {
+      if (buffer->first == bytes) {
+        data_ = buffer->second;
+        kept().buffers.erase(std::next(buffer).base());
+        kept().bytes -= bytes;
+        return;
+      }
     }
   }
   data_ = std::aligned_alloc(kAlignment, static_cast<std::size_t>(rounded(bytes)));
@@ -46,15 +58,10 @@ Buffer::Buffer(int64_t bytes) : data_(nullptr), bytes_(bytes) {
 }
 
 Buffer::~Buffer() {
-  {
-    const std::lock_guard<std::mutex> lock(kept().mutex);
-    if (kept().bytes + bytes_ <= kKeptBytes) {
-      kept().by_bytes[bytes_].push_back(data_);
-      kept().bytes += bytes_;
-      return;
-    }
-  }
-  std::free(data_);
+  const std::lock_guard<std::mutex> lock(kept().mutex);
+  kept().buffers.emplace_back(bytes_, data_);
+  kept().bytes += bytes_;
+  shrink_to(kKeptBytes);
 }
 
 int64_t kept_bytes() {
@@ -64,11 +71,7 @@ int64_t kept_bytes() {
 
 void release_kept_buffers() {
   const std::lock_guard<std::mutex> lock(kept().mutex);
-  for (auto& [bytes, buffers] : kept().by_bytes) {
-    for (void* buffer : buffers) std::free(buffer);
-  }
-  kept().by_bytes.clear();
-  kept().bytes = 0;
+  shrink_to(0);
 }
 
 }  // namespace fused_resnet

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from typing import TypeVar
 
 import torch
@@ -40,6 +41,10 @@ def fuse(model: Model) -> Model:
         if type(module) in fused_class and "forward" not in module.__dict__:
             module.__class__ = fused_class[type(module)]
         module.__dict__.pop(UNFUSED, None)
+    if not any(fusion_sites(module) for module in model.modules()):
+        warnings.warn(
+            f"{type(model).__name__} contains no block that can be fused; fusion_report says why", stacklevel=2
+        )
     return model
 
 

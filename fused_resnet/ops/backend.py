@@ -75,9 +75,10 @@ def unavailable(backend: str) -> list[str]:
     return []
 
 
-@contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Runs every op inside the ``with`` on this backend ("auto" for the automatic choice).
+def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
+    """``with use_backend(name):`` runs every op inside on this backend ("auto" for the automatic choice).
+
+    For the whole process, not only this thread: autograd runs backward in threads of its own.
 
     Raises:
         ValueError: there is no backend of this name.
@@ -87,6 +88,11 @@ def use_backend(name: str) -> Iterator[None]:
         _known(name)
         if reasons := unavailable(name):
             raise BackendError(_refusal(name, "any op", reasons))
+    return _using(name)
+
+
+@contextlib.contextmanager
+def _using(name: str) -> Iterator[None]:
     global _requested
     before, _requested = _requested, name
     try:
@@ -98,6 +104,12 @@ def use_backend(name: str) -> Iterator[None]:
 def requested_backend() -> str:
     """The backend asked for by ``use_backend``, else by the environment when this was imported, else "auto"."""
     return _requested
+
+
+def empty_cache() -> None:
+    """Gives the memory that the CPU kernels keep of freed outputs, 1 GiB at most, back to the system."""
+    if not unavailable("native"):
+        _module("native").empty_cache()
 
 
 def has_fused_backend(x: Tensor) -> bool:

@@ -127,6 +127,11 @@ def bn_grad_apply(
     return grad_x
 
 
+def empty_cache() -> None:
+    """Gives the memory of freed outputs, kept for the next of their sizes, back to the system."""
+    _C.release_kept_buffers()
+
+
 class _Norm:
     """A ``_C.Norm`` of float32 vectors, which it keeps alive for as long as the ``with`` lasts."""
 

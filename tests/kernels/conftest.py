@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+try:
+    import triton
+except ImportError:  # on a platform that has none
+    collect_ignore_glob = ["test_*.py"]
 
 
 def versions(text: str) -> tuple[int, int]:

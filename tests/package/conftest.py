@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = (
-    *("csrc", "fused_resnet", "kernels", "requirements", "tests"),
+    *("benchmarks", "csrc", "fused_resnet", "kernels", "requirements", "tests"),
     *("setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", ".clang-format"),
     *("README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"),
 )

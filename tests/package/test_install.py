@@ -80,7 +80,8 @@ def test_wheel_holds_the_package_and_nothing_beside_it(wheel, sources):
 def test_sdist_holds_every_source(sdist, sources):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    for pattern in ("csrc/**/*.*", "requirements/*.txt", "kernels/**/*.py", "fused_resnet/**/*.py", "tests/**/*.py"):
+    python = ("benchmarks/**/*.py", "fused_resnet/**/*.py", "kernels/**/*.py", "tests/**/*.py")
+    for pattern in ("csrc/**/*.*", "requirements/*.txt", "benchmarks/results/*.json", *python):
         files = {path.relative_to(sources).as_posix() for path in sources.glob(pattern)}
         assert files
         assert files <= names
