@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,6 +21,15 @@ from tests.accuracy import assert_at_most_twice
 from tests.modules.compare import randomize
 
 HALF = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """On images this small, threads mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def batch_norms(model: nn.Module) -> list[str]:
