@@ -3,7 +3,7 @@
 FUSED_RESNET_BUILD says what to compile:
 
 ======== ============================================================================================
-auto     (default) C++, and CUDA where there is an nvcc; a pure Python package where nothing compiles
+auto     (default) C++, and CUDA where there is an nvcc; a pure Python package where there is no compiler
 cuda     C++ and CUDA, or an error that says what is missing
 cpu      C++ only, or an error that says what is missing
 none     nothing: a pure Python package, which runs on Triton and ATen

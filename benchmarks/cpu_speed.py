@@ -80,11 +80,11 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--inference-batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--training-batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=15, help="measured rounds of inference")
-    parser.add_argument("--training-rounds", type=int, help="measured rounds of training (default: half of --rounds)")
+    parser.add_argument("--training-rounds", type=int, help="measured rounds of training (default: --rounds)")
     parser.add_argument("--threads", type=int, help="default: PyTorch's choice")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/<condition>.json")
     arguments = parser.parse_args(words)
-    arguments.training_rounds = arguments.training_rounds or (arguments.rounds + 1) // 2
+    arguments.training_rounds = arguments.training_rounds or arguments.rounds
     return arguments
 
 

@@ -25,23 +25,30 @@ def table(results: Path = RESULTS) -> str:
 
 def _table_of(path: Path, result: dict[str, Any]) -> str:
     machine = result["machine"]
+    load = machine["load_average"]
     condition = (
         f"{result['model']}, {result['image_size']}x{result['image_size']}, {result['dtype']}, {machine['cpu']}, "
-        f"{machine['threads']} threads, torch {machine['torch']}, commit {machine['commit'][:10]}"
+        f"{machine['threads']} threads, torch {machine['torch']}, commit {machine['commit'][:10]}, load before {load:.1f}"
     )
     lines = [
-        f"{condition} ([file](benchmarks/results/{path.name})). Medians; ratios formed round by round:",
+        f"{condition} ([file](benchmarks/results/{path.name})). Medians (20th to 80th percentile); ratios are "
+        "medians of those formed round by round:",
         "",
         "| | batch | " + " | ".join(PLAIN) + " | here | against NCHW | against channels_last |",
         "|---|---|---|---|---|---|---|",
     ]
     for entry in result["measured"]:
-        medians = {name: f"{timing['median'] * 1e3:.0f} ms" for name, timing in entry["seconds"].items()}
+        medians = {name: _milliseconds(timing) for name, timing in entry["seconds"].items()}
         for name in (name for name in medians if name not in PLAIN):
             cells = [entry["mode"] + ", " + name, str(entry["batch_size"]), *(medians[plain] for plain in PLAIN)]
             cells += [medians[name], *(f"{entry['speedup'][name][plain]:.2f}x" for plain in PLAIN)]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _milliseconds(timing: dict[str, Any]) -> str:
+    median, low, high = (timing[key] * 1e3 for key in ("median", "p20", "p80"))
+    return f"{median:.0f} ms ({low:.0f}-{high:.0f})"
 
 
 def with_table(readme: str, text: str) -> str:

@@ -40,8 +40,8 @@ def conv_bn_act(
 ) -> Tensor:
     """``relu(conv2d(x, conv_weight, None, stride, padding, dilation) * scale + shift + residual)``, channels_last.
 
-    Sums in float32. float32 data is rounded to TF32 if ``torch.backends.cudnn.conv.fp32_precision`` says so, as
-    cuDNN's would be. The caller has asked ``why_not_conv``.
+    Sums in float32. float32 data is multiplied in TF32 if ``torch.backends.cudnn.conv.fp32_precision`` says so; the
+    matrix unit cuts it off there, where cuDNN rounds first. The caller has asked ``why_not_conv``.
 
     Args:
         x: (N, C, H, W), channels_last; float32, float16 or bfloat16.

@@ -21,6 +21,7 @@ float32 there are no matrix instructions: 8 sums a thread keep the operands of t
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -71,6 +72,7 @@ class ConvTiles:
     stages: int
 
 
+@functools.cache
 def conv_tiles(
     rows: int,
     filters: int,

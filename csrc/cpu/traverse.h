@@ -66,7 +66,7 @@ struct Sums {
 };
 
 // Elements summed in float32 before they go into the float64 totals.
-constexpr int64_t kTilePixels = 4096;         // of one plane (NCHW)
+constexpr int64_t kTilePixels = 512;          // of one plane (NCHW)
 constexpr int64_t kMinTileRows = 64;          // of an NHWC activation
 constexpr int64_t kMaxTileRows = 256;         // before rounding shows in float32
 constexpr int64_t kMaxChunks = 32;            // of an NHWC activation: as many as cores may work on it

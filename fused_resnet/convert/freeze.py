@@ -54,6 +54,7 @@ class FrozenModel(nn.Module):
         self._graph.replay()
         return self._graph_output.clone()
 
+    @torch.inference_mode(False)  # the static input is written to by every later call, wherever that is made
     @torch.no_grad()
     def capture(self, x: Tensor) -> None:
         """Records the kernels of one call as a CUDA graph, which every later call replays."""
@@ -65,7 +66,7 @@ class FrozenModel(nn.Module):
                 self.module(self._graph_input)
         torch.cuda.current_stream(x.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             self._graph_output = self.module(self._graph_input)
         self._graph = graph
 

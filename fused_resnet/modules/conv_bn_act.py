@@ -16,8 +16,9 @@ class ConvBNAct2d(nn.Module):
     """``relu(bn(conv(x)) + residual)``; its children are ``conv``, ``bn`` and ``act``, plain PyTorch modules.
 
     In training, the convolution and then one pass for the rest; the same in eval where gradients are wanted. In eval
-    without gradients (``torch.no_grad()``, or nothing that requires them), one kernel, the running statistics folded
-    into its epilogue. Equivalent PyTorch, also the way it runs where a child is not plain (hooks, another class)::
+    without gradients (``torch.no_grad()``, or nothing that requires them), one kernel on CUDA, the running statistics
+    folded into its epilogue; on the CPU oneDNN's convolution and one pass (``freeze`` makes it one call there too).
+    Equivalent PyTorch, also the way it runs where a child is not plain (hooks, another class)::
 
         act(bn(conv(x)) + residual)
 

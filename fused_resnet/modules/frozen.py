@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_resnet.modules.bn_act import has_global_hooks, is_intercepted
+from fused_resnet.ops.backend import AUTO, requested_backend
 from fused_resnet.ops.conv_bn_act import fold
 from fused_resnet.ops.packed_conv import pack_conv_weight, packed_conv_act, why_not_packed
 
@@ -52,7 +53,7 @@ class FrozenConvAct(nn.Module):
         """x: (N, C, H, W), channels_last for speed; residual: of the result's shape and dtype, or None, and with
         ``overwrite`` its memory may become the result's."""
         settings = (self.stride, self.padding, self.dilation, self.groups)
-        if torch.compiler.is_compiling() or why_not_packed(x):
+        if torch.compiler.is_compiling() or requested_backend() != AUTO or why_not_packed(x):
             return torch.ops.fused_resnet.conv_bn_act(x, self.weight, None, self.bias, residual, *settings, self.relu)
         packed = self._packed.get(x.shape)
         if packed is None:
@@ -61,7 +62,7 @@ class FrozenConvAct(nn.Module):
                     f"x must have {self.weight.shape[1] * self.groups} channels; got shape {tuple(x.shape)}"
                 )
             if len(self._packed) == PACKED_SIZES:
-                self._packed.pop(next(iter(self._packed)))
+                self._packed.pop(next(iter(self._packed)), None)
             packed = self._packed[x.shape] = pack_conv_weight(self.weight, list(x.shape), *settings)
         return packed_conv_act(x, packed, self.bias, residual, *settings, self.relu, overwrite)
 

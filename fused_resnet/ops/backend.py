@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from fused_resnet.ops.layout import dense, is_channels_last
 from fused_resnet.ops.schemas import SCHEMAS, library
@@ -62,7 +63,7 @@ def why_not(backend: str, op: str, *args: Any) -> list[str]:
     names = [argument.name for argument in getattr(torch.ops.fused_resnet, op).default._schema.arguments]
     if len(args) != len(names):
         raise TypeError(f"args must be those of {op}, ({', '.join(names)}); got {len(args)} of them")
-    return _reasons(backend, op, args)
+    return list(_reasons(backend, op, args))
 
 
 @functools.cache
@@ -116,9 +117,9 @@ def has_fused_backend(x: Tensor) -> bool:
     """True if a bn op on x has a body of its own here; else PyTorch's own batch_norm, add and relu are faster.
 
     An explicitly requested backend, the reference included, always has; inside ``torch.func`` and forward-mode
-    differentiation, which take PyTorch's own ops only, none has.
+    differentiation, and for subclasses of Tensor (DTensor), which take PyTorch's own ops only, none has.
     """
-    if is_transformed():
+    if is_transformed() or not (type(x) in (Tensor, Parameter) or torch.compiler.is_compiling()):
         return False
     if _requested != AUTO:
         return True
@@ -183,9 +184,21 @@ def _triton_unavailable() -> list[str]:
         kernels = importlib.import_module(MODULES["triton"])
     except ImportError as error:
         return [f"triton cannot be imported ({error})"]
-    if kernels.INTERPRETED or torch.cuda.is_available():
+    if kernels.INTERPRETED:
         return []
+    if torch.cuda.is_available():
+        return _first_kernel_fails(kernels)
     return ["no CUDA device is usable, and TRITON_INTERPRET=1 was not set before triton was imported"]
+
+
+def _first_kernel_fails(kernels: ModuleType) -> list[str]:
+    """Triton builds its launcher with a C compiler, which a machine with a GPU need not have."""
+    x, vector = torch.zeros(1, 8, 1, 1, device="cuda"), torch.zeros(8, device="cuda")
+    try:
+        kernels.bn_apply(x, vector, vector, None, None, None, True)
+    except Exception as error:  # whatever it is, it is the reason
+        return [f"a first kernel could not be compiled and launched ({error})"]
+    return []
 
 
 def _native_unavailable() -> list[str]:
@@ -207,9 +220,7 @@ def _why_not_triton(op: str, args: tuple[Any, ...]) -> list[str]:
         reasons.append("x is not channels_last")
     if x.numel() == 0:
         reasons.append("x is empty")
-    if op == "conv_bn_act":
-        reasons += _module("triton").why_not_conv(*args)
-    return reasons
+    return reasons + (_module("triton").why_not_conv(*args) if op == "conv_bn_act" else _mismatches(x, args))
 
 
 def _why_not_native(op: str, args: tuple[Any, ...]) -> list[str]:
@@ -223,7 +234,18 @@ def _why_not_native(op: str, args: tuple[Any, ...]) -> list[str]:
         reasons.append(f"x is {x.dtype}; it takes float32, float16 and bfloat16")
     if x.numel() == 0:
         reasons.append("x is empty")
-    return reasons
+    return reasons + _mismatches(x, args)
+
+
+def _mismatches(x: Tensor, args: tuple[Any, ...]) -> list[str]:
+    """What the public functions have refused already; an op called by itself must not read past the end either."""
+    vector, device = (x.shape[1],), x.device
+    return [
+        f"a tensor is {tuple(tensor.shape)} on {tensor.device} beside x, {tuple(x.shape)} on {device}"
+        for tensor in args
+        if isinstance(tensor, Tensor)
+        and (tensor.device != device or tensor.shape != (vector if tensor.dim() == 1 else x.shape))
+    ]
 
 
 def _why_not_separate(op: str, args: tuple[Any, ...]) -> list[str]:

@@ -94,6 +94,8 @@ def bn_grad_stats(
     grad_out, out = dense_like(grad_out.to(x.dtype), x), _like(out, x)
     sum_dz, sum_dz_xhat = _channel_vector(x), _channel_vector(x)
     dz = x.new_empty(0) if out is None else _empty_like(x)
+    if out is not None and not relu:
+        dz.copy_(grad_out)
     tensors = (grad_out, x, out, None if out is None else dz)
     with _Norm(mean, invstd, weight, bias) as norm:
         _C.bn_grad_stats(_shape(x), *map(_address, tensors), norm, relu, _address(sum_dz), _address(sum_dz_xhat))

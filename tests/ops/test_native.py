@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_resnet.ops import backend, bn_act, use_backend
+from fused_resnet import ops
+from fused_resnet.ops import BackendError, backend, bn_act, reference, use_backend
 from tests.ops.step import FORMATS, HALF, NEEDS_NATIVE, assert_same, both, make_inputs, step
 
 pytestmark = NEEDS_NATIVE
@@ -140,3 +141,46 @@ def test_large_outputs_behave_as_tensors_do():
     for thread in threads:
         thread.join()
     assert len(results) == 3
+
+
+@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("height", [1e1, 1e3, 1e5])
+def test_statistics_beside_a_bright_border(height, memory_format):
+    """The first pixels of every plane are far from the rest: what sums are taken around must not be they alone."""
+    x = torch.randn(2, 8, 64, 64)
+    x[:, :, 0, :4] = height
+    variance, mean = torch.var_mean(x.double(), dim=(0, 2, 3), correction=0)
+    got_mean, got_invstd = native.bn_stats(x.contiguous(memory_format=memory_format), None, None, 0.1, 0.0)
+    torch.testing.assert_close(got_mean.double(), mean, rtol=3e-6, atol=1e-6)
+    torch.testing.assert_close(got_invstd.double(), variance.rsqrt(), rtol=3e-6, atol=0.0)
+
+
+def test_ops_called_by_themselves_refuse_what_would_be_read_past_the_end():
+    x, short = torch.randn(2, 64, 3, 3), torch.zeros(3)
+    with use_backend("native"), pytest.raises(BackendError, match=r"\(3,\)"):
+        torch.ops.fused_resnet.bn_apply(x, short, torch.ones(64), None, None, None, True)
+    with use_backend("native"), pytest.raises(BackendError, match=r"\(3,\)"):
+        torch.ops.fused_resnet.bn_stats(x, short, torch.ones(64), 0.1, 1e-5)
+
+
+def test_dz_is_written_without_a_relu_too():
+    x, out, grad_out = (torch.randn(2, 8, 3, 3) for _ in range(3))
+    mean, invstd = torch.zeros(8), torch.ones(8)
+    for relu in (False, True):
+        arguments = (grad_out, x, out, mean, invstd, None, None, relu)
+        for got, expected in zip(native.bn_grad_stats(*arguments), reference.bn_grad_stats(*arguments), strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+def test_kept_memory_is_bounded_used_again_and_given_back():
+    ops.empty_cache()
+    sizes = [(6 << 20) + 64 * i for i in range(300)]  # 1.8 GB in all, which is never held at once
+    for size in sizes:
+        _C.Buffer(size)
+    assert 0 < _C.kept_bytes() <= 1 << 30
+    before = _C.kept_bytes()
+    buffer = _C.Buffer(sizes[-1])  # the youngest was not evicted
+    assert _C.kept_bytes() == before - sizes[-1]
+    del buffer
+    ops.empty_cache()
+    assert _C.kept_bytes() == 0
