@@ -28,7 +28,8 @@ def _table_of(path: Path, result: dict[str, Any]) -> str:
     load = machine["load_average"]
     condition = (
         f"{result['model']}, {result['image_size']}x{result['image_size']}, {result['dtype']}, {machine['cpu']}, "
-        f"{machine['threads']} threads, torch {machine['torch']}, commit {machine['commit'][:10]}, load before {load:.1f}"
+        f"{machine['threads']} threads, torch {machine['torch']}, commit {machine['commit'][:10]}, "
+        f"load before {load:.1f}"
     )
     lines = [
         f"{condition} ([file](benchmarks/results/{path.name})). Medians (20th to 80th percentile); ratios are "

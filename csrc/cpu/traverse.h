@@ -8,53 +8,33 @@
 
 #include "../bn_act.h"
 #include "element.h"
-#include "stream.h"
 
 namespace fused_resnet {
 namespace CPU_CAPABILITY {
 
-constexpr int64_t kStreamedBytes = 32 << 20;  // of an output: a last-level cache, where it would not stay whole
-constexpr int64_t kStreamedPixels = 1024;     // of a plane (NCHW) gathered before they are written
-
 // Sets out[i] = value(i, channel(c)) for every element i of channel c. channel(c) gathers what `value` needs to know of
-// its channel: read beside the element in NHWC, once per plane in NCHW. An output too large to be found in a cache by
-// whoever reads it next is written past the caches, a piece at a time: an ordinary store would read each line first.
+// its channel: read beside the element in NHWC, once per plane in NCHW. Ordinary stores: non-temporal ones made the
+// pass itself up to twice as fast and the training step around it slower, for the convolution that reads next.
 template <typename Storage, typename Channel, typename Value>
 void for_each_element(const Activation& shape, Storage* out, const Channel& channel, const Value& value) {
   const int64_t channels = shape.channels;
   const int64_t pixels = shape.pixels;
-  const bool stream = shape.count() * channels * static_cast<int64_t>(sizeof(Storage)) >= kStreamedBytes;
   if (shape.channels_last) {
     const int64_t rows = shape.count();
-#pragma omp parallel num_threads(shape.threads)
-    {
-      std::vector<Storage> piece(stream ? channels : 0);
-#pragma omp for schedule(static)
-      for (int64_t row = 0; row < rows; ++row) {
-        const int64_t offset = row * channels;
-        Storage* const to = stream ? piece.data() : out + offset;
+#pragma omp parallel for num_threads(shape.threads) schedule(static)
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t offset = row * channels;
 #pragma GCC ivdep
-        for (int64_t c = 0; c < channels; ++c) to[c] = value(offset + c, channel(c));
-        if (stream) stream_copy(to, out + offset, channels);
-      }
-      if (stream) stream_fence();
+      for (int64_t c = 0; c < channels; ++c) out[offset + c] = value(offset + c, channel(c));
     }
   } else {
     const int64_t planes = shape.images * channels;
 #pragma omp parallel for num_threads(shape.threads) schedule(static)
     for (int64_t plane = 0; plane < planes; ++plane) {
+      const int64_t offset = plane * pixels;
       const auto plane_channel = channel(plane % channels);
-      Storage piece[kStreamedPixels];
-      const int64_t step = stream ? kStreamedPixels : pixels;
-      for (int64_t begin = 0; begin < pixels; begin += step) {
-        const int64_t offset = plane * pixels + begin;
-        const int64_t size = std::min(step, pixels - begin);
-        Storage* const to = stream ? piece : out + offset;
 #pragma GCC ivdep
-        for (int64_t p = 0; p < size; ++p) to[p] = value(offset + p, plane_channel);
-        if (stream) stream_copy(to, out + offset, size);
-      }
-      if (stream) stream_fence();
+      for (int64_t p = 0; p < pixels; ++p) out[offset + p] = value(offset + p, plane_channel);
     }
   }
 }
