@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fused_resnet.ops.layout import dense, is_channels_last
+from fused_resnet.ops.layout import is_channels_last_once_dense
 from fused_resnet.ops.schemas import SCHEMAS, library
 
 ENVIRONMENT_VARIABLE = "FUSED_RESNET_BACKEND"
@@ -126,7 +126,7 @@ def has_fused_backend(x: Tensor) -> bool:
     if x.dtype not in FUSED_DTYPES or x.numel() == 0:
         return False
     if x.device.type == "cuda":
-        return _usable("triton") and is_channels_last(dense(x))
+        return _usable("triton") and is_channels_last_once_dense(x)
     return x.device.type == "cpu" and _usable("native")
 
 
@@ -216,7 +216,7 @@ def _why_not_triton(op: str, args: tuple[Any, ...]) -> list[str]:
         reasons.append(f"x is {x.dtype}; it takes float32, float16 and bfloat16")
     if x.device.type != ("cpu" if _module("triton").INTERPRETED else "cuda"):
         reasons.append(f"x is on {x.device}; it takes CUDA tensors (CPU tensors under TRITON_INTERPRET=1)")
-    if not is_channels_last(dense(x)):
+    if not is_channels_last_once_dense(x):
         reasons.append("x is not channels_last")
     if x.numel() == 0:
         reasons.append("x is empty")

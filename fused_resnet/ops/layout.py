@@ -18,6 +18,11 @@ def dense(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last if x.stride(1) == 1 else torch.contiguous_format)
 
 
+def is_channels_last_once_dense(x: Tensor) -> bool:
+    """``is_channels_last(dense(x))`` without making the copy."""
+    return is_channels_last(x) or (not x.is_contiguous() and x.stride(1) == 1)
+
+
 def dense_like(tensor: Tensor, x: Tensor) -> Tensor:
     """``tensor`` in the memory format of the dense ``x`` of the same shape; itself if it already lies so."""
     return tensor.contiguous(memory_format=torch.channels_last if is_channels_last(x) else torch.contiguous_format)

@@ -13,6 +13,7 @@ from fused_resnet import _C  # type: ignore[attr-defined]
 from fused_resnet.ops.layout import dense, dense_like, is_channels_last
 
 _BUFFER_BYTES = 4 << 20  # below this, malloc itself keeps what is freed
+_ELEMENTS_PER_THREAD = 16 * 1024  # with fewer a second thread gains nothing, and on a busy machine it is waited for
 _DTYPES = {
     torch.float32: _C.DType.float32,
     torch.float16: _C.DType.float16,
@@ -149,9 +150,8 @@ class _Norm:
 
 def _shape(x: Tensor):
     images, channels, height, width = x.shape
-    return _C.Activation(
-        images, channels, height * width, is_channels_last(x), _DTYPES[x.dtype], torch.get_num_threads()
-    )
+    threads = min(torch.get_num_threads(), max(x.numel() // _ELEMENTS_PER_THREAD, 1))
+    return _C.Activation(images, channels, height * width, is_channels_last(x), _DTYPES[x.dtype], threads)
 
 
 def _empty_like(x: Tensor) -> Tensor:
