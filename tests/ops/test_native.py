@@ -1,4 +1,4 @@
-"""The C++ kernels: conversions, the order of sums, outputs larger than the caches."""
+"""The C++ kernels: conversions, the order of sums, large outputs and the memory that is kept for them."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def test_bitwise_the_same_for_any_number_of_threads_and_every_run(dtype, memory_
 
 @pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize(("dtype", "channels"), [(torch.float32, 67), (torch.bfloat16, 136)], ids=str)
-def test_outputs_larger_than_the_caches(dtype, channels, memory_format):
-    """They are written another way: each image of a large batch is what it is alone."""
+def test_large_outputs(dtype, channels, memory_format):
+    """They lie in memory that was used before: each image of a large batch is what it is alone."""
     torch.set_num_threads(2)
     inputs = make_inputs((2, channels, 257, 256), dtype, memory_format)
     assert inputs["x"].nbytes > 32 << 20
