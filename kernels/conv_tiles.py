@@ -92,11 +92,11 @@ def conv_tiles(
         candidates = tuple(tile for tile in CANDIDATES if tile[0] * tile[1] <= SINGLE_TILE)
     if full_precision:
         step_bytes = (MIN_STEP * element_bytes,)
-    depth = _depth_step(channels, [max(count // element_bytes, MIN_STEP) for count in step_bytes])
-    flat = not pointwise and channels <= MAX_FLAT_CHANNELS and _padded(channels, depth) > MAX_PADDING * channels
+    depth = depth_step(channels, [max(count // element_bytes, MIN_STEP) for count in step_bytes])
+    flat = not pointwise and channels <= MAX_FLAT_CHANNELS and padded(channels, depth) > MAX_PADDING * channels
     if flat:
         depth = MIN_STEP if full_precision else SINGLE_STEP_BYTES // element_bytes
-    padded_depth = _padded(taps * channels, depth) if flat else taps * _padded(channels, depth)
+    padded_depth = padded(taps * channels, depth) if flat else taps * padded(channels, depth)
 
     def cycles(candidate: tuple[int, int, int, int]) -> float:
         block_rows, block_filters, _, _ = candidate
@@ -110,13 +110,13 @@ def conv_tiles(
     return ConvTiles(block_rows, block_filters, depth, flat, warps, stages)
 
 
-def _depth_step(channels: int, steps: list[int]) -> int:
+def depth_step(channels: int, steps: list[int]) -> int:
     """The first step that pads little, else the one that pads least."""
     for step in steps:
-        if _padded(channels, step) <= MAX_PADDING * channels:
+        if padded(channels, step) <= MAX_PADDING * channels:
             return step
-    return min(steps, key=lambda step: _padded(channels, step))
+    return min(steps, key=lambda step: padded(channels, step))
 
 
-def _padded(size: int, step: int) -> int:
+def padded(size: int, step: int) -> int:
     return triton.cdiv(size, step) * step

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fused_resnet.ops.layout import is_channels_last_once_dense
-from fused_resnet.ops.schemas import SCHEMAS, library
+from fused_resnet.ops.schemas import SCHEMAS, conv_output_size, library
 
 ENVIRONMENT_VARIABLE = "FUSED_RESNET_BACKEND"
 AUTO = "auto"
@@ -209,24 +209,40 @@ def _native_unavailable() -> list[str]:
     return []
 
 
+_PLACE_OF_X = {
+    "bn_grad_stats": 1,
+    "bn_grad_apply": 1,
+    "bn_grad_coefficients": 2,  # a vector
+    "conv_grad_input": 4,
+    "conv_grad_weight": 3,
+}
+_TRAINING_CONVOLUTIONS = ("conv_stats", "conv_grad_input", "conv_grad_weight")
+
+
 def _why_not_triton(op: str, args: tuple[Any, ...]) -> list[str]:
-    x: Tensor = args[1] if op.startswith("bn_grad") else args[0]
+    x: Tensor = args[_PLACE_OF_X.get(op, 0)]
     reasons = []
     if x.dtype not in FUSED_DTYPES:
         reasons.append(f"x is {x.dtype}; it takes float32, float16 and bfloat16")
     if x.device.type != ("cpu" if _module("triton").INTERPRETED else "cuda"):
         reasons.append(f"x is on {x.device}; it takes CUDA tensors (CPU tensors under TRITON_INTERPRET=1)")
-    if not is_channels_last_once_dense(x):
-        reasons.append("x is not channels_last")
     if x.numel() == 0:
         reasons.append("x is empty")
-    return reasons + (_module("triton").why_not_conv(*args) if op == "conv_bn_act" else _mismatches(x, args))
+    if op == "bn_grad_coefficients":
+        return reasons + _mismatches(x, args)
+    if not is_channels_last_once_dense(x):
+        reasons.append("x is not channels_last")
+    if op == "conv_bn_act":
+        return reasons + _module("triton").why_not_conv(*args)
+    return reasons + (_train_conv_mismatches(op, args) if op in _TRAINING_CONVOLUTIONS else _mismatches(x, args))
 
 
 def _why_not_native(op: str, args: tuple[Any, ...]) -> list[str]:
-    if op == "conv_bn_act":
+    if op.startswith("conv"):
         return ["it has no convolution; on the CPU that is oneDNN's, which the separate backend calls"]
-    x: Tensor = args[1] if op.startswith("bn_grad") else args[0]
+    if op == "bn_grad_coefficients":
+        return ["it has passes over activations only, and this is one over vectors"]
+    x: Tensor = args[_PLACE_OF_X.get(op, 0)]
     reasons = []
     if x.device.type != "cpu":
         reasons.append(f"x is on {x.device}; it takes CPU tensors")
@@ -239,13 +255,36 @@ def _why_not_native(op: str, args: tuple[Any, ...]) -> list[str]:
 
 def _mismatches(x: Tensor, args: tuple[Any, ...]) -> list[str]:
     """What the public functions have refused already; an op called by itself must not read past the end either."""
-    vector, device = (x.shape[1],), x.device
+    vector, device = (x.shape[-3 if x.dim() == 4 else 0],), x.device
     return [
         f"a tensor is {tuple(tensor.shape)} on {tensor.device} beside x, {tuple(x.shape)} on {device}"
         for tensor in args
         if isinstance(tensor, Tensor)
         and (tensor.device != device or tensor.shape != (vector if tensor.dim() == 1 else x.shape))
     ]
+
+
+def _train_conv_mismatches(op: str, args: tuple[Any, ...]) -> list[str]:
+    """What the training convolutions cannot take, beyond what holds for every op on x."""
+    named = dict(zip((a.name for a in getattr(torch.ops.fused_resnet, op).default._schema.arguments), args, strict=True))
+    x, conv_weight = named["x"], named["conv_weight"]
+    settings = [named[name] for name in ("stride", "padding", "dilation", "groups")]
+    module = _module("triton")
+    if reasons := module.why_not_train_conv(x, conv_weight, *settings):
+        return reasons
+    filters, channels = conv_weight.shape[0], (x.shape[1],)
+    size = (conv_output_size(x.shape[i + 2], conv_weight.shape[i + 2], *(s[i] for s in settings[:3])) for i in (0, 1))
+    output = (x.shape[0], filters, *size)
+    expected = {"dz": output, "y": output, "coefficients": (4, filters), "residual": tuple(x.shape)}
+    expected |= dict.fromkeys(("running_mean", "running_var"), (filters,))
+    expected |= dict.fromkeys(("mean", "invstd", "weight", "bias"), channels)
+    for name, shape in expected.items():
+        tensor = named.get(name)
+        if tensor is not None and (tuple(tensor.shape) != shape or tensor.device != x.device):
+            reasons.append(f"{name} is {tuple(tensor.shape)} on {tensor.device}; it takes {shape} on {x.device}")
+        if name in ("dz", "y", "residual") and tensor is not None and tensor.dtype != x.dtype:
+            reasons.append(f"{name} is {tensor.dtype}; it takes x's dtype, {x.dtype}")
+    return reasons
 
 
 def _why_not_separate(op: str, args: tuple[Any, ...]) -> list[str]:

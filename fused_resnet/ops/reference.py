@@ -154,6 +154,154 @@ def conv_bn_act(
     return torch.empty_like(z, dtype=x.dtype, memory_format=conv_memory_format(x, conv_weight)).copy_(z)
 
 
+def conv_stats(
+    x: Tensor,
+    conv_weight: Tensor,
+    mean: Tensor | None,
+    invstd: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, mean of y, invstd of y): a convolution in training, with the norm and ReLU in front of it and the statistics
+    of the norm behind it.
+
+    y = conv2d(a, conv_weight), where ``a = relu(xhat * weight + bias)`` if ``mean`` is given (x is then the raw output of
+    the convolution before) and x itself if not. The padding is of a: it is 0, whatever relu(bias - ...) of 0 would be.
+    The statistics are those of y as it is written, in its own dtype; ``bn_stats`` says what they are and how the
+    running ones move. Without ``statistics`` both are empty and nothing moves.
+
+    One kernel reads x and conv_weight and writes y. This way also writes and reads a, and reads y again.
+    """
+    a = x if mean is None or invstd is None else bn_apply(x, mean, invstd, weight, bias, None, True)
+    y = dense(F.conv2d(a, conv_weight, None, stride, padding, dilation, groups))
+    if not statistics:
+        return y, _no_vector(x), _no_vector(x)
+    return (y, *bn_stats(y, running_mean, running_var, momentum, eps))
+
+
+def bn_grad_coefficients(
+    sum_dz: Tensor | None,
+    sum_dz_xhat: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    count: float,
+) -> Tensor:
+    """(4, C): A, B, C and mean, with which ``bn_grad_apply``'s gradient is ``A * dz + B * (y - mean) + C``.
+
+    y - mean stays a difference: B * y + (C - B * mean) would lose its digits when |mean| >> std. With a sum None the
+    statistics are constants, and B = C = 0. ``count`` is the number of values behind each sum. Vectors only: 0T.
+    """
+    scale = invstd if weight is None else invstd * weight
+    if sum_dz is None or sum_dz_xhat is None:
+        zero = torch.zeros_like(invstd)
+        return torch.stack([scale, zero, zero, mean]).to(invstd.dtype)
+    return torch.stack([scale, -scale * invstd * (sum_dz_xhat / count), -scale * (sum_dz / count), mean]).to(invstd.dtype)
+
+
+def conv_grad_input(
+    dz: Tensor,
+    y: Tensor | None,
+    coefficients: Tensor | None,
+    conv_weight: Tensor,
+    x: Tensor,
+    mean: Tensor | None,
+    invstd: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(gradient, sum of it, sum of it * xhat): backward of ``conv_stats`` towards its input, and with it the first half
+    of the backward of the norm and ReLU in front.
+
+    ``dy = A * dz + B * (y - mean_y) + C`` with ``bn_grad_coefficients``; without y, ``dy = A * dz``; without coefficients,
+    dy = dz. ``da`` is the gradient of conv2d's input for dy, plus ``residual``. If ``mean`` is given, x is the raw output of
+    the convolution before: the gradient is then da where ``xhat * weight + bias`` is not <= 0, and the sums are of it as
+    written. Else the gradient is da, x says its shape, dtype and strides only, and the sums are empty.
+
+    One kernel reads dz, y, conv_weight, [x], [residual] and writes the gradient. This way also writes and reads dy and da.
+    """
+    dy = _conv_output_grad(dz, y, coefficients)
+    da = _conv_backward(dy, x, conv_weight, stride, padding, dilation, groups, wanted=0)
+    da = da.to(statistics_dtype(x)) if residual is None else da.to(statistics_dtype(x)) + residual
+    if mean is None or invstd is None:
+        return torch.empty_like(dense(x)).copy_(da), _no_vector(x), _no_vector(x)
+    masked = _grad_before_relu(da, x, None, mean, invstd, weight, bias, True)
+    grad = torch.empty_like(dense(x)).copy_(masked)
+    return (grad, *bn_grad_stats(grad, x, None, mean, invstd, weight, bias, False)[:2])
+
+
+def conv_grad_weight(
+    dz: Tensor,
+    y: Tensor | None,
+    coefficients: Tensor | None,
+    x: Tensor,
+    mean: Tensor | None,
+    invstd: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    conv_weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """The gradient of ``conv_stats``' conv_weight (of which only the shape is read), in float32 (float64 for float64).
+
+    dy as in ``conv_grad_input`` and the activation as in ``conv_stats`` are both made again on the way. One kernel reads
+    dz, y and x. This way also writes and reads dy and the activation.
+    """
+    dy = _conv_output_grad(dz, y, coefficients)
+    a = x if mean is None or invstd is None else bn_apply(x, mean, invstd, weight, bias, None, True)
+    wide = statistics_dtype(x)
+    like = torch.empty_like(conv_weight, dtype=wide, memory_format=torch.channels_last)
+    return _conv_backward(dy.to(wide), a.to(wide), like, stride, padding, dilation, groups, wanted=1)
+
+
+def _conv_output_grad(dz: Tensor, y: Tensor | None, coefficients: Tensor | None) -> Tensor:
+    """dy, in dz's dtype."""
+    if coefficients is None:
+        return dz
+    slope_dz, slope_y, offset, mean = map(per_channel, coefficients)
+    dy = dz.to(coefficients.dtype) * slope_dz
+    if y is not None:
+        dy = dy + (y.to(coefficients.dtype) - mean) * slope_y + offset
+    return torch.empty_like(dense(dz)).copy_(dy)
+
+
+def _conv_backward(
+    dy: Tensor,
+    x: Tensor,
+    conv_weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    wanted: int,
+) -> Tensor:
+    """conv2d's gradient of its input (wanted = 0) or of its weight (wanted = 1)."""
+    mask = [wanted == 0, wanted == 1, False]
+    settings = (None, stride, padding, dilation, False, [0, 0], groups, mask)
+    return torch.ops.aten.convolution_backward(dy, x, conv_weight, *settings)[wanted]
+
+
+def _no_vector(x: Tensor) -> Tensor:
+    return x.new_empty(0, dtype=statistics_dtype(x))
+
+
 def per_channel(vector: Tensor) -> Tensor:
     """A vector of C as (1, C, 1, 1)."""
     return vector[None, :, None, None]

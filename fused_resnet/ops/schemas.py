@@ -26,6 +26,17 @@ SCHEMAS = {
     " Tensor? sum_dz, Tensor? sum_dz_xhat, bool relu) -> Tensor",
     "conv_bn_act": "(Tensor x, Tensor conv_weight, Tensor? scale, Tensor? shift, Tensor? residual, int[] stride,"
     " int[] padding, int[] dilation, int groups, bool relu) -> Tensor",
+    "conv_stats": "(Tensor x, Tensor conv_weight, Tensor? mean, Tensor? invstd, Tensor? weight, Tensor? bias,"
+    " Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, float eps, int[] stride, int[] padding,"
+    " int[] dilation, int groups, bool statistics) -> (Tensor, Tensor, Tensor)",
+    "bn_grad_coefficients": "(Tensor? sum_dz, Tensor? sum_dz_xhat, Tensor mean, Tensor invstd, Tensor? weight,"
+    " float count) -> Tensor",
+    "conv_grad_input": "(Tensor dz, Tensor? y, Tensor? coefficients, Tensor conv_weight, Tensor x, Tensor? mean,"
+    " Tensor? invstd, Tensor? weight, Tensor? bias, Tensor? residual, int[] stride, int[] padding, int[] dilation,"
+    " int groups) -> (Tensor, Tensor, Tensor)",
+    "conv_grad_weight": "(Tensor dz, Tensor? y, Tensor? coefficients, Tensor x, Tensor? mean, Tensor? invstd,"
+    " Tensor? weight, Tensor? bias, Tensor conv_weight, int[] stride, int[] padding, int[] dilation, int groups)"
+    " -> Tensor",
 }
 
 library = torch.library.Library(NAMESPACE, "DEF")
@@ -65,6 +76,34 @@ def _(grad_out, x, mean, invstd, weight, bias, sum_dz, sum_dz_xhat, relu):
 
 @_shape_of("conv_bn_act")
 def _(x, conv_weight, scale, shift, residual, stride, padding, dilation, groups, relu):
+    return _conv_output(x, conv_weight, stride, padding, dilation)
+
+
+@_shape_of("conv_stats")
+def _(x, conv_weight, mean, invstd, weight, bias, running_mean, running_var, momentum, eps, stride, padding, dilation,
+      groups, statistics):  # fmt: skip
+    filters = conv_weight.shape[0] if statistics else 0
+    vectors = (x.new_empty(filters, dtype=statistics_dtype(x)) for _ in range(2))
+    return (_conv_output(x, conv_weight, stride, padding, dilation), *vectors)
+
+
+@_shape_of("bn_grad_coefficients")
+def _(sum_dz, sum_dz_xhat, mean, invstd, weight, count):
+    return invstd.new_empty((4, invstd.shape[0]))
+
+
+@_shape_of("conv_grad_input")
+def _(dz, y, coefficients, conv_weight, x, mean, invstd, weight, bias, residual, stride, padding, dilation, groups):
+    sums = (x.new_empty(0 if mean is None else x.shape[1], dtype=statistics_dtype(x)) for _ in range(2))
+    return (torch.empty_like(dense(x)), *sums)
+
+
+@_shape_of("conv_grad_weight")
+def _(dz, y, coefficients, x, mean, invstd, weight, bias, conv_weight, stride, padding, dilation, groups):
+    return torch.empty_like(conv_weight, dtype=statistics_dtype(x), memory_format=torch.channels_last)
+
+
+def _conv_output(x, conv_weight, stride, padding, dilation):
     height, width = (
         conv_output_size(x.shape[i + 2], conv_weight.shape[i + 2], stride[i], padding[i], dilation[i]) for i in (0, 1)
     )

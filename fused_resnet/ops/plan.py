@@ -1,0 +1,128 @@
+"""How far a convolution of a training step is fused with the norms around it: the levels, and who decides.
+
+===== ==============================================================================================
+level what one pass over memory holds
+===== ==============================================================================================
+0     the convolution (cuDNN, oneDNN) alone; norm, add and ReLU beside it (``ops/bn_act.py``)
+1     the convolution and the statistics of the norm behind it
+2     and the norm and ReLU in front of it, so that no activation inside a block is written
+3     and the same in backward: both gradients of a convolution, the norm behind it, the norm in front
+===== ==============================================================================================
+
+The automatic choice, by what is known and not by measurement: level 3 where the Triton kernels run on the device and have
+matrix instructions for the dtype, since it moves the fewest bytes and nearly every convolution of a ResNet waits for
+memory (the design's ledger: 364 MB an image at level 0, 263 at level 3); else level 0. A convolution that the kernels
+cannot take falls to level 0 alone. ``use_fusion_level``, or FUSED_RESNET_LEVEL in the environment, asks for another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fused_resnet.ops.backend import AUTO, requested_backend, why_not
+
+ENVIRONMENT_VARIABLE = "FUSED_RESNET_LEVEL"
+HIGHEST_LEVEL = 3
+WITHOUT_CONVOLUTION = ("native", "separate")
+
+
+def use_fusion_level(level: int | None) -> contextlib.AbstractContextManager[None]:
+    """``with use_fusion_level(level):`` trains residual blocks at this level (None for the automatic choice).
+
+    For the whole process, as ``use_backend``. A block keeps the level of its forward for its backward. Asked for by
+    number, levels 1 to 3 also run where no fused kernel does, through the reference: right, but slow.
+
+    Raises:
+        TypeError, ValueError: level is not None, 0, 1, 2 or 3.
+    """
+    return _using(_checked(level, "level"))
+
+
+@contextlib.contextmanager
+def _using(level: int | None) -> Iterator[None]:
+    global _requested
+    before, _requested = _requested, level
+    try:
+        yield
+    finally:
+        _requested = before
+
+
+def requested_fusion_level() -> int | None:
+    """The level asked for by ``use_fusion_level``, else by the environment when this was imported, else None."""
+    return _requested
+
+
+def training_level(
+    x: Tensor,
+    conv_weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> int:
+    """The level at which this convolution trains: 0 where ``why_not_fused_training`` has a reason.
+
+    Args:
+        x: (N, C, H, W), of the dtype, device and memory format that the convolution gets.
+        conv_weight: (K, C / groups, R, S), x's dtype.
+    """
+    if why_not_fused_training(x, conv_weight, stride, padding, dilation, groups):
+        return 0
+    return HIGHEST_LEVEL if _requested is None else _requested
+
+
+def why_not_fused_training(
+    x: Tensor,
+    conv_weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> list[str]:
+    """The reasons why this convolution trains at level 0; an empty list means that it does not. Arguments as above."""
+    if _requested == 0:
+        return ["level 0 was asked for"]
+    if groups != 1:
+        return [f"groups is {groups}; the training kernels take 1"]
+    backend = requested_backend()
+    if backend in WITHOUT_CONVOLUTION:
+        return [f"backend {backend!r} was asked for, which has no training convolution"]
+    if backend == "reference" or (backend == AUTO and _requested is not None and not x.is_cuda):
+        return []
+    settings = (list(stride), list(padding), list(dilation), groups)
+    forward = (x, conv_weight, None, None, None, None, None, None, 0.0, 0.0, *settings, True)
+    reasons = why_not("triton", "conv_stats", *forward)
+    if not reasons and _requested is None and x.is_cuda and _needs_full_float32(x):
+        reasons.append("float32 that may not be rounded to TF32 has no matrix instructions in Triton")
+    return reasons
+
+
+def _needs_full_float32(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision != "tf32"  # type: ignore[attr-defined]
+
+
+def _checked(level: int | None, name: str) -> int | None:
+    if level is not None and (isinstance(level, bool) or not isinstance(level, int)):
+        raise TypeError(f"{name} must be an int or None; got {type(level).__name__}")
+    if level is not None and not 0 <= level <= HIGHEST_LEVEL:
+        raise ValueError(f"{name} must be None or 0 to {HIGHEST_LEVEL}; got {level}")
+    return level
+
+
+def _from_environment() -> int | None:
+    text = os.environ.get(ENVIRONMENT_VARIABLE) or AUTO
+    if text == AUTO:
+        return None
+    if not text.isdecimal():
+        raise ValueError(f"{ENVIRONMENT_VARIABLE} must be auto or 0 to {HIGHEST_LEVEL}; got {text!r}")
+    return _checked(int(text), ENVIRONMENT_VARIABLE)
+
+
+# One for the process, not for the thread, as the requested backend.
+_requested: int | None = _from_environment()

@@ -1,0 +1,84 @@
+"""The convolutions of a training step, compiled for GPUs that are not here (tests/kernels/compiled.py)."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from fused_resnet import kernels  # noqa: E402
+from tests.kernels.compiled import (  # noqa: E402
+    CHIPS,
+    Compiled,
+    check_resources,
+    chip,  # noqa: F401
+    compile_launches,  # noqa: F401
+    empty,
+)
+
+pytestmark = pytest.mark.skipif(kernels.INTERPRETED, reason="TRITON_INTERPRET=1: there is no compiler in this process")
+
+# Of ResNet-50 at batch 256: (image), filters, kernel, stride, padding.
+CONVOLUTIONS = {
+    "1x1 narrowing": ((256, 256, 56, 56), 64, 1, 1, 0),
+    "1x1 widening": ((256, 64, 56, 56), 256, 1, 1, 0),
+    "1x1 deep": ((256, 2048, 7, 7), 512, 1, 1, 0),
+    "3x3": ((256, 128, 28, 28), 128, 3, 1, 1),
+    "3x3 narrow": ((256, 64, 56, 56), 64, 3, 1, 1),
+    "3x3 strided": ((256, 256, 28, 28), 256, 3, 2, 1),
+    "projection": ((256, 512, 28, 28), 1024, 1, 2, 0),
+    "one image": ((1, 512, 7, 7), 512, 3, 1, 1),
+    "unaligned": ((32, 37, 14, 14), 51, 3, 1, 1),
+    "stem": ((256, 3, 224, 224), 64, 7, 2, 3),
+}
+UNALIGNED = ("unaligned", "stem")
+
+
+def arguments(name: str, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
+    """The launchers and their arguments, with everything there."""
+    shape, filters, kernel, stride, padding = CONVOLUTIONS[name]
+    size = (shape[2] + 2 * padding - kernel) // stride + 1
+    x, y = empty(shape, dtype), empty((shape[0], filters, size, size), dtype)
+    weight = empty((filters, shape[1], kernel, kernel), dtype)
+    norm = (torch.empty(shape[1]),) * 4
+    running = torch.empty(filters)
+    coefficients = torch.empty(4, filters)
+    sizes = ([stride] * 2, [padding] * 2, [1, 1], 1)
+    return {
+        "conv_stats": (x, weight, *norm, running, running, 0.1, 1e-5, *sizes, True),
+        "conv_grad_input": (y, y, coefficients, weight, x, *norm, x, *sizes),
+        "conv_grad_weight": (y, y, coefficients, x, *norm, weight, *sizes),
+    }
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("op", ["conv_stats", "conv_grad_input", "conv_grad_weight"])
+def test_bfloat16(compile_launches, chip: int, op: str, name: str) -> None:  # noqa: F811
+    """No spills, matrix instructions, asynchronous copies in the main loop, shared memory within the chip's."""
+    kernel, *others = compile_launches(getattr(kernels, op), *arguments(name, torch.bfloat16)[op])
+    check(kernel, chip, "bf16.bf16", copies=name not in UNALIGNED)
+    for other in others:
+        check_resources(other, 128)
+
+
+@pytest.mark.parametrize("name", ["1x1 widening", "3x3", "3x3 strided"])
+@pytest.mark.parametrize("op", ["conv_stats", "conv_grad_input", "conv_grad_weight"])
+def test_tf32(compile_launches, chip: int, op: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "tf32")
+    kernel, *_ = compile_launches(getattr(kernels, op), *arguments(name, torch.float32)[op])
+    check(kernel, chip, "tf32.tf32", copies=True)
+
+
+def check(kernel: Compiled, chip: int, kind: str, copies: bool) -> None:  # noqa: F811
+    check_resources(kernel, 255)
+    assert kernel.shared <= CHIPS[chip][1]
+    wgmma = kernel.count(rf"wgmma\.mma_async[.\w]*\.{re.escape(kind)}")
+    mma = kernel.count(rf"mma\.sync\.aligned\.m16n8k\d+\.row\.col\.f32\.{re.escape(kind)}")
+    print(chip, kernel.name, kernel.registers, kernel.shared, "wgmma", wgmma, "mma", mma)
+    assert wgmma + mma > 0
+    if copies:
+        loops = re.findall(r"^(\$L__BB0_\d+):((?:(?!^\$L__BB0_\d+:)[\s\S])*?)bra(?:\.uni)?\s+\1;", kernel.ptx, re.M)
+        assert any("cp.async" in body and "mma" in body for _, body in loops)
