@@ -10,6 +10,10 @@ import sys
 # imported, so that `info` works without the packages that `demo` draws with.
 COMMANDS = {
     "info": ("fused_resnet.info", "what is built, what is usable here, and why the rest is not"),
+    "bench": (
+        "fused_resnet.bench.command",
+        "what a training step moves through memory, eager and at every level of fusion",
+    ),
     "demo": ("fused_resnet.training.demo", "train and time plain and fused ResNets side by side"),
 }
 

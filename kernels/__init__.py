@@ -12,8 +12,9 @@ if __name__ != "fused_resnet.kernels":
 
 from fused_resnet.kernels.bn_act import bn_apply, bn_apply_dual, bn_stats
 from fused_resnet.kernels.bn_act_grad import bn_grad_apply, bn_grad_stats
+from fused_resnet.kernels.bn_grad_coefficients import bn_grad_coefficients
 from fused_resnet.kernels.conv import conv_bn_act, why_not_conv
-from fused_resnet.kernels.conv_grad_input import bn_grad_coefficients, conv_grad_input
+from fused_resnet.kernels.conv_grad_input import conv_grad_input
 from fused_resnet.kernels.conv_grad_weight import conv_grad_weight
 from fused_resnet.kernels.conv_shape import why_not_train_conv
 from fused_resnet.kernels.conv_stats import conv_stats

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fused_resnet.kernels.bn_act import load_normalization, normalize
 from fused_resnet.kernels.bn_act_grad import relu_grad
+from fused_resnet.kernels.bn_grad_coefficients import load_coefficients, output_grad
 from fused_resnet.kernels.channels_last import channels_last, dense_vector, optional_channels_last
 from fused_resnet.kernels.conv_shape import ConvShape, is_full_precision
 from fused_resnet.kernels.conv_tiles import GROUP_ROWS
@@ -25,8 +26,6 @@ from fused_resnet.kernels.device import chip_of
 from fused_resnet.kernels.patches import WIDE_ELEMENTS, program_block
 from fused_resnet.kernels.training_tiles import Product, aligned, training_tiles
 from fused_resnet.kernels.welford import finalize_sums
-
-MAX_BLOCK_COEFFICIENTS = 512
 
 
 def conv_grad_input(
@@ -47,8 +46,8 @@ def conv_grad_input(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(gradient, sum of it, sum of it * xhat), the last two of each channel and in float32.
 
-    ``dy = A * dz + B * (y - mean_y) + C`` with the rows A, B, C, mean_y of ``coefficients``; ``A * dz`` without y; dz without
-    coefficients. The gradient of conv2d's input for dy, plus ``residual``, is masked where the recomputed
+    ``dy = A * dz + B * (y - mean_y) + C`` with the rows A, B, C, mean_y of ``coefficients``; ``A * dz`` without y; dz
+    without coefficients. The gradient of conv2d's input for dy, plus ``residual``, is masked where the recomputed
     ``xhat * weight + bias`` is <= 0 if ``mean`` is given; else x says the shape only, and the sums are empty.
 
     Args:
@@ -59,8 +58,8 @@ def conv_grad_input(
         mean, invstd, weight, bias: (C,) of any float dtype; weight and bias may be None.
         residual: x's shape and dtype, or None.
 
-    Reads bytes(dz) [+ bytes(y)] + bytes(conv_weight) [+ bytes(x)] [+ bytes(residual)], dz and y up to R*S times from L2;
-    writes bytes(x), and 8*P*C bytes of P partial sums, which a second launch adds in a fixed order.
+    Reads bytes(dz) [+ bytes(y)] + bytes(conv_weight) [+ bytes(x)] [+ bytes(residual)], dz and y up to R*S times from
+    L2; writes bytes(x), and 8*P*C bytes of P partial sums, which a second launch adds in a fixed order.
     """
     x, conv_weight, dz = channels_last(x), channels_last(conv_weight), channels_last(dz)
     shape = ConvShape.of(x, conv_weight, stride, padding, dilation)
@@ -126,82 +125,10 @@ def conv_grad_input(
             num_stages=tiles.stages,
         )
     if partial_sums is None:
-        return grad, *(torch.empty(0, dtype=torch.float32, device=x.device) for _ in range(2))
-    return grad, *finalize_sums(partial_sums).unbind()
-
-
-def bn_grad_coefficients(
-    sum_dz: Tensor | None,
-    sum_dz_xhat: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    count: float,
-) -> Tensor:
-    """(4, C) float32: A, B, C and mean, with which ``bn_grad_apply``'s gradient is ``A * dz + B * (y - mean) + C``.
-
-    With a sum None (constant statistics) B = C = 0. Vectors only; one launch.
-    """
-    if sum_dz is None or sum_dz_xhat is None:
-        sum_dz = sum_dz_xhat = None
-    channels = mean.shape[0]
-    coefficients = torch.empty((4, channels), dtype=torch.float32, device=mean.device)
-    block = min(triton.next_power_of_2(channels), MAX_BLOCK_COEFFICIENTS)
-    with torch.cuda.device_of(mean):
-        bn_grad_coefficients_kernel[(triton.cdiv(channels, block),)](
-            *map(dense_vector, (sum_dz, sum_dz_xhat, mean, invstd, weight)),
-            coefficients,
-            channels,
-            float(count),
-            BLOCK_CHANNELS=block,
-            num_warps=4,
-        )
-    return coefficients
-
-
-@triton.jit
-def bn_grad_coefficients_kernel(
-    sum_dz_ptr,
-    sum_dz_xhat_ptr,
-    mean_ptr,
-    invstd_ptr,
-    weight_ptr,
-    coefficients_ptr,
-    channels,
-    count,
-    BLOCK_CHANNELS: tl.constexpr,
-):
-    """A program owns a block of channels."""
-    channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    inside = channel < channels
-    mean, scale, _ = load_normalization(mean_ptr, invstd_ptr, weight_ptr, None, channel, inside)
-    slope = tl.zeros_like(scale)
-    offset = tl.zeros_like(scale)
-    if sum_dz_ptr is not None:
-        invstd = tl.load(invstd_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-        slope = -scale * invstd * (tl.load(sum_dz_xhat_ptr + channel, mask=inside, other=0.0).to(tl.float32) / count)
-        offset = -scale * (tl.load(sum_dz_ptr + channel, mask=inside, other=0.0).to(tl.float32) / count)
-    tl.store(coefficients_ptr + channel, scale, mask=inside)
-    tl.store(coefficients_ptr + channels + channel, slope, mask=inside)
-    tl.store(coefficients_ptr + 2 * channels + channel, offset, mask=inside)
-    tl.store(coefficients_ptr + 3 * channels + channel, mean, mask=inside)
-
-
-@triton.jit
-def load_coefficients(coefficients_ptr, filters, filter, in_filters):
-    """(A, B, C, mean) of these filters; 0 outside."""
-    slope_dz = tl.load(coefficients_ptr + filter, mask=in_filters, other=0.0)
-    slope_y = tl.load(coefficients_ptr + filters + filter, mask=in_filters, other=0.0)
-    offset = tl.load(coefficients_ptr + 2 * filters + filter, mask=in_filters, other=0.0)
-    mean = tl.load(coefficients_ptr + 3 * filters + filter, mask=in_filters, other=0.0)
-    return slope_dz, slope_y, offset, mean
-
-
-@triton.jit
-def output_grad(dz, y, slope_dz, slope_y, offset, mean):
-    """A * dz + B * (y - mean) + C of a tile, in dz's dtype."""
-    dy = dz.to(tl.float32) * slope_dz[None, :] + (y.to(tl.float32) - mean[None, :]) * slope_y[None, :]
-    return (dy + offset[None, :]).to(dz.dtype)
+        nothing = torch.empty(0, dtype=torch.float32, device=x.device)
+        return grad, nothing, nothing.clone()
+    sum_dz, sum_dz_xhat = finalize_sums(partial_sums).unbind()
+    return grad, sum_dz, sum_dz_xhat
 
 
 @triton.jit

@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_resnet.kernels.bn_act import load_normalization
+from fused_resnet.kernels.bn_grad_coefficients import load_coefficients, output_grad
 from fused_resnet.kernels.channels_last import channels_last, dense_vector, optional_channels_last
-from fused_resnet.kernels.conv_grad_input import load_coefficients, output_grad
 from fused_resnet.kernels.conv_shape import ConvShape, is_full_precision
 from fused_resnet.kernels.device import chip_of
 from fused_resnet.kernels.patches import WIDE_ELEMENTS, activate
@@ -42,8 +42,8 @@ def conv_grad_weight(
 ) -> Tensor:
     """The gradient of conv_weight, of which only the shape is read: (K, C, R, S) float32, channels_last.
 
-    dy is made of dz, y and ``coefficients`` as in ``conv_grad_input``, and the activation of x and the norm's vectors as in
-    ``conv_stats``; arguments as there. Two launches where the rows are split.
+    dy is made of dz, y and ``coefficients`` as in ``conv_grad_input``, and the activation of x and the norm's vectors
+    as in ``conv_stats``; arguments as there. Two launches where the rows are split.
 
     Reads bytes(dz) [+ bytes(y)] + bytes(x), each once for every tile of the result, mostly from L2; writes 4*K*R*S*C
     bytes, and 4*splits*K*R*S*C of partial results, which the second launch reads.
@@ -51,6 +51,7 @@ def conv_grad_weight(
     x, dz = channels_last(x), channels_last(dz)
     shape = ConvShape.of(x, conv_weight, stride, padding, dilation)
     full_precision = is_full_precision(x)
+    chip = chip_of(x.device)
     product = Product(
         rows=shape.filters,
         columns=shape.taps * shape.channels,
@@ -59,10 +60,11 @@ def conv_grad_weight(
         row_operands=1 if y is None else 2,
         epilogue=2,
         splittable=True,
+        sums=64 if chip.wgmma else 32,
         flat=shape.channels < FLAT_CHANNELS and shape.taps > 1,
         aligned=aligned(x.element_size(), shape.channels, shape.filters),
     )
-    tiles = training_tiles(product, x.element_size(), chip_of(x.device), full_precision=full_precision)
+    tiles = training_tiles(product, x.element_size(), chip, full_precision=full_precision)
     like = torch.empty_like(conv_weight, dtype=torch.float32, device=x.device, memory_format=torch.channels_last)
     partials = like if tiles.splits == 1 else like.new_empty((tiles.splits, like.numel()))
     width = product.columns if tiles.flat else shape.channels
@@ -229,5 +231,5 @@ def sum_splits_kernel(partials_ptr, total_ptr, splits, size, BLOCK: tl.constexpr
     inside = place < size
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for split in range(0, splits):
-        total += tl.load(partials_ptr + split.to(tl.int64) * size + place, mask=inside, other=0.0)
+        total += tl.load(partials_ptr + (split * tl.cast(size, tl.int64) + place), mask=inside, other=0.0)
     tl.store(total_ptr + place, total, mask=inside)

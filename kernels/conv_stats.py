@@ -114,7 +114,7 @@ def conv_stats(
 
 @triton.jit
 def tile_statistics(value, in_rows, count):
-    """(mean, M2) of each column over the ``in_rows`` rows of a tile that is in registers; ``count`` of them, at least 1.
+    """(mean, M2) of each column over the ``in_rows`` rows of a tile in registers; ``count`` of them, at least 1.
 
     Two passes: the distances are from the first one's mean, whose own error the second one takes out again.
     """

@@ -14,7 +14,7 @@ ones) times the cycles of one, which are the largest of
 
 - multiplications, padding included, at MATRIX_EFFICIENCY of the chip's best;
 - bytes brought in from L2, every tile for itself, and those of the epilogue;
-- latency: a step waits STEP_LATENCY, which the stages of the pipeline and the other programs on the multiprocessor hide;
+- latency: a step waits STEP_LATENCY, which the stages of the pipeline and the multiprocessor's other programs hide;
 
 plus START_CYCLES for filling the pipeline and for the epilogue, hidden in the same way by the other programs. How many
 there are (occupancy) follows from threads, registers and shared memory. A product cut in splits also pays for writing
@@ -108,8 +108,8 @@ class Product:
 class Tiles:
     """The tile of one program, how it is compiled, and how the programs share the work.
 
-    ``row_tiles``: consecutive tiles of rows that one program computes, so that few partial sums are left; ``splits``: the
-    programs that share the depth of one tile.
+    ``row_tiles``: consecutive tiles of rows that one program computes, so that few partial sums are left; ``splits``:
+    the programs that share the depth of one tile.
     """
 
     rows: int
@@ -148,10 +148,8 @@ def training_tiles(product: Product, element_bytes: int, chip: Chip, *, full_pre
     )
     if product.splittable:
         return best
-    programs = _tile_count(product, best) // (
-        CHUNK_WAVES * chip.multiprocessors * occupancy(product, best, element_bytes, chip)
-    )
-    return replace(best, row_tiles=max(programs, 1))
+    programs = CHUNK_WAVES * chip.multiprocessors * occupancy(product, best, element_bytes, chip)
+    return replace(best, row_tiles=max(int(_tile_count(product, best) / programs), 1))
 
 
 def cycles(product: Product, tiles: Tiles, element_bytes: int, chip: Chip) -> float:
@@ -203,7 +201,7 @@ def _step(product: Product, element_bytes: int, full_precision: bool) -> tuple[i
     """(the depth of a step, whether the depth is walked flat)."""
     if product.splittable:
         rows = WEIGHT_STEP_ROWS * 2 // element_bytes
-        rows = rows if product.aligned else rows // 2
+        rows = rows if product.aligned else rows // 4
         return (
             MIN_STEP if full_precision else max(MIN_STEP, min(rows, next_power_of_2(product.channels)))
         ), product.flat

@@ -9,14 +9,16 @@ from torch import Tensor, nn
 
 from fused_resnet.modules.bn_act import norm_act
 from fused_resnet.modules.shortcut import norm_add_act
+from fused_resnet.modules.whole_block import whole_block
 
 
 class BasicBlock(nn.Module):
     """``out = relu(F(x) + x)`` with ``F(x) = bn2(conv2(relu(bn1(conv1(x)))))``.
 
     He et al. 2015 (https://arxiv.org/abs/1512.03385), figure 2 and figure 5 left. A drop-in for torchvision's
-    BasicBlock: the same arguments, children and ``state_dict``. Each norm, with the add and the ReLU behind it, is one
-    pass over memory.
+    BasicBlock: the same arguments, children and ``state_dict``. Where kernels
+    here gain from it, training runs the block as one step of autograd that writes no activation inside the block
+    (``ops/residual_block.py``); else each norm, with the add and the ReLU behind it, is one pass over memory.
 
     x is (N, inplanes, H, W), any floating dtype and memory format (channels_last is the fast one); the result is
     (N, planes, H', W'), H' = ceil(H / stride).
@@ -36,6 +38,7 @@ class BasicBlock(nn.Module):
         NotImplementedError: dilation is greater than 1.
     """
 
+    links: ClassVar[tuple[tuple[str, str], ...]] = (("conv1", "bn1"), ("conv2", "bn2"))
     expansion: ClassVar[int] = 1
 
     def __init__(
@@ -67,5 +70,7 @@ class BasicBlock(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
+        if (out := whole_block(self, x)) is not None:
+            return out
         out = norm_act(self.bn1, self.relu, self.conv1(x))
         return norm_add_act(self.bn2, self.relu, self.conv2(out), self.downsample, x)

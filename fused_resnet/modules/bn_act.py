@@ -6,9 +6,10 @@ not be (a hook, a subclass, another kind of norm), it calls the modules. ``why_n
 
 from __future__ import annotations
 
-from typing import TypeGuard, cast
+from typing import Any, TypeGuard, cast
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
@@ -19,13 +20,17 @@ from fused_resnet.ops.checks import check_activation
 UNFUSED = "_fused_resnet_unfused"
 """``fused_resnet.unfuse`` gives a norm an attribute of this name to have its site run the ordinary way."""
 
+PlainNorm = nn.BatchNorm2d | nn.SyncBatchNorm
+"""What the fused ops can stand for."""
+
 
 class BatchNormAct2d(nn.BatchNorm2d):
     """``relu(BatchNorm2d(x) + residual)`` in one pass over memory.
 
     The arguments, parameters, buffers and ``state_dict`` are those of ``nn.BatchNorm2d``; checkpoints load both ways.
     ``nn.SyncBatchNorm.convert_sync_batchnorm`` replaces subclasses of BatchNorm too and would drop the ReLU: in a model
-    that will be converted, use ``ConvBNAct2d`` or the blocks, whose norms are plain ``nn.BatchNorm2d``.
+    that will be converted, use ``ConvBNAct2d`` or the blocks, whose norms are plain ``nn.BatchNorm2d`` and run fused as
+    ``nn.SyncBatchNorm`` too.
 
     Args:
         activation: "relu", or None for no activation.
@@ -73,7 +78,8 @@ def norm_act(norm: nn.Module, act: nn.Module | None, x: Tensor, residual: Tensor
     """``act(norm(x) + residual)``: one fused pass when norm and act are plain, else the modules, the ordinary way.
 
     Args:
-        norm: fused if ``why_not_fuse(norm, act)`` is empty; any module from tensor to tensor works.
+        norm: fused if ``why_not_fuse(norm, act)`` is empty; any module from tensor to tensor works. An
+            ``nn.SyncBatchNorm`` works on the CPU as well, where its own forward refuses to.
         act: fused if an ``nn.ReLU`` without hooks; None for no activation.
         x: (N, C, H, W), any floating dtype and memory format.
         residual: added before the activation, in x's dtype (the ordinary way: in that of norm's result); x's shape.
@@ -85,9 +91,10 @@ def norm_act(norm: nn.Module, act: nn.Module | None, x: Tensor, residual: Tensor
 
     Raises:
         ValueError: as ``nn.BatchNorm2d``: x is not 4D, or has one value per channel in training.
+        NotImplementedError: in backward with ``create_graph=True``, of statistics that ranks share.
     """
     if is_image(x) and (residual is None or residual.shape == x.shape) and not why_not_fuse(norm, act):
-        return _bn_act(cast(nn.BatchNorm2d, norm), None if act is None else "relu", x, residual)
+        return _bn_act(cast(PlainNorm, norm), None if act is None else "relu", x, residual)
     out = _add(norm(x), residual)
     return out if act is None else act(out)
 
@@ -102,8 +109,8 @@ def norm_act_dual(norm: nn.Module, act: nn.Module | None, x: Tensor, norm2: nn.M
     if not alike or why_not_fuse(norm, act) or why_not_fuse(norm2, None):
         return norm_act(norm, act, x, residual=norm_act(norm2, None, x2))
     activation = None if act is None else "relu"
-    first = batch_norm_arguments(cast(nn.BatchNorm2d, norm))
-    second = batch_norm_arguments(cast(nn.BatchNorm2d, norm2))
+    first = batch_norm_arguments(cast(PlainNorm, norm))
+    second = batch_norm_arguments(cast(PlainNorm, norm2))
     return bn_act_dual(x, first, x2, second, activation=activation)
 
 
@@ -113,8 +120,11 @@ def why_not_fuse(norm: nn.Module, act: nn.Module | None) -> list[str]:
     if type(norm) is BatchNormAct2d:
         if norm.activation is not None:
             reasons.append("the norm is a BatchNormAct2d that applies an activation itself")
+    elif type(norm) is nn.SyncBatchNorm:
+        if torch.compiler.is_compiling():
+            reasons.append("the norm is a torch.nn.SyncBatchNorm, whose collectives are not fused under torch.compile")
     elif type(norm) is not nn.BatchNorm2d:
-        reasons.append(f"the norm is {_class_name(norm)}, not exactly torch.nn.BatchNorm2d")
+        reasons.append(f"the norm is {_class_name(norm)}, not exactly torch.nn.BatchNorm2d or torch.nn.SyncBatchNorm")
     if UNFUSED in norm.__dict__:
         reasons.append("fused_resnet.unfuse was called on it")
     if act is not None and type(act) is not nn.ReLU:
@@ -150,11 +160,12 @@ def has_global_hooks() -> bool:
     )
 
 
-def batch_norm_arguments(norm: nn.BatchNorm2d) -> BatchNorm:
-    """What ``nn.BatchNorm2d.forward`` would give to ``F.batch_norm`` now; counts the batch where it would.
+def batch_norm_arguments(norm: PlainNorm) -> BatchNorm:
+    """What the norm's forward would give to ``F.batch_norm`` now; counts the batch where it would.
 
     Batch statistics normalise in training, and in eval when there are no running ones; the running statistics move in
-    training when they are tracked; ``momentum=None`` makes them the average over all batches counted.
+    training when they are tracked; ``momentum=None`` makes them the average over all batches counted. An
+    ``nn.SyncBatchNorm`` in training shares the statistics of its batch with the other ranks of its group.
     """
     running_mean, running_var, momentum = norm.running_mean, norm.running_var, norm.momentum
     training = norm.training
@@ -171,11 +182,20 @@ def batch_norm_arguments(norm: nn.BatchNorm2d) -> BatchNorm:
             momentum = 1.0 / float(norm.num_batches_tracked)
     if momentum is None:
         momentum = 0.0
-    return BatchNorm(norm.weight, norm.bias, running_mean, running_var, training, momentum, norm.eps)
+    group = _process_group(norm)
+    return BatchNorm(norm.weight, norm.bias, running_mean, running_var, training, momentum, norm.eps, group)
 
 
-def _bn_act(norm: nn.BatchNorm2d, activation: str | None, x: Tensor, residual: Tensor | None) -> Tensor:
-    weight, bias, running_mean, running_var, training, momentum, eps = batch_norm_arguments(norm)
+def _process_group(norm: PlainNorm) -> Any:
+    """The ranks that ``nn.SyncBatchNorm.forward`` would share statistics with now; None if with no other."""
+    if type(norm) is not nn.SyncBatchNorm or not norm.training or not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = norm.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None  # -1 for a rank outside the group
+
+
+def _bn_act(norm: PlainNorm, activation: str | None, x: Tensor, residual: Tensor | None) -> Tensor:
+    weight, bias, running_mean, running_var, training, momentum, eps, process_group = batch_norm_arguments(norm)
     if residual is not None and residual.dtype != x.dtype:  # a float32 input of a block whose convolutions are autocast
         residual = residual.to(x.dtype)
     return bn_act(
@@ -189,6 +209,7 @@ def _bn_act(norm: nn.BatchNorm2d, activation: str | None, x: Tensor, residual: T
         momentum=momentum,
         eps=eps,
         activation=activation,
+        process_group=process_group,
     )
 
 

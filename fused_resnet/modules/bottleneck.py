@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fused_resnet.modules.bn_act import norm_act
 from fused_resnet.modules.shortcut import norm_add_act
+from fused_resnet.modules.whole_block import whole_block
 
 
 class Bottleneck(nn.Module):
@@ -16,7 +17,9 @@ class Bottleneck(nn.Module):
 
     He et al. 2015 (https://arxiv.org/abs/1512.03385), figure 5 right, with the stride in the 3x3 (v1.5, Goyal et al.
     2017, https://arxiv.org/abs/1706.02677). A drop-in for torchvision's Bottleneck: the same arguments, children and
-    ``state_dict``. Each norm, with the add and the ReLU behind it, is one pass over memory.
+    ``state_dict``. Where kernels here gain from it, training runs the block as one step of autograd that writes no
+    activation inside the block (``ops/residual_block.py``); else each norm, with the add and the ReLU behind it, is one
+    pass over memory.
 
     x is (N, inplanes, H, W), any floating dtype and memory format (channels_last is the fast one); the result is
     (N, 4 * planes, H', W'), H' = ceil(H / stride).
@@ -32,6 +35,7 @@ class Bottleneck(nn.Module):
         norm_layer: called with a number of channels, gives a norm; ``nn.BatchNorm2d`` if None.
     """
 
+    links: ClassVar[tuple[tuple[str, str], ...]] = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
     expansion: ClassVar[int] = 4
 
     def __init__(
@@ -70,6 +74,8 @@ class Bottleneck(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
+        if (out := whole_block(self, x)) is not None:
+            return out
         out = norm_act(self.bn1, self.relu, self.conv1(x))
         out = norm_act(self.bn2, self.relu, self.conv2(out))
         return norm_add_act(self.bn3, self.relu, self.conv3(out), self.downsample, x)

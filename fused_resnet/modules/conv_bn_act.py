@@ -101,9 +101,14 @@ def why_not_fold(conv: nn.Module, norm: nn.Module, act: nn.Module | None) -> lis
     reasons = why_not_fuse(norm, act)
     if not reasons and (norm.running_mean is None or norm.running_var is None):
         reasons.append("the norm has no running statistics")
+    return reasons + why_not_plain_conv(conv)
+
+
+def why_not_plain_conv(conv: nn.Module) -> list[str]:
+    """The reasons why calling ``conv`` is not just ``F.conv2d`` of its weight; an empty list means that it is."""
     if type(conv) is not nn.Conv2d:
-        reasons.append(f"the convolution is {type(conv).__module__}.{type(conv).__qualname__}, not torch.nn.Conv2d")
-        return reasons
+        return [f"the convolution is {type(conv).__module__}.{type(conv).__qualname__}, not torch.nn.Conv2d"]
+    reasons = []
     if is_intercepted(conv):
         reasons.append("the convolution has hooks, or a forward of its own")
     if conv.bias is not None or conv.padding_mode != "zeros" or isinstance(conv.padding, str):

@@ -3,15 +3,24 @@
 from fused_resnet.ops.backend import BackendError, empty_cache, requested_backend, use_backend, why_not
 from fused_resnet.ops.bn_act import BatchNorm, bn_act, bn_act_dual
 from fused_resnet.ops.conv_bn_act import conv_bn_act
+from fused_resnet.ops.conv_norm import ConvNorm
+from fused_resnet.ops.plan import requested_fusion_level, training_level, use_fusion_level, why_not_fused_training
+from fused_resnet.ops.residual_block import residual_block
 
 __all__ = [
     "BackendError",
     "BatchNorm",
+    "ConvNorm",
     "bn_act",
     "bn_act_dual",
     "conv_bn_act",
     "empty_cache",
     "requested_backend",
+    "requested_fusion_level",
+    "residual_block",
+    "training_level",
     "use_backend",
+    "use_fusion_level",
     "why_not",
+    "why_not_fused_training",
 ]

@@ -266,7 +266,9 @@ def _mismatches(x: Tensor, args: tuple[Any, ...]) -> list[str]:
 
 def _train_conv_mismatches(op: str, args: tuple[Any, ...]) -> list[str]:
     """What the training convolutions cannot take, beyond what holds for every op on x."""
-    named = dict(zip((a.name for a in getattr(torch.ops.fused_resnet, op).default._schema.arguments), args, strict=True))
+    named = dict(
+        zip((a.name for a in getattr(torch.ops.fused_resnet, op).default._schema.arguments), args, strict=True)
+    )
     x, conv_weight = named["x"], named["conv_weight"]
     settings = [named[name] for name in ("stride", "padding", "dilation", "groups")]
     module = _module("triton")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 ACTIVATIONS = ("relu", None)
@@ -81,6 +82,12 @@ def check_batch_norm(
     check_number("eps" + suffix, eps)
     if not eps >= 0:  # nor NaN
         raise ValueError(f"eps{suffix} must be >= 0; got {eps}")
+
+
+def check_process_group(name: str, group: object) -> None:
+    if group is None or (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        return
+    raise TypeError(f"{name} must be a torch.distributed.ProcessGroup or None; got {type(group).__name__}")
 
 
 def check_number(name: str, value: float) -> None:

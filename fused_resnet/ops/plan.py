@@ -9,10 +9,10 @@ level what one pass over memory holds
 3     and the same in backward: both gradients of a convolution, the norm behind it, the norm in front
 ===== ==============================================================================================
 
-The automatic choice, by what is known and not by measurement: level 3 where the Triton kernels run on the device and have
-matrix instructions for the dtype, since it moves the fewest bytes and nearly every convolution of a ResNet waits for
-memory (the design's ledger: 364 MB an image at level 0, 263 at level 3); else level 0. A convolution that the kernels
-cannot take falls to level 0 alone. ``use_fusion_level``, or FUSED_RESNET_LEVEL in the environment, asks for another.
+The automatic choice, by what is known and not by measurement: level 3 where the Triton kernels run on the device and
+have matrix instructions for the dtype, since it moves the fewest bytes (benchmarks/step_bytes.py) and nearly every
+convolution of a ResNet waits for memory; else level 0. A convolution that the kernels cannot take falls to level 0
+alone. ``use_fusion_level``, or FUSED_RESNET_LEVEL in the environment, asks for another.
 """
 
 from __future__ import annotations

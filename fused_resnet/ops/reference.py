@@ -174,10 +174,10 @@ def conv_stats(
     """(y, mean of y, invstd of y): a convolution in training, with the norm and ReLU in front of it and the statistics
     of the norm behind it.
 
-    y = conv2d(a, conv_weight), where ``a = relu(xhat * weight + bias)`` if ``mean`` is given (x is then the raw output of
-    the convolution before) and x itself if not. The padding is of a: it is 0, whatever relu(bias - ...) of 0 would be.
-    The statistics are those of y as it is written, in its own dtype; ``bn_stats`` says what they are and how the
-    running ones move. Without ``statistics`` both are empty and nothing moves.
+    y = conv2d(a, conv_weight), where ``a = relu(xhat * weight + bias)`` if ``mean`` is given (x is then the raw output
+    of the convolution before) and x itself if not. The padding is of a: it is 0, whatever norm and ReLU would make of a
+    0 in x. The statistics are those of y as it is written, in its own dtype; ``bn_stats`` says what they are and how
+    the running ones move. Without ``statistics`` both are empty and nothing moves.
 
     One kernel reads x and conv_weight and writes y. This way also writes and reads a, and reads y again.
     """
@@ -205,7 +205,9 @@ def bn_grad_coefficients(
     if sum_dz is None or sum_dz_xhat is None:
         zero = torch.zeros_like(invstd)
         return torch.stack([scale, zero, zero, mean]).to(invstd.dtype)
-    return torch.stack([scale, -scale * invstd * (sum_dz_xhat / count), -scale * (sum_dz / count), mean]).to(invstd.dtype)
+    return torch.stack([scale, -scale * invstd * (sum_dz_xhat / count), -scale * (sum_dz / count), mean]).to(
+        invstd.dtype
+    )
 
 
 def conv_grad_input(
@@ -227,12 +229,13 @@ def conv_grad_input(
     """(gradient, sum of it, sum of it * xhat): backward of ``conv_stats`` towards its input, and with it the first half
     of the backward of the norm and ReLU in front.
 
-    ``dy = A * dz + B * (y - mean_y) + C`` with ``bn_grad_coefficients``; without y, ``dy = A * dz``; without coefficients,
-    dy = dz. ``da`` is the gradient of conv2d's input for dy, plus ``residual``. If ``mean`` is given, x is the raw output of
-    the convolution before: the gradient is then da where ``xhat * weight + bias`` is not <= 0, and the sums are of it as
-    written. Else the gradient is da, x says its shape, dtype and strides only, and the sums are empty.
+    ``dy = A * dz + B * (y - mean_y) + C`` with ``bn_grad_coefficients``; without y, ``dy = A * dz``; without
+    coefficients, dy = dz. ``da`` is the gradient of conv2d's input for dy, plus ``residual``. If ``mean`` is given, x
+    is the raw output of the convolution before: the gradient is then da where ``xhat * weight + bias`` is not <= 0, and
+    the sums are of it as written. Else the gradient is da, x says its shape, dtype and strides only, and the sums are
+    empty.
 
-    One kernel reads dz, y, conv_weight, [x], [residual] and writes the gradient. This way also writes and reads dy and da.
+    One kernel reads dz, y, conv_weight, [x], [residual] and writes the gradient. This way also writes and reads dy, da.
     """
     dy = _conv_output_grad(dz, y, coefficients)
     da = _conv_backward(dy, x, conv_weight, stride, padding, dilation, groups, wanted=0)
@@ -261,8 +264,8 @@ def conv_grad_weight(
 ) -> Tensor:
     """The gradient of ``conv_stats``' conv_weight (of which only the shape is read), in float32 (float64 for float64).
 
-    dy as in ``conv_grad_input`` and the activation as in ``conv_stats`` are both made again on the way. One kernel reads
-    dz, y and x. This way also writes and reads dy and the activation.
+    dy as in ``conv_grad_input`` and the activation as in ``conv_stats`` are both made again on the way. One kernel
+    reads dz, y and x. This way also writes and reads dy and the activation.
     """
     dy = _conv_output_grad(dz, y, coefficients)
     a = x if mean is None or invstd is None else bn_apply(x, mean, invstd, weight, bias, None, True)

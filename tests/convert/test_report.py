@@ -52,7 +52,7 @@ def test_every_norm_is_in_one_site(make):
     assert sorted(norm for site in fusion_report(model).sites for norm in site.norms) == sorted(norms)
 
 
-@pytest.mark.parametrize("name", ["torchvision fused", "ours", "CIFAR", "CIFAR plain"])
+@pytest.mark.parametrize("name", ["torchvision fused", "ours", "SyncBatchNorm", "CIFAR", "CIFAR plain"])
 def test_as_many_fused_sites_as_fused_calls(name, monkeypatch):
     model, calls = MODELS[name](), []
     for op in ("bn_act", "bn_act_dual"):

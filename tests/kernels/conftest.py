@@ -10,6 +10,8 @@ import torch
 
 try:
     import triton
+
+    from tests.kernels.compiled import chip, compile_launches  # noqa: F401
 except ImportError:  # on a platform that has none
     collect_ignore_glob = ["test_*.py"]
 
@@ -39,3 +41,12 @@ def device() -> Iterator[torch.device]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield torch.device("cpu" if triton.knobs.runtime.interpret else "cuda")
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["tf32"])
+def fp32_precision(request: pytest.FixtureRequest) -> Iterator[str]:
+    """How float32 matrices may be multiplied: TF32, or what the test asks for with an indirect parameter."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = request.param
+    yield request.param
+    torch.backends.cudnn.conv.fp32_precision = before

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from fused_resnet import kernels  # noqa: E402
-from fused_resnet.kernels import conv  # noqa: E402
-from tests.kernels.compiled import CHIPS, check_resources, chip, compile_launches, empty  # noqa: E402, F401
+from fused_resnet import kernels
+from fused_resnet.kernels import conv
+from tests.kernels.compiled import CHIPS, check_resources, empty
 
 pytestmark = pytest.mark.skipif(kernels.INTERPRETED, reason="TRITON_INTERPRET=1: there is no compiler in this process")
 

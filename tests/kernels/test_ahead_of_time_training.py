@@ -9,13 +9,11 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from fused_resnet import kernels  # noqa: E402
-from tests.kernels.compiled import (  # noqa: E402
+from fused_resnet import kernels
+from tests.kernels.compiled import (
     CHIPS,
     Compiled,
     check_resources,
-    chip,  # noqa: F401
-    compile_launches,  # noqa: F401
     empty,
 )
 
@@ -56,7 +54,7 @@ def arguments(name: str, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 @pytest.mark.parametrize("op", ["conv_stats", "conv_grad_input", "conv_grad_weight"])
-def test_bfloat16(compile_launches, chip: int, op: str, name: str) -> None:  # noqa: F811
+def test_bfloat16(compile_launches, chip: int, op: str, name: str) -> None:
     """No spills, matrix instructions, asynchronous copies in the main loop, shared memory within the chip's."""
     kernel, *others = compile_launches(getattr(kernels, op), *arguments(name, torch.bfloat16)[op])
     check(kernel, chip, "bf16.bf16", copies=name not in UNALIGNED)
@@ -66,13 +64,12 @@ def test_bfloat16(compile_launches, chip: int, op: str, name: str) -> None:  # n
 
 @pytest.mark.parametrize("name", ["1x1 widening", "3x3", "3x3 strided"])
 @pytest.mark.parametrize("op", ["conv_stats", "conv_grad_input", "conv_grad_weight"])
-def test_tf32(compile_launches, chip: int, op: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "tf32")
+def test_tf32(compile_launches, chip: int, op: str, name: str, fp32_precision: str) -> None:
     kernel, *_ = compile_launches(getattr(kernels, op), *arguments(name, torch.float32)[op])
     check(kernel, chip, "tf32.tf32", copies=True)
 
 
-def check(kernel: Compiled, chip: int, kind: str, copies: bool) -> None:  # noqa: F811
+def check(kernel: Compiled, chip: int, kind: str, copies: bool) -> None:
     check_resources(kernel, 255)
     assert kernel.shared <= CHIPS[chip][1]
     wgmma = kernel.count(rf"wgmma\.mma_async[.\w]*\.{re.escape(kind)}")

@@ -160,7 +160,6 @@ def test_what_is_not_plain_runs_the_ordinary_way_bit_for_bit(change, reason):
 OTHER_NORMS = {
     "subclass": lambda: Doubled(CHANNELS),
     "GroupNorm": lambda: nn.GroupNorm(1, CHANNELS),
-    "SyncBatchNorm": lambda: nn.SyncBatchNorm(CHANNELS).eval(),
     "InstanceNorm2d": lambda: nn.InstanceNorm2d(CHANNELS, affine=True),
     "Identity": nn.Identity,
     "BatchNormAct2d with relu": lambda: BatchNormAct2d(CHANNELS),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fused_resnet.modules import ConvBNAct2d
 from fused_resnet.modules import conv_bn_act as module_under_test
 from fused_resnet.modules.conv_bn_act import why_not_fold
-from tests.modules.compare import LANES, TOLERANCE, assert_close, assert_equal, randomize, step
+from tests.modules.compare import LANES, TOLERANCE, assert_close, randomize, step
 
 
 class Plain(nn.Module):
@@ -114,12 +114,15 @@ def test_children_that_are_not_plain_run_one_by_one(change, reason, one_kernel_c
     assert_close({"output": actual}, {"output": expected})
 
 
-def test_sync_batch_norm_conversion_keeps_the_activation():
-    module = nn.SyncBatchNorm.convert_sync_batchnorm(randomize(ConvBNAct2d(6, 8, 3))).eval()
+@pytest.mark.parametrize("training", [True, False])
+def test_sync_batch_norm_conversion_keeps_the_activation_and_the_fusion(training, one_kernel_calls):
+    module = nn.SyncBatchNorm.convert_sync_batchnorm(randomize(ConvBNAct2d(6, 8, 3))).train(training)
     assert type(module.bn) is nn.SyncBatchNorm
-    x = torch.randn(2, 6, 5, 5)
-    assert_equal(step(module, module, x), step(twin := Plain(module), twin, x))
-    assert (module(x) >= 0).all()
+    twin, x = Plain(module), torch.randn(2, 6, 5, 5)
+    assert_close(step(module, module, x), step(twin, twin, x))
+    with torch.no_grad():
+        assert_close({"output": module(x)}, {"output": twin(x)})
+    assert len(one_kernel_calls) == (0 if training else 2)
 
 
 @pytest.mark.parametrize("training", [True, False])

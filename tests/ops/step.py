@@ -72,6 +72,7 @@ def pytorch_bn_act(
     momentum: float = 0.1,
     eps: float = 1e-5,
     activation: str | None = "relu",
+    process_group: None = None,
 ) -> Tensor:
     """What ``bn_act``'s docstring says it equals."""
     z = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)

@@ -1,0 +1,114 @@
+"""What a training step of a ResNet moves, and what its forward keeps for backward: eager and every level of fusion.
+
+Nothing is computed (``bench/dry_run.py``), so that it takes seconds on any machine, at any batch size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fused_resnet
+from fused_resnet.bench.contenders import build
+from fused_resnet.bench.dry_run import DryRun
+from fused_resnet.bench.ledger import Ledger, ledger
+from fused_resnet.bench.saved_bytes import saved_bytes
+from fused_resnet.training.loop import MOMENTUM, WEIGHT_DECAY, autocast
+
+EAGER = "eager"
+LEVELS: tuple[int | str, ...] = (EAGER, 0, 1, 2, 3)
+SAVED: dict[str, tuple[int | str, str]] = {
+    EAGER: (EAGER, "default"),
+    "level 0": (0, "default"),
+    "level 3": (3, "default"),
+    "level 3, memory efficient": (3, "efficient"),
+}
+"""Whose saved bytes are told: the level and the ``memory`` of ``fused_resnet.fuse``."""
+
+
+def training_ledger(
+    model_name: str,
+    level: int | str | None,
+    batch_size: int,
+    dtype: torch.dtype = torch.bfloat16,
+    image_size: int = 224,
+    memory: str = "default",
+    optimizer: bool = False,
+) -> Ledger:
+    """The ledger of a training step (forward, cross entropy, backward) of one of this package's networks, channels_last.
+
+    The reference is asked for as the backend, and the level by ``use_fusion_level``, so that the ops that run are those
+    of the level wherever this is. A convolution with groups falls to level 0 there too; which of the others the kernels
+    would refuse on a given GPU is not asked.
+
+    Args:
+        model_name: a builder, such as "resnet50".
+        level: "eager" for plain PyTorch (the network after ``unfuse``); 0, 1, 2 or 3; None for the automatic choice.
+        batch_size: images of the step, at least 1.
+        dtype: of activations and convolutions. Parameters are float32: anything else is autocast.
+        image_size: pixels of an image's side.
+        memory: "default" or "efficient", as ``fused_resnet.fuse`` takes it.
+        optimizer: also count the update, SGD with momentum and weight decay as one kernel, in the steady state.
+
+    Raises:
+        ValueError: there is no builder or no level of this name.
+    """
+    with _dry_training(model_name, level, batch_size, dtype, image_size, memory) as (model, forward):
+        update = torch.optim.SGD(
+            model.parameters(), lr=1e-3, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True, fused=True
+        )
+
+        def step() -> None:
+            update.zero_grad()
+            forward().backward()
+            if optimizer:
+                update.step()
+
+        if optimizer:
+            step()  # the first update makes the momenta
+        return ledger(step, batch_size)
+
+
+def training_saved_bytes(
+    model_name: str,
+    level: int | str | None,
+    batch_size: int = 1,
+    dtype: torch.dtype = torch.float32,
+    image_size: int = 224,
+    memory: str = "default",
+) -> int:
+    """Bytes that the forward and the loss keep for backward, by `saved_bytes`; arguments as of `training_ledger`.
+
+    Under autocast the weights' copies in its dtype are among them.
+    """
+    with _dry_training(model_name, level, batch_size, dtype, image_size, memory) as (model, forward):
+        return saved_bytes(model, forward)
+
+
+@contextlib.contextmanager
+def _dry_training(
+    model_name: str, level: int | str | None, batch_size: int, dtype: torch.dtype, image_size: int, memory: str
+) -> Iterator[tuple[nn.Module, Callable[[], Tensor]]]:
+    """(a network in training mode, a function that gives its loss on a batch), in a `DryRun`."""
+    if level not in (*LEVELS, None):
+        raise ValueError(f"level must be 'eager', 0, 1, 2, 3 or None; got {level!r}")
+    fused_level = None if isinstance(level, str) else level
+    with DryRun(), fused_resnet.use_backend("reference"), fused_resnet.ops.use_fusion_level(fused_level):
+        model = build(model_name)
+        if level == EAGER:
+            fused_resnet.unfuse(model)
+        elif memory != "default":
+            fused_resnet.fuse(model, memory=memory)
+        model = model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        images = torch.empty(batch_size, 3, image_size, image_size).contiguous(memory_format=torch.channels_last)
+        labels = torch.empty(batch_size, dtype=torch.int64)
+
+        def forward() -> Tensor:
+            with autocast(images, None if dtype == torch.float32 else dtype):
+                return F.cross_entropy(model(images), labels)
+
+        yield model, forward

@@ -1,0 +1,189 @@
+"""One link of a residual block in training: a convolution, the batch norm behind it, and the norm and ReLU in front.
+
+What stands in front of a convolution is given raw, as the tensor that the convolution before wrote and the vectors that
+normalise it; whether the activation is ever written is decided here, by the link's level (``ops/plan.py``).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_resnet.ops.bn_act import BatchNorm
+from fused_resnet.ops.reference import statistics_dtype
+from fused_resnet.ops.synchronize import group_to_share, statistics_over_ranks, sums_over_ranks
+
+_ops = torch.ops.fused_resnet
+
+Vectors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+"""mean, invstd, weight and bias of a norm."""
+NO_NORM = (None, None, None, None)
+
+
+class ConvNorm(NamedTuple):
+    """A convolution without bias and the batch norm behind it."""
+
+    conv_weight: Tensor
+    """(K, C / groups, R, S)."""
+    norm: BatchNorm
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @property
+    def sizes(self) -> tuple[list[int], list[int], list[int], int]:
+        """stride, padding, dilation and groups, as the ops take them."""
+        return list(self.stride), list(self.padding), list(self.dilation), self.groups
+
+
+class Raw(NamedTuple):
+    """An activation as it lies in memory: the block's input (``vectors`` None), or what a convolution wrote, which its
+    norm's vectors and a ReLU would make the activation of."""
+
+    tensor: Tensor
+    vectors: Vectors | None = None
+
+    @property
+    def prologue(self) -> tuple[Tensor | None, ...]:
+        return NO_NORM if self.vectors is None else self.vectors
+
+    def activation(self) -> Tensor:
+        """The activation itself; written, unless it is the input. Reads 1T and writes 1T."""
+        return self.tensor if self.vectors is None else _ops.bn_apply(self.tensor, *self.vectors, None, True)
+
+
+class Done(NamedTuple):
+    """What a link's forward leaves for what follows and for backward."""
+
+    link: ConvNorm
+    level: int
+    y: Tensor
+    mean: Tensor
+    invstd: Tensor
+    share: Tensor | None
+    """This rank's part of all values, where the statistics are those of several ranks."""
+
+    @property
+    def vectors(self) -> Vectors:
+        return self.mean, self.invstd, self.link.norm.weight, self.link.norm.bias
+
+
+class Upstream(NamedTuple):
+    """A gradient on its way back, in front of the ReLU behind a link (``masked``) or still behind it."""
+
+    grad: Tensor
+    masked: bool
+    sum_dz: Tensor | None
+    sum_dz_xhat: Tensor | None
+
+
+def forward_link(before: Raw, link: ConvNorm, level: int) -> Done:
+    """The convolution of the activation, and the statistics that normalise its output; moves the running ones."""
+    norm, share = link.norm, None
+    if not norm.training:
+        assert norm.running_mean is not None and norm.running_var is not None
+        wide = statistics_dtype(before.tensor)
+        mean = norm.running_mean.to(wide, copy=True)  # a copy: backward needs it as it is now
+        invstd = torch.rsqrt(norm.running_var.to(wide) + norm.eps)
+        return Done(link, level, convolve(before, link, level), mean, invstd, None)
+    # Those of one rank among several are moments to be merged: without eps, and no running statistics move yet.
+    alone = group_to_share(norm) is None
+    moving = (norm.running_mean, norm.running_var, norm.momentum, norm.eps) if alone else (None, None, 0.0, 0.0)
+    if level == 0:
+        y = convolve(before, link, level)
+        mean, invstd = _ops.bn_stats(y, *moving)
+    else:
+        if level == 1:
+            before = Raw(before.activation())
+        weight = link.conv_weight.to(before.tensor.dtype)
+        y, mean, invstd = _ops.conv_stats(before.tensor, weight, *before.prologue, *moving, *link.sizes, True)
+    if not alone:
+        mean, invstd, share = statistics_over_ranks(mean, invstd, values_per_channel(y), norm)
+    return Done(link, level, y, mean, invstd, share)
+
+
+def convolve(before: Raw, link: ConvNorm, level: int) -> Tensor:
+    """The convolution of the activation, by itself."""
+    weight = link.conv_weight.to(before.tensor.dtype)
+    if level < 2:
+        return F.conv2d(before.activation(), weight, None, *link.sizes)
+    moving = (None, None, 0.0, 0.0)
+    return _ops.conv_stats(before.tensor, weight, *before.prologue, *moving, *link.sizes, False)[0]
+
+
+def sums_for_convolution(upstream: Upstream, done: Done) -> tuple[Tensor | None, Tensor | None]:
+    """The sums as the gradient of the convolution's output needs them: over all ranks, or None where the statistics are
+    constant."""
+    norm = done.link.norm
+    if not norm.training:
+        return None, None
+    if done.share is None:
+        return upstream.sum_dz, upstream.sum_dz_xhat
+    assert upstream.sum_dz is not None and upstream.sum_dz_xhat is not None
+    return sums_over_ranks(upstream.sum_dz, upstream.sum_dz_xhat, done.share, norm.process_group)
+
+
+def backward_link(
+    upstream: Upstream,
+    sums: tuple[Tensor | None, Tensor | None],
+    done: Done,
+    before: Raw,
+    need_weight: bool,
+    need_input: bool,
+    residual: Tensor | None,
+) -> tuple[Tensor | None, Upstream | None]:
+    """(the gradient of conv_weight, the gradient on its way on); None for what is not needed.
+
+    ``sums`` are those of ``sums_for_convolution``; ``residual`` is added to the gradient of the block's input.
+    """
+    link, y = done.link, done.y
+    x, weight = before.tensor, link.conv_weight.to(before.tensor.dtype)
+    dz, raw, coefficients = upstream.grad, None, None
+    if done.level == 3 and upstream.masked:
+        raw = y if link.norm.training else None
+        coefficients = _ops.bn_grad_coefficients(*sums, *done.vectors[:3], values_per_channel(y))
+    else:
+        dz = _ops.bn_grad_apply(dz, y, *done.vectors, *sums, not upstream.masked)
+    if done.level < 3:
+        return _separate_gradients(dz, before, weight, link, need_weight, need_input, residual)
+    grad_weight = following = None
+    if need_weight:
+        grad_weight = _ops.conv_grad_weight(dz, raw, coefficients, x, *before.prologue, weight, *link.sizes)
+        grad_weight = grad_weight.to(link.conv_weight.dtype)
+    if need_input:
+        arguments = (dz, raw, coefficients, weight, x, *before.prologue, residual)
+        grad, *more_sums = _ops.conv_grad_input(*arguments, *link.sizes)
+        following = Upstream(grad, True, *more_sums)
+    return grad_weight, following
+
+
+def _separate_gradients(
+    dy: Tensor,
+    before: Raw,
+    weight: Tensor,
+    link: ConvNorm,
+    need_weight: bool,
+    need_input: bool,
+    residual: Tensor | None,
+) -> tuple[Tensor | None, Upstream | None]:
+    """``backward_link`` with PyTorch's own convolution; the activation is made again for the gradient of the weight."""
+    activation = before.activation() if need_weight else before.tensor
+    stride, padding, dilation, groups = link.sizes
+    mask = [need_input, need_weight, False]
+    settings = (None, stride, padding, dilation, False, [0, 0], groups, mask)
+    grad, grad_weight, _ = torch.ops.aten.convolution_backward(dy, activation, weight, *settings)
+    following = None
+    if need_input and before.vectors is None:
+        following = Upstream(grad if residual is None else grad + residual, True, None, None)
+    elif need_input and before.vectors is not None:
+        sums = _ops.bn_grad_stats(grad, before.tensor, None, *before.vectors, True)[:2]
+        following = Upstream(grad, False, *sums)
+    return grad_weight.to(link.conv_weight.dtype) if need_weight else None, following
+
+
+def values_per_channel(y: Tensor) -> int:
+    return y.numel() // y.shape[1]

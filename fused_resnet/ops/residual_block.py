@@ -1,0 +1,238 @@
+"""A residual block in training as one step of autograd: ``relu(F(x) + x)`` that keeps what its convolutions wrote, and
+no activation in between.
+
+F is a chain of convolutions, each with a batch norm behind it and a ReLU between one pair and the next; the shortcut is
+x itself or a projection (a convolution and a norm). Forward of a ``BasicBlock`` at level 3::
+
+    y1 = conv1(x)                   conv_stats: reads x, writes y1 and its statistics
+    y2 = conv2(relu(bn1(y1)))       conv_stats: reads y1, writes y2 and its statistics
+    out = relu(bn2(y2) + x)         bn_apply: reads y2 and x, writes out
+
+Backward, dz being the gradient in front of a ReLU::
+
+    dz2, its sums                   bn_grad_stats: reads the gradient of out, out and y2; writes dz2, the shortcut's too
+    dw2                             conv_grad_weight: reads dz2, y2 and y1
+    dz1, its sums                   conv_grad_input: reads dz2, y2 and y1, writes dz1
+    dw1                             conv_grad_weight: reads dz1, y1 and x
+    dx                              conv_grad_input: reads dz1, y1 and dz2, writes dx
+
+Every convolution has a level of its own (``ops/plan.py``): one that no kernel fuses runs as PyTorch's, with the passes
+of ``ops/bn_act.py`` beside it, and its activation is made again in backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_resnet.ops import checks
+from fused_resnet.ops.backend import has_fused_backend
+from fused_resnet.ops.bn_act import bn_act, bn_act_dual, wants_gradient
+from fused_resnet.ops.conv_norm import (
+    ConvNorm,
+    Done,
+    Raw,
+    forward_link,
+)
+from fused_resnet.ops.layout import dense
+from fused_resnet.ops.plan import training_level
+from fused_resnet.ops.residual_block_grad import block_gradients, differentiable_gradients
+from fused_resnet.ops.schemas import conv_output_size
+
+_ops = torch.ops.fused_resnet
+
+MEMORY_MODES = ("default", "efficient")
+
+
+def residual_block(
+    x: Tensor, chain: Sequence[ConvNorm], shortcut: ConvNorm | None = None, *, memory: str = "default"
+) -> Tensor:
+    """``relu(F(x) + shortcut(x))``, with gradients; F is the chain with a ReLU between one link and the next.
+
+    Equivalent PyTorch, gradients and running statistics included::
+
+        h = x
+        for link in chain:
+            h = batch_norm(conv2d(h, link.conv_weight), link.norm)  # and relu(h), but for the last
+        relu(h + x)  # with a projection: relu(h + batch_norm(conv2d(x, shortcut.conv_weight), shortcut.norm))
+
+    Under autocast the convolutions run in autocast's dtype. A second derivative is computed by PyTorch's own ops.
+
+    Args:
+        x: (N, C, H, W), floating point; channels_last is what is fused on CUDA.
+        chain: at least one link, the convolutions' weights in x's dtype (in any under autocast).
+        shortcut: a projection of x to the shape of the chain's result; None for x itself.
+        memory: what is kept for backward beside x and the result: every convolution's output ("default"), or all but
+            that of the chain's last one, which is then computed again in backward ("efficient").
+
+    Returns:
+        (N, K, H', W') in the dtype and memory format of ``F.conv2d``'s result.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong rank, shape, device or value; one value per channel when training, as ``nn.BatchNorm2d``.
+        BackendError: the backend asked for by ``use_backend`` cannot run this.
+    """
+    checks.check_image("x", x)
+    check_memory(memory)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    _check_links(x, chain, shortcut)
+    if not gains(x, chain[0].conv_weight, *chain[0][2:], memory):
+        return _link_by_link(x, chain, shortcut)
+    links = [*chain, *([] if shortcut is None else [shortcut])]
+    parameters = [tensor for link in links for tensor in (link.conv_weight, link.norm.weight, link.norm.bias)]
+    if wants_gradient(x, *parameters):
+        return _ResidualBlock.apply(x, _Block(tuple(chain), shortcut, memory == "efficient"), *parameters)
+    with torch.no_grad():
+        return _forward(dense(x), chain, shortcut)[0]
+
+
+def gains(
+    x: Tensor,
+    conv_weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    memory: str,
+) -> bool:
+    """True if a block on x is better run whole: its first convolution is fused with its norm, or memory is saved.
+
+    The other links have the dtype, device and memory format of the first, and so its reasons; a convolution with groups
+    of its own falls to level 0 alone. torch.compile gets the links one by one: its own partitioner decides there what
+    is kept.
+    """
+    if torch.compiler.is_compiling() or not has_fused_backend(x):
+        return False
+    if memory == "efficient" and torch.is_grad_enabled():
+        return True
+    return training_level(x, conv_weight.detach().to(x.dtype), stride, padding, dilation, groups) > 0
+
+
+def check_memory(memory: str) -> None:
+    if memory not in MEMORY_MODES:
+        raise ValueError(f"memory must be 'default' or 'efficient'; got {memory!r}")
+
+
+def _check_links(x: Tensor, chain: Sequence[ConvNorm], shortcut: ConvNorm | None) -> None:
+    """Every refusal before anything is computed or moved."""
+    if not chain:
+        raise ValueError("chain must hold at least one ConvNorm; got none")
+    shape = tuple(x.shape)
+    for index, link in enumerate(chain):
+        shape = _output_shape(x, shape, link, f"chain[{index}]")
+    end = shape if shortcut is None and shape == tuple(x.shape) else tuple(x.shape)
+    if shortcut is not None:
+        end = _output_shape(x, tuple(x.shape), shortcut, "shortcut")
+    if end != shape:
+        raise ValueError(f"the chain's result, {shape}, and the shortcut's must have one shape; got {end}")
+
+
+def _output_shape(x: Tensor, shape: tuple[int, ...], link: ConvNorm, name: str) -> tuple[int, ...]:
+    if not isinstance(link, ConvNorm):
+        raise TypeError(f"{name} must be a ConvNorm; got {type(link).__name__}")
+    like = x.new_empty(0).expand(shape) if 0 in shape else x.new_empty(1).expand(shape)
+    checks.check_conv_weight(like, link.conv_weight, link.groups)
+    if not torch.is_autocast_enabled(x.device.type):
+        checks.check_same_dtype(f"{name}.conv_weight", link.conv_weight, x.dtype)
+    filters, _, *kernel = link.conv_weight.shape
+    checks.check_batch_norm(like, *link.norm[:7], channels=filters)
+    settings = zip(shape[2:], kernel, link.stride, link.padding, link.dilation, strict=True)
+    height, width = (conv_output_size(*each) for each in settings)
+    if min(height, width) < 1:
+        raise ValueError(f"{name} must leave at least one pixel; got {height} x {width} from {shape[2]} x {shape[3]}")
+    if link.norm.training and link.norm.process_group is None and shape[0] * height * width == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
+    return shape[0], filters, height, width
+
+
+def _link_by_link(x: Tensor, chain: Sequence[ConvNorm], shortcut: ConvNorm | None) -> Tensor:
+    """``residual_block`` as level 0 runs it: a step of autograd for each norm."""
+    h = x
+    for link in chain[:-1]:
+        h = _bn_act(F.conv2d(h, link.conv_weight, None, *link.sizes), link, None)
+    last = chain[-1]
+    h = F.conv2d(h, last.conv_weight, None, *last.sizes)
+    if shortcut is None:
+        return _bn_act(h, last, x)
+    return bn_act_dual(h, last.norm, F.conv2d(x, shortcut.conv_weight, None, *shortcut.sizes), shortcut.norm)
+
+
+def _bn_act(y: Tensor, link: ConvNorm, residual: Tensor | None) -> Tensor:
+    vectors, (training, momentum, eps, group) = link.norm[:4], link.norm[4:]
+    return bn_act(y, *vectors, residual, training=training, momentum=momentum, eps=eps, process_group=group)
+
+
+def _forward(x: Tensor, chain: Sequence[ConvNorm], shortcut: ConvNorm | None) -> tuple[Tensor, list[Done], Done | None]:
+    """(the block's result, what each link of the chain left, what the shortcut left)."""
+    before, links = Raw(x), []
+    for link in chain:
+        links.append(forward_link(before, link, _level(before.tensor, link)))
+        before = Raw(links[-1].y, links[-1].vectors)
+    last = links[-1]
+    if shortcut is None:
+        return _ops.bn_apply(last.y, *last.vectors, x, True), links, None
+    projection = forward_link(Raw(x), shortcut, _level(x, shortcut))
+    return _ops.bn_apply_dual(last.y, *last.vectors, projection.y, *projection.vectors, True), links, projection
+
+
+def _level(x: Tensor, link: ConvNorm) -> int:
+    return training_level(x, link.conv_weight.detach().to(x.dtype), *link.sizes)
+
+
+class _Block(NamedTuple):
+    chain: tuple[ConvNorm, ...]
+    shortcut: ConvNorm | None
+    efficient: bool
+
+
+TENSORS_OF_A_LINK = 7  # kept for backward: its three parameters, y, mean, invstd and share
+
+
+class _ResidualBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: _Block, *parameters: Tensor | None) -> Tensor:
+        x = dense(x)
+        out, links, projection = _forward(x, block.chain, block.shortcut)
+        links += [] if projection is None else [projection]
+        kept: list[Tensor | None] = []
+        for index, done in enumerate(links):
+            recomputed = block.efficient and index == len(block.chain) - 1
+            kept += [*parameters[3 * index : 3 * index + 3], None if recomputed else done.y]
+            kept += [done.mean, done.invstd, done.share]
+        ctx.save_for_backward(x, out, *kept)
+        ctx.links = [(_without_tensors(done.link), done.level) for done in links]
+        ctx.has_shortcut = projection is not None
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, out, *kept = ctx.saved_tensors
+        links = [
+            _restored(link, level, kept[TENSORS_OF_A_LINK * index : TENSORS_OF_A_LINK * (index + 1)])
+            for index, (link, level) in enumerate(ctx.links)
+        ]
+        need_x, _, *need = ctx.needs_input_grad
+        shortcut = links.pop() if ctx.has_shortcut else None
+        if torch.is_grad_enabled():  # create_graph=True
+            grad_x, grads = differentiable_gradients(grad_out, x, links, shortcut, need_x, need)
+        else:
+            grad_x, grads = block_gradients(grad_out, x, out, links, shortcut, need_x, need)
+        return (grad_x, None, *grads)
+
+
+def _without_tensors(link: ConvNorm) -> ConvNorm:
+    """The settings of a link: its tensors are kept by autograd, which knows if somebody changes them."""
+    norm = link.norm._replace(weight=None, bias=None, running_mean=None, running_var=None)
+    return link._replace(conv_weight=None, norm=norm)  # type: ignore[arg-type]
+
+
+def _restored(link: ConvNorm, level: int, kept: Sequence[Any]) -> Done:
+    conv_weight, weight, bias, y, mean, invstd, share = kept
+    norm = link.norm._replace(weight=weight, bias=bias)
+    return Done(link._replace(conv_weight=conv_weight, norm=norm), level, y, mean, invstd, share)

@@ -1,0 +1,111 @@
+"""Backward of a residual block: the order of the gradients, and nothing computed that nobody asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_resnet.ops.conv_norm import Done, Raw, Upstream, backward_link, convolve, sums_for_convolution
+
+_ops = torch.ops.fused_resnet
+
+
+def block_gradients(
+    grad_out: Tensor,
+    x: Tensor,
+    out: Tensor,
+    links: list[Done],
+    shortcut: Done | None,
+    need_x: bool,
+    need: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """(the gradient of x, those of each link's three parameters); no pass for what nobody asked for."""
+    befores = [Raw(x), *(Raw(done.y, done.vectors) for done in links[:-1])]
+    last = links[-1]
+    if last.y is None:
+        links[-1] = last = last._replace(y=convolve(befores[-1], last.link, last.level))
+    sum_dz, sum_dz_xhat, dz = _ops.bn_grad_stats(grad_out, last.y, out, *last.vectors, True)
+    grads: list[Tensor | None] = [None] * len(need)
+
+    # Over the ranks in the order of their norms in forward, which is also that of norms run one by one.
+    upstream: Upstream | None = Upstream(dz, True, sum_dz, sum_dz_xhat)
+    sums = _sums(upstream, last, need_x or any(need[: 3 * len(links) - 2]))
+    residual = dz
+    if shortcut is not None and (need_x or any(need[3 * len(links) :])):
+        projected = Upstream(dz, True, *_ops.bn_grad_stats(dz, shortcut.y, None, *shortcut.vectors, False)[:2])
+        needed = need[3 * len(links) :]
+        projected_sums = _sums(projected, shortcut, need_x or needed[0])
+        found, following = _link_gradients(projected, projected_sums, shortcut, Raw(x), needed, need_x, None)
+        grads[3 * len(links) :] = found
+        residual = None if following is None else following.grad
+
+    for index in reversed(range(len(links))):
+        assert upstream is not None
+        needed, need_input = need[3 * index : 3 * index + 3], need_x or any(need[: 3 * index])
+        if links[index] is not last:
+            sums = _sums(upstream, links[index], needed[0] or need_input)
+        added = residual if index == 0 else None
+        found, upstream = _link_gradients(upstream, sums, links[index], befores[index], needed, need_input, added)
+        grads[3 * index : 3 * index + 3] = found
+        if upstream is None:
+            break
+    return upstream.grad if need_x and upstream is not None else None, grads
+
+
+def _sums(upstream: Upstream | None, done: Done, needed: bool) -> tuple[Tensor | None, Tensor | None]:
+    return sums_for_convolution(upstream, done) if needed and upstream is not None else (None, None)
+
+
+def _link_gradients(
+    upstream: Upstream,
+    sums: tuple[Tensor | None, Tensor | None],
+    done: Done,
+    before: Raw,
+    need: Sequence[bool],
+    need_input: bool,
+    residual: Tensor | None,
+) -> tuple[list[Tensor | None], Upstream | None]:
+    """(the gradients of conv_weight, weight and bias; the gradient on its way on, None if nobody needs it)."""
+    need_conv_weight, need_weight, need_bias = need
+    norm = done.link.norm
+    grad_conv_weight = following = None
+    if need_conv_weight or need_input:
+        arguments = (before, need_conv_weight, need_input, residual)
+        grad_conv_weight, following = backward_link(upstream, sums, done, *arguments)
+    grad_weight = upstream.sum_dz_xhat.to(norm.weight.dtype) if need_weight else None  # type: ignore[union-attr]
+    grad_bias = upstream.sum_dz.to(norm.bias.dtype) if need_bias else None  # type: ignore[union-attr]
+    return [grad_conv_weight, grad_weight, grad_bias], following
+
+
+def differentiable_gradients(
+    grad_out: Tensor, x: Tensor, links: list[Done], shortcut: Done | None, need_x: bool, need: Sequence[bool]
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The same gradients, built of operations that autograd knows, for a second derivative."""
+    every = [*links, *([] if shortcut is None else [shortcut])]
+    if any(done.share is not None for done in every):
+        raise NotImplementedError("a second derivative through statistics of several ranks is not implemented")
+    h = x
+    for index, done in enumerate(links):
+        h = _plain_norm(F.conv2d(h, done.link.conv_weight.to(x.dtype), None, *done.link.sizes), done)
+        h = F.relu(h) if index < len(links) - 1 else h
+    end = x
+    if shortcut is not None:
+        end = _plain_norm(F.conv2d(x, shortcut.link.conv_weight.to(x.dtype), None, *shortcut.link.sizes), shortcut)
+    out = F.relu(h + end)
+    inputs = [x, *(tensor for done in every for tensor in (done.link.conv_weight, *done.vectors[2:]))]
+    wanted = [tensor for tensor, needed in zip(inputs, (need_x, *need), strict=True) if needed and tensor is not None]
+    found = iter(torch.autograd.grad(out, wanted, grad_out, create_graph=True, allow_unused=True))
+    grad_x, *grads = (next(found) if needed else None for needed in (need_x, *need))
+    return grad_x, grads
+
+
+def _plain_norm(y: Tensor, done: Done) -> Tensor:
+    norm, wide = done.link.norm, done.invstd.dtype
+    weight, bias = (None if vector is None else vector.to(wide) for vector in (norm.weight, norm.bias))
+    mean = variance = None
+    if not norm.training:
+        mean, variance = done.mean, done.invstd.double().pow(-2).to(wide) - norm.eps
+    return F.batch_norm(y.to(wide), mean, variance, weight, bias, norm.training, 0.0, norm.eps).to(y.dtype)
