@@ -13,6 +13,7 @@ from fused_resnet.convert import freeze, fuse, fusion_report, unfuse
 from fused_resnet.models import *  # noqa: F403  every builder, as listed in models.__all__
 from fused_resnet.modules import BasicBlock, BatchNormAct2d, Bottleneck, ConvBNAct2d
 from fused_resnet.ops import BackendError, use_backend
+from fused_resnet.training.graph_step import graph_step
 from fused_resnet.version import __version__
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "freeze",
     "fuse",
     "fusion_report",
+    "graph_step",
     "models",
     "modules",
     "ops",

@@ -64,18 +64,9 @@ def conv_grad_input(
     x, conv_weight, dz = channels_last(x), channels_last(conv_weight), channels_last(dz)
     shape = ConvShape.of(x, conv_weight, stride, padding, dilation)
     full_precision = is_full_precision(x)
-    phases = stride[0] * stride[1]
-    product = Product(
-        rows=shape.batch * triton.cdiv(shape.height, stride[0]) * triton.cdiv(shape.width, stride[1]),
-        columns=shape.channels,
-        taps=shape.taps / phases,
-        channels=shape.filters,
-        row_operands=1 if y is None else 2,
-        epilogue=1 + (mean is not None) + (residual is not None),
-        phases=phases,
-        sums=32,
-        aligned=aligned(x.element_size(), shape.channels, shape.filters),
-    )
+    operands, epilogue = 1 if y is None else 2, (mean is not None) + (residual is not None)
+    product = grad_input_product(shape, x.element_size(), stride, operands, epilogue)
+    phases = product.phases
     tiles = training_tiles(product, x.element_size(), chip_of(x.device), full_precision=full_precision)
     grad = torch.empty_like(x)
     chunks = triton.cdiv(product.rows, tiles.rows * tiles.row_tiles)
@@ -129,6 +120,24 @@ def conv_grad_input(
         return grad, nothing, nothing.clone()
     sum_dz, sum_dz_xhat = finalize_sums(partial_sums).unbind()
     return grad, sum_dz, sum_dz_xhat
+
+
+def grad_input_product(
+    shape: ConvShape, element_bytes: int, stride: list[int], operands: int, epilogue: int
+) -> Product:
+    """``operands``: 2 with y, else 1; ``epilogue``: how many of x and the residual are read at the end."""
+    phases = stride[0] * stride[1]
+    return Product(
+        rows=shape.batch * triton.cdiv(shape.height, stride[0]) * triton.cdiv(shape.width, stride[1]),
+        columns=shape.channels,
+        taps=shape.taps / phases,
+        channels=shape.filters,
+        row_operands=operands,
+        epilogue=1 + epilogue,
+        phases=phases,
+        aligned=aligned(element_bytes, shape.channels, shape.filters),
+        sums=32,
+    )
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from fused_resnet.kernels.bn_act import load_normalization
 from fused_resnet.kernels.bn_grad_coefficients import load_coefficients, output_grad
 from fused_resnet.kernels.channels_last import channels_last, dense_vector, optional_channels_last
 from fused_resnet.kernels.conv_shape import ConvShape, is_full_precision
-from fused_resnet.kernels.device import chip_of
+from fused_resnet.kernels.device import Chip, chip_of
 from fused_resnet.kernels.patches import WIDE_ELEMENTS, activate
 from fused_resnet.kernels.training_tiles import Product, aligned, training_tiles
 
@@ -52,18 +52,7 @@ def conv_grad_weight(
     shape = ConvShape.of(x, conv_weight, stride, padding, dilation)
     full_precision = is_full_precision(x)
     chip = chip_of(x.device)
-    product = Product(
-        rows=shape.filters,
-        columns=shape.taps * shape.channels,
-        taps=shape.taps,
-        channels=shape.rows,
-        row_operands=1 if y is None else 2,
-        epilogue=2,
-        splittable=True,
-        sums=64 if chip.wgmma else 32,
-        flat=shape.channels < FLAT_CHANNELS and shape.taps > 1,
-        aligned=aligned(x.element_size(), shape.channels, shape.filters),
-    )
+    product = grad_weight_product(shape, x.element_size(), 1 if y is None else 2, chip)
     tiles = training_tiles(product, x.element_size(), chip, full_precision=full_precision)
     like = torch.empty_like(conv_weight, dtype=torch.float32, device=x.device, memory_format=torch.channels_last)
     partials = like if tiles.splits == 1 else like.new_empty((tiles.splits, like.numel()))
@@ -106,6 +95,21 @@ def conv_grad_weight(
                 partials, like, tiles.splits, like.numel(), BLOCK=SUM_BLOCK, num_warps=4
             )
     return like
+
+
+def grad_weight_product(shape: ConvShape, element_bytes: int, operands: int, chip: Chip) -> Product:
+    """``operands``: 2 with y, else 1."""
+    return Product(
+        rows=shape.filters,
+        columns=shape.taps * shape.channels,
+        taps=shape.taps,
+        channels=shape.rows,
+        row_operands=operands,
+        splittable=True,
+        flat=shape.channels < FLAT_CHANNELS and shape.taps > 1,
+        aligned=aligned(element_bytes, shape.channels, shape.filters),
+        sums=64 if chip.wgmma else 32,
+    )
 
 
 @triton.jit

@@ -56,14 +56,7 @@ def conv_stats(
     x, conv_weight = channels_last(x), channels_last(conv_weight)
     shape = ConvShape.of(x, conv_weight, stride, padding, dilation)
     full_precision = is_full_precision(x)
-    product = Product(
-        shape.rows,
-        shape.filters,
-        shape.taps,
-        shape.channels,
-        flat=True,
-        aligned=aligned(x.element_size(), shape.channels, shape.filters),
-    )
+    product = forward_product(shape, x.element_size())
     tiles = training_tiles(product, x.element_size(), chip_of(x.device), full_precision=full_precision)
     y = shape.empty_output(x)
     chunks = triton.cdiv(shape.rows, tiles.rows * tiles.row_tiles)
@@ -110,6 +103,17 @@ def conv_stats(
     if counts is None or means is None or m2s is None:
         return y, *(torch.empty(0, dtype=torch.float32, device=x.device) for _ in range(2))
     return (y, *finalize_statistics(counts, means, m2s, running_mean, running_var, momentum, eps))
+
+
+def forward_product(shape: ConvShape, element_bytes: int) -> Product:
+    return Product(
+        rows=shape.rows,
+        columns=shape.filters,
+        taps=shape.taps,
+        channels=shape.channels,
+        flat=True,
+        aligned=aligned(element_bytes, shape.channels, shape.filters),
+    )
 
 
 @triton.jit

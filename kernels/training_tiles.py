@@ -9,16 +9,16 @@ grad_input   N*H*W / phases C            R*S/phases*filters   dz and y
 grad_weight  filters        R*S*C        N*OH*OW              dz and y (and x for a step of the columns)
 ============ ============== ============ ==================== ==========================================
 
-The cost of a candidate, in cycles of a multiprocessor, is what the busiest one does: the number of tiles it gets (whole
-ones) times the cycles of one, which are the largest of
+The cost of a candidate, in cycles of a multiprocessor, is what the busiest one does. It works through its tiles in
+waves of as many programs as it holds at a time. A wave takes START_CYCLES, for filling the pipeline and for the
+epilogue, and then the largest of
 
-- multiplications, padding included, at MATRIX_EFFICIENCY of the chip's best;
-- bytes brought in from L2, every tile for itself, and those of the epilogue;
-- latency: a step waits STEP_LATENCY, which the stages of the pipeline and the multiprocessor's other programs hide;
+- multiplications of all its tiles, padding included, at MATRIX_EFFICIENCY of the chip's best;
+- bytes brought in from L2, every tile for itself, and those of the epilogues;
+- latency: a step waits STEP_LATENCY, of which the stages of the pipeline hide all but one part.
 
-plus START_CYCLES for filling the pipeline and for the epilogue, hidden in the same way by the other programs. How many
-there are (occupancy) follows from threads, registers and shared memory. A product cut in splits also pays for writing
-and adding the float32 partial results.
+How many programs there are at a time (occupancy) follows from threads, registers and shared memory. A product cut in
+splits also pays for writing and adding the float32 partial results.
 """
 
 from __future__ import annotations
@@ -129,7 +129,11 @@ def aligned(element_bytes: int, *sizes: int) -> bool:
 
 @functools.cache
 def training_tiles(product: Product, element_bytes: int, chip: Chip, *, full_precision: bool = False) -> Tiles:
-    """The cheapest candidate. ``full_precision``: float32 that may not be rounded to TF32."""
+    """The cheapest candidate that gives at least half of the multiprocessors a program, if one does: where the grid is
+    small, the model counts on latencies that it does not know well.
+
+    ``full_precision``: float32 that may not be rounded to TF32.
+    """
     if product.rows == 0 or product.columns == 0:
         raise ValueError(f"a product must have rows and columns; got {product}")
     step, flat = _step(product, element_bytes, full_precision)
@@ -142,10 +146,9 @@ def training_tiles(product: Product, element_bytes: int, chip: Chip, *, full_pre
             for tiles in _candidates(product, step, flat)
             if _shared(product, tiles, element_bytes) <= chip.shared_bytes
         ]
-    best = min(
-        (split for tiles in candidates for split in _splits(product, tiles, element_bytes, chip)),
-        key=lambda tiles: cycles(product, tiles, element_bytes, chip),
-    )
+    candidates = [split for tiles in candidates for split in _splits(product, tiles, element_bytes, chip)]
+    busy = [tiles for tiles in candidates if 2 * _tile_count(product, tiles) * tiles.splits >= chip.multiprocessors]
+    best = min(busy or candidates, key=lambda tiles: cycles(product, tiles, element_bytes, chip))
     if product.splittable:
         return best
     programs = CHUNK_WAVES * chip.multiprocessors * occupancy(product, best, element_bytes, chip)
@@ -161,10 +164,12 @@ def cycles(product: Product, tiles: Tiles, element_bytes: int, chip: Chip) -> fl
     operands = (product.row_operands * tiles.rows + product.column_operands * tiles.columns) * depth * element_bytes
     result_bytes = 8 if tiles.splits > 1 else element_bytes * product.epilogue
     bring = (operands + tiles.rows * tiles.columns * result_bytes) / chip.l2_bytes_per_cycle
-    count = _tile_count(product, tiles) * tiles.splits
-    share = min(resident, cdiv(count, chip.multiprocessors))
-    wait = (steps * STEP_LATENCY / (tiles.stages - 1) + START_CYCLES) / share
-    total = cdiv(count, chip.multiprocessors) * max(multiply, bring, wait)
+    latency = steps * STEP_LATENCY / (tiles.stages - 1)
+    count = cdiv(_tile_count(product, tiles) * tiles.splits, chip.multiprocessors)
+    whole_waves, rest = divmod(count, resident)
+    total = whole_waves * (START_CYCLES + max(resident * max(multiply, bring), latency))
+    if rest:
+        total += START_CYCLES + max(rest * max(multiply, bring), latency)
     if tiles.splits > 1:
         partial = 8 * tiles.splits * product.rows * product.columns
         total += START_CYCLES + partial / chip.multiprocessors / chip.memory_bytes_per_cycle

@@ -25,21 +25,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Prints the two tables; nothing is computed on the way, and no GPU is needed."""
-    words = (arguments.model, arguments.batch_size, getattr(torch, arguments.dtype), arguments.image_size)
-    model_name, batch_size, dtype, image_size = words
-    condition = (
-        f"{model_name}, {arguments.dtype}, {image_size}x{image_size}, batch {batch_size}, MB (10^6 bytes) an image"
-    )
+    dtype, image_size = getattr(torch, arguments.dtype), arguments.image_size
+    model_name, batch_size = arguments.model, arguments.batch_size
     ledgers = {column(level): training_ledger(model_name, level, batch_size, dtype, image_size) for level in LEVELS}
     saved = {
         name: training_saved_bytes(model_name, level, batch_size, dtype, image_size, memory) / batch_size
         for name, (level, memory) in SAVED.items()
     }
-    print(f"Read and written by a training step: {condition}\n")
-    print(ledger_table(ledgers))
-    print("\nSaved for backward\n")
-    print(saved_table(saved))
-    print("\nCounted from the ops that ran, each as well-made kernels; nothing was measured.")
+    print(f"{model_name}, {arguments.dtype}, {image_size}x{image_size}, batch {batch_size}; MB (10^6 bytes) an image\n")
+    print(f"Read and written by a training step\n{ledger_table(ledgers)}\n")
+    print(f"Saved for backward\n{saved_table(saved)}\n")
+    print("Counted from the ops that ran, as if each were well-made kernels; nothing was measured.")
     return 0
 
 

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from fused_resnet.bench.traffic import moves_nothing, tensors
+from fused_resnet.ops.layout import conv_memory_format
 
 
 class DryRun(TorchDispatchMode):
@@ -39,8 +40,10 @@ class DryRun(TorchDispatchMode):
             return None
         shapes = _Twins()
         found = func(*tree_map(shapes.twin, args), **tree_map(shapes.twin, _without_device(kwargs)))
-        if func is torch.ops.aten.convolution_backward.default:
-            found = _as_kernels_lay_it_out(found, args)
+        if func is torch.ops.aten.convolution.default:
+            found = found.contiguous(memory_format=conv_memory_format(*args[:2]))
+        elif func in _LAID_OUT_LIKE:
+            found = _laid_out(found, [args[position] for position in _LAID_OUT_LIKE[func]])
         return tree_map(shapes.original, found)
 
 
@@ -72,10 +75,18 @@ def _without_device(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: torch.device("meta") if name == "device" else value for name, value in kwargs.items()}
 
 
-def _as_kernels_lay_it_out(gradients: Any, args: tuple[Any, ...]) -> Any:
-    """On the meta device convolution_backward gives contiguous gradients; kernels give those of input and weight."""
-    _, image, weight, *_ = args
-    return tuple(
-        None if gradient is None else torch.empty_like(gradient.as_strided(like.shape, like.stride()))
-        for gradient, like in zip(gradients[:2], (image, weight), strict=True)
-    ) + tuple(gradients[2:])
+def _laid_out(results: Any, likes: list[Tensor]) -> Any:
+    """The first results with the strides of these tensors."""
+    first = [
+        None if result is None else torch.empty_strided(like.shape, like.stride(), dtype=result.dtype, device="meta")
+        for result, like in zip(results, likes, strict=False)
+    ]
+    return (*first, *results[len(first) :])
+
+
+# Kernels keep channels_last, which the meta device forgets; by the places of the arguments that the results lie like.
+_LAID_OUT_LIKE = {
+    torch.ops.aten.convolution_backward.default: (1, 2),
+    torch.ops.aten.native_batch_norm.default: (0,),
+    torch.ops.aten.native_batch_norm_backward.default: (1,),
+}

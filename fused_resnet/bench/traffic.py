@@ -97,6 +97,10 @@ def _once(kind: str, *unread: str, rewritten: tuple[str, ...] = ()) -> Row:
     return row
 
 
+def _written_only(kind: str) -> Row:
+    return lambda call: [Pass(kind, 0, size(call.results))]
+
+
 def _convolution_backward(call: Call) -> list[Pass]:
     a, found = call.arguments, []
     grad_input, grad_weight, grad_bias = a["output_mask"]
@@ -165,6 +169,11 @@ def _fused_optimizer(*states: str) -> Row:
     return row
 
 
+def _foreach(call: Call) -> list[Pass]:
+    """A list of tensors in one pass: in place, and so without results, it rewrites the first list."""
+    return [Pass("elementwise", size(list(call.arguments.values())), size(call.results or call.arguments["self"]))]
+
+
 FREE = {
     f"aten.{name}"
     for name in [
@@ -190,7 +199,6 @@ def _rows(kind: str, names: str, row: Callable[[str], Row] = _once) -> dict[str,
     return dict.fromkeys((f"aten.{name}" for name in names.split()), row(kind))
 
 
-_written_only: Callable[[str], Row] = lambda kind: lambda call: [Pass(kind, 0, size(call.results))]  # noqa: E731
 _running = ("running_mean", "running_var")
 
 ROWS: dict[str, Row] = {
@@ -209,11 +217,9 @@ ROWS: dict[str, Row] = {
     **_rows("sum", "sum"),
     **_rows("copy", "_to_copy clone contiguous"),
     "aten.copy": _once("copy", "self"),
-    **_rows(
-        "fill",
-        "zero fill zeros zeros_like ones ones_like full full_like new_zeros new_ones new_full scalar_tensor",
-        _written_only,
-    ),  # fmt: skip
+    **_rows("fill", "zero fill zeros zeros_like ones ones_like full full_like", _written_only),
+    **_rows("fill", "new_zeros new_ones new_full scalar_tensor", _written_only),
+    **{f"aten._foreach_{name}": _foreach for name in "add sub mul div neg sqrt lerp addcmul addcdiv".split()},
     "aten._fused_sgd": _fused_optimizer("momentum_buffer_list"),
     **dict.fromkeys(
         ("aten._fused_adam", "aten._fused_adamw"), _fused_optimizer("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")

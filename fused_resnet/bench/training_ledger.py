@@ -39,17 +39,17 @@ def training_ledger(
     memory: str = "default",
     optimizer: bool = False,
 ) -> Ledger:
-    """The ledger of a training step (forward, cross entropy, backward) of one of this package's networks, channels_last.
+    """The ledger of a training step (forward, cross entropy, backward) of one of this package's networks.
 
-    The reference is asked for as the backend, and the level by ``use_fusion_level``, so that the ops that run are those
-    of the level wherever this is. A convolution with groups falls to level 0 there too; which of the others the kernels
-    would refuse on a given GPU is not asked.
+    The network and its images are channels_last. The reference is asked for as the backend, and the level by
+    ``use_fusion_level``, so that the ops that run are those of the level wherever this is. A convolution with groups
+    falls to level 0 there too; which of the others the kernels would refuse on a given GPU is not asked.
 
     Args:
         model_name: a builder, such as "resnet50".
         level: "eager" for plain PyTorch (the network after ``unfuse``); 0, 1, 2 or 3; None for the automatic choice.
         batch_size: images of the step, at least 1.
-        dtype: of activations and convolutions. Parameters are float32: anything else is autocast.
+        dtype: of activations and convolutions; parameters are float32, and another dtype is autocast's.
         image_size: pixels of an image's side.
         memory: "default" or "efficient", as ``fused_resnet.fuse`` takes it.
         optimizer: also count the update, SGD with momentum and weight decay as one kernel, in the steady state.

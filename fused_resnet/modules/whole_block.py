@@ -34,9 +34,9 @@ def whole_block(block: nn.Module, x: Tensor) -> Tensor | None:
     if why_not_whole(block):
         return None
     first = pairs[0][0]
-    like = _as_convolutions_get_it(x)
-    if (like is x and like.dtype != first.weight.dtype) or x.shape[1] != first.in_channels:
+    if not (x.dtype == first.weight.dtype or _is_autocast(x)) or x.shape[1] != first.in_channels:
         return None  # the convolution itself says what is wrong
+    like = _as_convolutions_get_it(x)
     memory = block.__dict__.get(MEMORY, "default")
     if not gains(like, first.weight, first.stride, first.padding, first.dilation, first.groups, memory):
         return None
@@ -70,8 +70,9 @@ def _conv_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> ConvNorm:
 
 def _as_convolutions_get_it(x: Tensor) -> Tensor:
     """x; under autocast, an empty tensor like x in autocast's dtype."""
-    kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
-        return x
-    dtype = torch.get_autocast_dtype(kind)
-    return x if x.dtype == dtype else torch.empty_like(x, dtype=dtype)
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return torch.empty_like(x, dtype=dtype) if _is_autocast(x) and x.dtype != dtype else x
+
+
+def _is_autocast(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64

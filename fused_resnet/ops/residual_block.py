@@ -31,7 +31,7 @@ from torch import Tensor
 
 from fused_resnet.ops import checks
 from fused_resnet.ops.backend import has_fused_backend
-from fused_resnet.ops.bn_act import bn_act, bn_act_dual, wants_gradient
+from fused_resnet.ops.bn_act import BatchNorm, bn_act, bn_act_dual, wants_gradient
 from fused_resnet.ops.conv_norm import (
     ConvNorm,
     Done,
@@ -42,6 +42,7 @@ from fused_resnet.ops.layout import dense
 from fused_resnet.ops.plan import training_level
 from fused_resnet.ops.residual_block_grad import block_gradients, differentiable_gradients
 from fused_resnet.ops.schemas import conv_output_size
+from fused_resnet.ops.synchronize import group_to_share
 
 _ops = torch.ops.fused_resnet
 
@@ -82,14 +83,15 @@ def residual_block(
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     _check_links(x, chain, shortcut)
-    if not gains(x, chain[0].conv_weight, *chain[0][2:], memory):
+    if not gains(x, chain[0].conv_weight, *chain[0].sizes, memory):
         return _link_by_link(x, chain, shortcut)
+    x = dense(x)  # here, where autograd sees it: a second derivative goes on through what is saved
     links = [*chain, *([] if shortcut is None else [shortcut])]
     parameters = [tensor for link in links for tensor in (link.conv_weight, link.norm.weight, link.norm.bias)]
     if wants_gradient(x, *parameters):
         return _ResidualBlock.apply(x, _Block(tuple(chain), shortcut, memory == "efficient"), *parameters)
     with torch.no_grad():
-        return _forward(dense(x), chain, shortcut)[0]
+        return _forward(x, chain, shortcut)[0]
 
 
 def gains(
@@ -134,21 +136,37 @@ def _check_links(x: Tensor, chain: Sequence[ConvNorm], shortcut: ConvNorm | None
 
 
 def _output_shape(x: Tensor, shape: tuple[int, ...], link: ConvNorm, name: str) -> tuple[int, ...]:
+    """The shape of what the link makes of a tensor of ``shape``."""
     if not isinstance(link, ConvNorm):
         raise TypeError(f"{name} must be a ConvNorm; got {type(link).__name__}")
-    like = x.new_empty(0).expand(shape) if 0 in shape else x.new_empty(1).expand(shape)
-    checks.check_conv_weight(like, link.conv_weight, link.groups)
+    try:
+        return _checked_output_shape(x.new_empty(1).expand(shape), link)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from None
+
+
+def _checked_output_shape(x: Tensor, link: ConvNorm) -> tuple[int, ...]:
+    checks.check_conv_weight(x, link.conv_weight, link.groups)
     if not torch.is_autocast_enabled(x.device.type):
-        checks.check_same_dtype(f"{name}.conv_weight", link.conv_weight, x.dtype)
+        checks.check_same_dtype("conv_weight", link.conv_weight, x.dtype)
+    if not isinstance(link.norm, BatchNorm):
+        raise TypeError(f"norm must be a BatchNorm; got {type(link.norm).__name__}")
     filters, _, *kernel = link.conv_weight.shape
-    checks.check_batch_norm(like, *link.norm[:7], channels=filters)
-    settings = zip(shape[2:], kernel, link.stride, link.padding, link.dilation, strict=True)
+    checks.check_batch_norm(x, *link.norm[:7], channels=filters)
+    checks.check_process_group("process_group", link.norm.process_group)
+    for setting, minimum in (("stride", 1), ("padding", 0), ("dilation", 1)):
+        value = getattr(link, setting)
+        if isinstance(value, int):
+            raise TypeError(f"{setting} must be two ints; got {value!r}")
+        checks.check_pair(setting, value, minimum)
+    settings = zip(x.shape[2:], kernel, link.stride, link.padding, link.dilation, strict=True)
     height, width = (conv_output_size(*each) for each in settings)
     if min(height, width) < 1:
-        raise ValueError(f"{name} must leave at least one pixel; got {height} x {width} from {shape[2]} x {shape[3]}")
-    if link.norm.training and link.norm.process_group is None and shape[0] * height * width == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
-    return shape[0], filters, height, width
+        raise ValueError(f"at least one pixel must be left; got {height} x {width} from {x.shape[2]} x {x.shape[3]}")
+    shape = (x.shape[0], filters, height, width)
+    if link.norm.training and group_to_share(link.norm) is None and shape[0] * height * width == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)}")
+    return shape
 
 
 def _link_by_link(x: Tensor, chain: Sequence[ConvNorm], shortcut: ConvNorm | None) -> Tensor:
@@ -197,7 +215,6 @@ TENSORS_OF_A_LINK = 7  # kept for backward: its three parameters, y, mean, invst
 class _ResidualBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, block: _Block, *parameters: Tensor | None) -> Tensor:
-        x = dense(x)
         out, links, projection = _forward(x, block.chain, block.shortcut)
         links += [] if projection is None else [projection]
         kept: list[Tensor | None] = []

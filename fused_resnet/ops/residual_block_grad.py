@@ -84,6 +84,9 @@ def differentiable_gradients(
     grad_out: Tensor, x: Tensor, links: list[Done], shortcut: Done | None, need_x: bool, need: Sequence[bool]
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """The same gradients, built of operations that autograd knows, for a second derivative."""
+    # Views: x, or a link before, may be made of the same parameters, and what they do there is no part of this block.
+    x, links = x.view_as(x), [_of_views(done) for done in links]
+    shortcut = None if shortcut is None else _of_views(shortcut)
     every = [*links, *([] if shortcut is None else [shortcut])]
     if any(done.share is not None for done in every):
         raise NotImplementedError("a second derivative through statistics of several ranks is not implemented")
@@ -100,6 +103,15 @@ def differentiable_gradients(
     found = iter(torch.autograd.grad(out, wanted, grad_out, create_graph=True, allow_unused=True))
     grad_x, *grads = (next(found) if needed else None for needed in (need_x, *need))
     return grad_x, grads
+
+
+def _of_views(done: Done) -> Done:
+    conv_weight, norm = done.link.conv_weight, done.link.norm
+    weight, bias = (None if vector is None else vector.view_as(vector) for vector in (norm.weight, norm.bias))
+    link = done.link._replace(
+        conv_weight=conv_weight.view_as(conv_weight), norm=norm._replace(weight=weight, bias=bias)
+    )
+    return done._replace(link=link)
 
 
 def _plain_norm(y: Tensor, done: Done) -> Tensor:

@@ -130,6 +130,7 @@ def run_cases(rank: int) -> dict[str, Any]:
     results["create_graph"] = _refusal(lambda: _create_graph(group))
     results["torch.func"] = _refusal(lambda: _torch_func(group))
     results["merge"] = _merge(rank, group)
+    results["half"] = _half(rank, group)
     return results
 
 
@@ -165,6 +166,14 @@ def _merge(rank: int, group: Any) -> dict[str, Tensor]:
     over_ranks = dict(zip(("dz", "dz_xhat"), sums_over_ranks(*sums, merged["share"], group), strict=True))
     assert sums[0].tolist() == [1, 1] and sums[1].tolist() == [1, 2]
     return {**merged, **over_ranks, "running_mean": norm.running_mean, "running_var": norm.running_var}
+
+
+def _half(rank: int, group: Any) -> list[Tensor]:
+    """Running variances behind a pass whose first norm alone is shared, rank 0 without images."""
+    x = torch.ones(0 if rank == 0 else 2, CHANNELS, 2, 2)
+    shared, alone = (BatchNorm(None, None, torch.ones(CHANNELS), torch.ones(CHANNELS), True) for _ in range(2))
+    bn_act_dual(x, shared._replace(process_group=group), x, alone)
+    return [shared.running_var, alone.running_var]
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks"])
@@ -228,6 +237,13 @@ def test_merge_of_large_counts_zero_variance_and_a_rank_that_counts_nothing(rank
         torch.testing.assert_close(merged["running_var"], (m2 / (total - 1)).float(), rtol=1e-6, atol=0)
         of_ranks = torch.tensor([[1.0, 1.0], [1.0, 2.0]]) * len(ranks) * (count / total)
         torch.testing.assert_close(torch.stack([merged["dz"], merged["dz_xhat"]]), of_ranks)
+
+
+def test_a_pass_whose_norms_are_not_both_shared(ranks):
+    """The images are constant: the variance decays, but that of a rank alone without images stays."""
+    for rank, result in enumerate(ranks):
+        for variance, expected in zip(result["half"], (0.9, 1.0 if rank == 0 else 0.9), strict=True):
+            torch.testing.assert_close(variance, torch.full((CHANNELS,), expected))
 
 
 @pytest.mark.parametrize("group", ["world", 1, torch.zeros(1)])
