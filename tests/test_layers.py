@@ -34,7 +34,7 @@ MAY_IMPORT = {
 NEVER = {"tests", "benchmarks", "kernels"}  # as top-level names
 # Needed by some commands only, so never imported by a module's top level outside the code of those commands.
 EXTRAS = {"rich", "matplotlib", "sklearn", "torchvision"}
-READS_ENVIRONMENT = {"fused_resnet/ops/backend.py", "fused_resnet/info.py"}
+READS_ENVIRONMENT = {"fused_resnet/ops/backend.py", "fused_resnet/ops/plan.py", "fused_resnet/info.py"}
 
 
 def package_files() -> list[Path]:

@@ -142,6 +142,16 @@ def _batch_norm_backward(call: Call) -> list[Pass]:
     return found + ([Pass("normalise", both + vectors + sums, grad_input)] if mask[0] else [])
 
 
+def _cudnn_batch_norm_backward(call: Call) -> list[Pass]:
+    a = call.arguments
+    both, vectors = size(a["grad_output"], a["input"]), size(a["save_mean"], a["save_var"], a["weight"])
+    grad_input, *sums = call.results
+    return [
+        Pass("statistics", both + vectors, size(sums)),
+        Pass("normalise", both + vectors + size(sums), size(grad_input)),
+    ]
+
+
 def _bn_grad_apply(call: Call) -> list[Pass]:
     needs_x = call.arguments["relu"] or call.arguments["sum_dz"] is not None
     return _once("normalise", *([] if needs_x else ["x"]))(call)
@@ -169,9 +179,11 @@ def _fused_optimizer(*states: str) -> Row:
     return row
 
 
-def _foreach(call: Call) -> list[Pass]:
-    """A list of tensors in one pass: in place, and so without results, it rewrites the first list."""
-    return [Pass("elementwise", size(list(call.arguments.values())), size(call.results or call.arguments["self"]))]
+def _foreach(kind: str) -> Row:
+    """Lists of tensors in one pass: in place, and so without results, it rewrites the first list."""
+    return lambda call: [
+        Pass(kind, size(list(call.arguments.values())), size(call.results or call.arguments["self"])),
+    ]
 
 
 FREE = {
@@ -206,6 +218,7 @@ ROWS: dict[str, Row] = {
     "aten.convolution_backward": _convolution_backward,
     **dict.fromkeys(("aten.native_batch_norm", "aten.cudnn_batch_norm"), _batch_norm),
     "aten.native_batch_norm_backward": _batch_norm_backward,
+    "aten.cudnn_batch_norm_backward": _cudnn_batch_norm_backward,
     **_rows("relu", "relu threshold_backward"),
     **_rows("add", "add"),
     **_rows("pool", "max_pool2d_with_indices mean _adaptive_avg_pool2d _adaptive_avg_pool2d_backward"),
@@ -219,7 +232,12 @@ ROWS: dict[str, Row] = {
     "aten.copy": _once("copy", "self"),
     **_rows("fill", "zero fill zeros zeros_like ones ones_like full full_like", _written_only),
     **_rows("fill", "new_zeros new_ones new_full scalar_tensor", _written_only),
-    **{f"aten._foreach_{name}": _foreach for name in "add sub mul div neg sqrt lerp addcmul addcdiv".split()},
+    **_rows(
+        "elementwise",
+        "_foreach_add _foreach_sub _foreach_mul _foreach_div _foreach_neg _foreach_sqrt _foreach_lerp _foreach_addcmul"
+        " _foreach_addcdiv",
+        _foreach,
+    ),
     "aten._fused_sgd": _fused_optimizer("momentum_buffer_list"),
     **dict.fromkeys(
         ("aten._fused_adam", "aten._fused_adamw"), _fused_optimizer("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")

@@ -11,9 +11,13 @@ from torch import Tensor, nn
 
 from fused_resnet.convert.fuse import torchvision_classes
 from fused_resnet.convert.sites import fusion_sites, is_known
+from fused_resnet.modules.basic_block import BasicBlock
+from fused_resnet.modules.bottleneck import Bottleneck
 from fused_resnet.modules.shortcut import why_not_split
+from fused_resnet.modules.whole_block import why_not_whole
 from fused_resnet.ops.backend import AUTO, requested_backend, unavailable, why_not
 from fused_resnet.ops.layout import is_channels_last
+from fused_resnet.ops.plan import training_level_asked_for, why_not_fused_training
 
 LINE_LENGTH = 120
 
@@ -28,6 +32,10 @@ class FusionSite:
     """The full names of its norms, as in ``model.named_modules()``."""
     reasons: tuple[str, ...]
     """Why it runs the ordinary way; empty if it is fused."""
+    level_reasons: tuple[str, ...] = ()
+    """Why training keeps the convolution in front of it a pass of its own; empty if not."""
+    level: int | None = None
+    """How far training fuses it with that convolution, 0 to 3 (``ops/plan.py``); None if it runs the ordinary way."""
 
     @property
     def fused(self) -> bool:
@@ -42,18 +50,20 @@ class FusionReport:
 
     def __str__(self) -> str:
         fused = sum(site.fused for site in self.sites)
-        lines = [f"{fused} of {len(self.sites)} sites fused"]
+        whole = sum(bool(site.level) for site in self.sites)
+        lines = [f"{fused} of {len(self.sites)} sites fused, {whole} of them with their convolution in training"]
         width = max((len(site.name) for site in self.sites), default=0)
         for site in self.sites:
-            start = f"  {site.name:<{width}}  {'fused' if site.fused else 'ordinary':<8}"
-            wrapped = textwrap.wrap("; ".join(site.reasons), max(LINE_LENGTH - len(start) - 2, 40)) or [""]
+            start = f"  {site.name:<{width}}  {f'level {site.level}' if site.fused else 'ordinary':<8}"
+            reasons = "; ".join(site.reasons or site.level_reasons)
+            wrapped = textwrap.wrap(reasons, max(LINE_LENGTH - len(start) - 2, 40)) or [""]
             lines.append(f"{start}  {wrapped[0]}".rstrip())
             lines += [" " * (len(start) + 2) + line for line in wrapped[1:]]
         return "\n".join(lines)
 
 
 def fusion_report(model: nn.Module) -> FusionReport:
-    """Says of every norm in ``model`` whether it runs fused and, where not, every reason.
+    """Says of every norm in ``model`` whether it runs fused, at which level it trains and, where not, every reason.
 
     Each norm (BatchNorm of any kind, GroupNorm) is in one site. A reason is what ``forward`` would find: hooks, another
     kind of norm or activation, ``unfuse``, a block that is not known; or what a backend refuses, as far as the
@@ -82,7 +92,10 @@ def fusion_report(model: nn.Module) -> FusionReport:
                     reasons = _why_no_backend(norms[0], conv, memory_format)
                 names = tuple(_join(path, norm) for norm in site.norms)
                 first = names[0] or type(module).__name__
-                sites.append(FusionSite(" + ".join((first, *site.norms[1:], *site.tail)), names, tuple(reasons)))
+                name = " + ".join((first, *site.norms[1:], *site.tail))
+                level_reasons = () if reasons else tuple(_why_level_0(module, site.conv, memory_format))
+                level = None if reasons else 0 if level_reasons else training_level_asked_for()
+                sites.append(FusionSite(name, names, tuple(reasons), level_reasons, level))
         if _is_norm(module) and module not in covered:
             covered.add(module)
             sites.append(FusionSite(path or type(module).__name__, (path,), (_why_unknown(named, path),)))
@@ -125,6 +138,20 @@ def _why_no_backend(norm: nn.Module, conv: nn.Module | None, memory_format: torc
             return []
     backend = requested if requested != AUTO else "triton" if like.is_cuda else "native"
     return [f"{backend}: {reason}" for reason in reasons[backend]]
+
+
+def _why_level_0(module: nn.Module, conv_name: str | None, memory_format: torch.memory_format) -> list[str]:
+    """Why training does not fuse this convolution with the norms around it; [] if it does."""
+    if not isinstance(module, (BasicBlock, Bottleneck)) or conv_name is None:
+        return ["its convolution is not in a residual block"]
+    if reasons := why_not_whole(module):
+        return reasons
+    conv = cast(nn.Conv2d, module.get_submodule(conv_name))
+    size = [dilation * (kernel - 1) + 1 for dilation, kernel in zip(conv.dilation, conv.kernel_size, strict=True)]
+    shape = (2, conv.in_channels, *size)
+    x = torch.empty(shape, dtype=conv.weight.dtype, device=conv.weight.device, memory_format=memory_format)
+    settings = (conv.stride, cast(tuple[int, int], conv.padding), conv.dilation, conv.groups)
+    return why_not_fused_training(x, conv.weight.detach(), *settings)
 
 
 def _memory_format(model: nn.Module) -> torch.memory_format:

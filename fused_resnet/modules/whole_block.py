@@ -12,7 +12,7 @@ from fused_resnet.modules.bn_act import batch_norm_arguments, is_image, why_not_
 from fused_resnet.modules.conv_bn_act import why_not_plain_conv
 from fused_resnet.modules.shortcut import why_not_split
 from fused_resnet.ops.conv_norm import ConvNorm
-from fused_resnet.ops.residual_block import gains, residual_block
+from fused_resnet.ops.residual_block import autocast_dtype, gains, residual_block
 
 MEMORY = "_fused_resnet_memory"
 """``fused_resnet.fuse(model, memory=...)`` gives a block an attribute of this name."""
@@ -34,9 +34,10 @@ def whole_block(block: nn.Module, x: Tensor) -> Tensor | None:
     if why_not_whole(block):
         return None
     first = pairs[0][0]
-    if not (x.dtype == first.weight.dtype or _is_autocast(x)) or x.shape[1] != first.in_channels:
+    dtype = autocast_dtype(x)
+    if (dtype is None and x.dtype != first.weight.dtype) or x.shape[1] != first.in_channels:
         return None  # the convolution itself says what is wrong
-    like = _as_convolutions_get_it(x)
+    like = x if dtype in (None, x.dtype) else torch.empty_like(x, dtype=dtype)  # as the convolutions get it
     memory = block.__dict__.get(MEMORY, "default")
     if not gains(like, first.weight, first.stride, first.padding, first.dilation, first.groups, memory):
         return None
@@ -66,13 +67,3 @@ def _reasons(block: nn.Module) -> Iterator[str]:
 def _conv_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> ConvNorm:
     sizes = (conv.stride, cast(tuple[int, int], conv.padding), conv.dilation, conv.groups)
     return ConvNorm(conv.weight, batch_norm_arguments(norm), *sizes)  # type: ignore[arg-type]
-
-
-def _as_convolutions_get_it(x: Tensor) -> Tensor:
-    """x; under autocast, an empty tensor like x in autocast's dtype."""
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return torch.empty_like(x, dtype=dtype) if _is_autocast(x) and x.dtype != dtype else x
-
-
-def _is_autocast(x: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64

@@ -118,8 +118,8 @@ def bn_act_dual(x: Tensor, norm: BatchNorm, x2: Tensor, norm2: BatchNorm, *, act
         if not isinstance(value, BatchNorm):
             raise TypeError(f"{name} must be a BatchNorm; got {type(value).__name__}")
     norm, norm2 = _checked_batch_norm(x, norm), _checked_batch_norm(x2, norm2, "2")
-    # Of ranks that share both, one with an empty batch has to go the way of the others: two separate norms come to
-    # their collectives in the other order backward.
+    # Ranks that share both go one way, whatever x is on each: backward, two separate norms come to their collectives in
+    # the other order.
     both_shared = norm.process_group is not None and norm2.process_group is not None
     if not (both_shared or has_fused_backend(x)) or x2.dtype != x.dtype:
         z = _bn_act(x, norm, None, False) + _bn_act(x2, norm2, None, False)

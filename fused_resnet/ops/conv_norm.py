@@ -73,7 +73,8 @@ class Done(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """A gradient on its way back, in front of the ReLU behind a link (``masked``) or still behind it."""
+    """A gradient on its way back, in front of the ReLU behind a link (``masked``) or still behind it; and its sums
+    over each channel, masked and times xhat, None where they are not made yet."""
 
     grad: Tensor
     masked: bool
@@ -140,8 +141,8 @@ def backward_link(
 
     ``sums`` are those of ``sums_for_convolution``; ``residual`` is added to the gradient of the block's input.
     """
-    link, y = done.link, done.y
-    x, weight = before.tensor, link.conv_weight.to(before.tensor.dtype)
+    link, y, x = done.link, done.y, before.tensor
+    weight = link.conv_weight.to(x.dtype) if need_input else torch.empty_like(link.conv_weight, dtype=x.dtype)
     dz, raw, coefficients = upstream.grad, None, None
     if done.level == 3 and upstream.masked:
         raw = y if link.norm.training else None
@@ -179,9 +180,8 @@ def _separate_gradients(
     following = None
     if need_input and before.vectors is None:
         following = Upstream(grad if residual is None else grad + residual, True, None, None)
-    elif need_input and before.vectors is not None:
-        sums = _ops.bn_grad_stats(grad, before.tensor, None, *before.vectors, True)[:2]
-        following = Upstream(grad, False, *sums)
+    elif need_input:
+        following = Upstream(grad, False, None, None)
     return grad_weight.to(link.conv_weight.dtype) if need_weight else None, following
 
 

@@ -74,6 +74,11 @@ def training_level(
     """
     if why_not_fused_training(x, conv_weight, stride, padding, dilation, groups):
         return 0
+    return training_level_asked_for()
+
+
+def training_level_asked_for() -> int:
+    """The level of what has no reason against it: the one asked for, else the highest."""
     return HIGHEST_LEVEL if _requested is None else _requested
 
 

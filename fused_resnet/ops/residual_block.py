@@ -80,8 +80,7 @@ def residual_block(
     """
     checks.check_image("x", x)
     check_memory(memory)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = x.to(autocast_dtype(x) or x.dtype)
     _check_links(x, chain, shortcut)
     if not gains(x, chain[0].conv_weight, *chain[0].sizes, memory):
         return _link_by_link(x, chain, shortcut)
@@ -92,6 +91,14 @@ def residual_block(
         return _ResidualBlock.apply(x, _Block(tuple(chain), shortcut, memory == "efficient"), *parameters)
     with torch.no_grad():
         return _forward(x, chain, shortcut)[0]
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast makes of x in front of a convolution; None where it leaves x alone."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def gains(
@@ -113,7 +120,7 @@ def gains(
         return False
     if memory == "efficient" and torch.is_grad_enabled():
         return True
-    return training_level(x, conv_weight.detach().to(x.dtype), stride, padding, dilation, groups) > 0
+    return training_level(x, _like_x(conv_weight, x), stride, padding, dilation, groups) > 0
 
 
 def check_memory(memory: str) -> None:
@@ -147,7 +154,7 @@ def _output_shape(x: Tensor, shape: tuple[int, ...], link: ConvNorm, name: str) 
 
 def _checked_output_shape(x: Tensor, link: ConvNorm) -> tuple[int, ...]:
     checks.check_conv_weight(x, link.conv_weight, link.groups)
-    if not torch.is_autocast_enabled(x.device.type):
+    if autocast_dtype(x) is None:
         checks.check_same_dtype("conv_weight", link.conv_weight, x.dtype)
     if not isinstance(link.norm, BatchNorm):
         raise TypeError(f"norm must be a BatchNorm; got {type(link.norm).__name__}")
@@ -199,8 +206,13 @@ def _forward(x: Tensor, chain: Sequence[ConvNorm], shortcut: ConvNorm | None) ->
     return _ops.bn_apply_dual(last.y, *last.vectors, projection.y, *projection.vectors, True), links, projection
 
 
+def _like_x(conv_weight: Tensor, x: Tensor) -> Tensor:
+    """The weight in x's dtype for those who ask for its shape and layout only: nothing is copied."""
+    return conv_weight.detach() if conv_weight.dtype == x.dtype else torch.empty_like(conv_weight, dtype=x.dtype)
+
+
 def _level(x: Tensor, link: ConvNorm) -> int:
-    return training_level(x, link.conv_weight.detach().to(x.dtype), *link.sizes)
+    return training_level(x, _like_x(link.conv_weight, x), *link.sizes)
 
 
 class _Block(NamedTuple):

@@ -35,8 +35,8 @@ def block_gradients(
     sums = _sums(upstream, last, need_x or any(need[: 3 * len(links) - 2]))
     residual = dz
     if shortcut is not None and (need_x or any(need[3 * len(links) :])):
-        projected = Upstream(dz, True, *_ops.bn_grad_stats(dz, shortcut.y, None, *shortcut.vectors, False)[:2])
         needed = need[3 * len(links) :]
+        projected = _with_sums(Upstream(dz, True, None, None), shortcut, needed, need_x)
         projected_sums = _sums(projected, shortcut, need_x or needed[0])
         found, following = _link_gradients(projected, projected_sums, shortcut, Raw(x), needed, need_x, None)
         grads[3 * len(links) :] = found
@@ -46,6 +46,7 @@ def block_gradients(
         assert upstream is not None
         needed, need_input = need[3 * index : 3 * index + 3], need_x or any(need[: 3 * index])
         if links[index] is not last:
+            upstream = _with_sums(upstream, links[index], needed, need_input)
             sums = _sums(upstream, links[index], needed[0] or need_input)
         added = residual if index == 0 else None
         found, upstream = _link_gradients(upstream, sums, links[index], befores[index], needed, need_input, added)
@@ -53,6 +54,17 @@ def block_gradients(
         if upstream is None:
             break
     return upstream.grad if need_x and upstream is not None else None, grads
+
+
+def _with_sums(upstream: Upstream, done: Done, need: Sequence[bool], need_input: bool) -> Upstream:
+    """``upstream`` with its sums, where it came without and they are needed: a norm in training, a gradient of its
+    weight or bias."""
+    need_conv_weight, need_weight, need_bias = need
+    of_statistics = done.link.norm.training and (need_conv_weight or need_input)
+    if upstream.sum_dz is not None or not (need_weight or need_bias or of_statistics):
+        return upstream
+    grad, masked, *_ = upstream
+    return Upstream(grad, masked, *_ops.bn_grad_stats(grad, done.y, None, *done.vectors, not masked)[:2])
 
 
 def _sums(upstream: Upstream | None, done: Done, needed: bool) -> tuple[Tensor | None, Tensor | None]:

@@ -94,7 +94,7 @@ class GraphStep:
         self._device = self._images.device
         self._why_not = why_not_capture(self._device)
         self._graph: CudaGraph | None = None
-        self._gradients: list[tuple[Tensor, Tensor]] = []
+        self._gradients: list[tuple[Tensor, Tensor | None]] = []
         self._created: CreatedState = {}
         self.captures = 0
         if self._why_not:
@@ -168,19 +168,17 @@ class GraphStep:
             signature = self._signature()
             with _naming("the capture"):
                 loss = graph.record(run)
-            gradients = {
-                id(p): (p, p.grad) for p in _parameters(self._modules(), self._optimizer) if p.grad is not None
-            }
+            gradients = [(parameter, parameter.grad) for parameter in _parameters(self._modules(), self._optimizer)]
         finally:
             before.restore()
         self._graph, self._loss, self._created, self._recorded = graph, loss, created, signature
-        self._gradients = list(gradients.values())
+        self._gradients = gradients
         self.captures += 1
 
     def _release(self) -> None:
         """Drops the graph and the last reference to its memory; the gradients in it are kept."""
         for parameter, gradient in self._gradients:
-            if parameter.grad is gradient:
+            if gradient is not None and parameter.grad is gradient:
                 parameter.grad = gradient.clone()
         self._graph, self._gradients, self._created = None, [], {}
 

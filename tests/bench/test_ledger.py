@@ -76,7 +76,7 @@ def test_views_allocations_and_inference_of_shapes_move_nothing():
     x = torch.randn(2, 3, 4, 4)
 
     def step() -> None:
-        x.transpose(1, 2).flatten(2).detach()[0].expand(7, 4, 12)
+        x.transpose(1, 2).detach()[0].expand(7, 4, 3, 4)
         torch.empty_like(x)
         torch.ops.aten.cumsum(x.to("meta"), 0)
 
@@ -87,16 +87,14 @@ def test_what_expand_repeats_is_read_once():
     assert ledger(lambda: torch.ones(1).expand(1000) / 4).by_pass()[-1].reads == FLOAT
 
 
-def vectors(count: int, channels: int) -> list[Tensor]:
-    return [torch.rand(channels) + 0.5 for _ in range(count)]
-
-
 def case(
     op: str, read: str, rewritten: str = "", *, absent: str = "", relu: bool = True
 ) -> tuple[str, str, str, str, bool]:
     return op, read, rewritten, absent, relu
 
 
+ACTIVATIONS = "x x2 residual grad_out out dz y"
+VECTORS = "mean invstd weight bias mean2 invstd2 weight2 bias2 running_mean running_var sum_dz sum_dz_xhat scale shift"
 CONV = "x conv_weight mean invstd weight bias"
 RUNNING = "running_mean running_var"
 
@@ -126,9 +124,8 @@ RUNNING = "running_mean running_var"
 )
 def test_a_fused_op_reads_what_its_docstring_says_once_and_writes_its_results(op, read, rewritten, absent, relu):
     image = (2, 8, 6, 6)
-    values = {name: torch.randn(image) for name in "x x2 residual grad_out out dz y".split()}
-    values |= dict(zip("mean invstd weight bias mean2 invstd2 weight2 bias2".split(), vectors(8, 8), strict=True))
-    values |= dict(zip("running_mean running_var sum_dz sum_dz_xhat scale shift".split(), vectors(6, 8), strict=True))
+    values = {name: torch.randn(image) for name in ACTIVATIONS.split()}
+    values |= {name: torch.rand(8) + 0.5 for name in VECTORS.split()}
     values |= {"conv_weight": torch.randn(8, 8, 3, 3), "coefficients": torch.randn(4, 8)}
     values |= {"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": 1, "statistics": True}
     values |= {"momentum": 0.1, "eps": 1e-5, "count": 72.0, "relu": relu}
@@ -244,7 +241,8 @@ def test_the_table_as_text():
 
 
 def test_the_command_prints_both_tables(capsys):
-    assert main("bench --model resnet18 --image-size 64 --batch-size 2 --dtype float32".split()) == 0
+    words = ["--model", "resnet18", "--image-size", "64", "--batch-size", "2", "--dtype", "float32"]
+    assert main(["bench", *words]) == 0
     printed = capsys.readouterr().out
     (total,) = (line.split() for line in printed.splitlines() if line.startswith("all "))
     for cell, level in zip(total[1:], LEVELS, strict=True):

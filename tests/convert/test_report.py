@@ -11,7 +11,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from fused_resnet import models, modules
 from fused_resnet.convert import fuse, fusion_report, report, unfuse
 from fused_resnet.modules import bn_act, conv_bn_act
-from fused_resnet.ops import use_backend
+from fused_resnet.ops import use_backend, use_fusion_level
 
 
 @pytest.fixture(autouse=True)
@@ -167,16 +167,41 @@ def test_table():
     model.bn1.register_forward_hook(lambda *args: None)
     model.relu = nn.SiLU()
     model.layer1[0].relu.register_forward_hook(lambda *args: None)
-    lines = str(fusion_report(model)).splitlines()
-    assert lines[0] == "8 of 11 sites fused"
+    with use_fusion_level(3):
+        lines = str(fusion_report(model)).splitlines()
+    assert lines[0] == "8 of 11 sites fused, 8 of them with their convolution in training"
     assert lines[1] == (
         "  bn1 + relu                                ordinary  "
         "the activation is torch.nn.modules.activation.SiLU, not exactly"
     )
     assert lines[2].strip() == "torch.nn.ReLU; the norm has hooks, or a forward of its own"
-    assert lines[-1] == "  layer4.1.bn2 + add + relu                 fused"
+    assert lines[-1] == "  layer4.1.bn2 + add + relu                 level 3"
     assert max(map(len, lines)) <= 120
-    assert str(fusion_report(nn.ReLU())) == "0 of 0 sites fused"
+    assert str(fusion_report(nn.ReLU())) == "0 of 0 sites fused, 0 of them with their convolution in training"
+
+
+def test_level_in_training():
+    """Of every site: the level its convolution trains at, or what keeps it at level 0."""
+    block = modules.Bottleneck(8, 4, groups=2, base_width=64)
+    model = nn.Sequential(modules.ConvBNAct2d(3, 8, 1), block, modules.BasicBlock(16, 16))
+    model[2].conv2.register_forward_hook(lambda *args: None)
+    with use_fusion_level(2):
+        found = {site.name: site for site in fusion_report(model).sites}
+    assert {name: site.level for name, site in found.items()} == {
+        "0.bn + act": 0,
+        "1.bn1 + relu": 2,
+        "1.bn2 + relu": 0,
+        "1.bn3 + add + relu": 2,
+        "2.bn1 + relu": 0,
+        "2.bn2 + add + relu": 0,
+    }
+    assert found["0.bn + act"].level_reasons == ("its convolution is not in a residual block",)
+    assert found["1.bn2 + relu"].level_reasons == ("groups is 2; the training kernels take 1",)
+    assert found["2.bn1 + relu"].level_reasons == ("the convolution has hooks, or a forward of its own",)
+    with use_fusion_level(0):
+        assert fusion_report(block).sites[0].level_reasons == ("level 0 was asked for",)
+    block.bn1.register_forward_hook(lambda *args: None)
+    assert fusion_report(block).sites[0].level is None
 
 
 def test_conv_bn_act_reports_what_its_forward_asks():

@@ -2,60 +2,34 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
-from fused_resnet import models
-from fused_resnet.kernels import conv_grad_input, conv_grad_weight, conv_stats
+from fused_resnet.bench.contenders import builder_names
+from fused_resnet.bench.convolutions import Convolution, convolutions
+from fused_resnet.kernels.conv_grad_input import grad_input_product
+from fused_resnet.kernels.conv_grad_weight import grad_weight_product
 from fused_resnet.kernels.conv_shape import ConvShape
+from fused_resnet.kernels.conv_stats import forward_product
 from fused_resnet.kernels.device import CHIPS, Chip
 from fused_resnet.kernels.training_tiles import CANDIDATES, Product, Tiles, cycles, occupancy, training_tiles
 
-BUILDERS = [name for name in models.__all__ if name.startswith(("resne", "wide_resne"))]
 BATCHES = (1, 32, 256)
 NAMED = {kind: CHIPS[kind] for kind in ((8, 0), (8, 9), (9, 0))}
-PRODUCTS = {
-    "forward": conv_stats.__globals__["forward_product"],
-    "grad_input": conv_grad_input.__globals__["grad_input_product"],
-    "grad_weight": conv_grad_weight.__globals__["grad_weight_product"],
-}
-
-Convolution = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
-@functools.cache
-def convolutions(builder: str) -> frozenset[Convolution]:
-    """(input, weight, stride, padding, dilation) of every convolution without groups, for one image of 224x224."""
-    found: set[Convolution] = set()
-
-    def note(conv: nn.Conv2d, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
-        if conv.groups == 1:
-            shapes = tuple(inputs[0].shape), tuple(conv.weight.shape)
-            found.add((*shapes, conv.stride, conv.padding, conv.dilation))  # type: ignore[arg-type]
-
-    with torch.device("meta"):
-        model = getattr(models, builder)().eval()
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d):
-                module.register_forward_hook(note)
-        model(torch.empty(1, 3, 224, 224))
-    return frozenset(found)
-
-
-def products(convolution: Convolution, batch: int, chip: Chip, element_bytes: int = 2) -> dict[str, Product]:
-    (_, *image), weight, stride, padding, dilation = convolution
-    x, conv_weight = torch.empty((batch, *image), device="meta"), torch.empty(weight, device="meta")
-    shape = ConvShape.of(x, conv_weight, list(stride), list(padding), list(dilation))
+def products(conv: Convolution, batch: int, chip: Chip, element_bytes: int = 2) -> dict[str, Product]:
+    x, weight = (torch.empty(shape, device="meta") for shape in (conv.input_shape(batch), conv.weight_shape))
+    stride, padding, dilation, _ = conv.settings
+    shape = ConvShape.of(x, weight, stride, padding, dilation)
     return {
-        "forward": PRODUCTS["forward"](shape, element_bytes),
-        "grad_input": PRODUCTS["grad_input"](shape, element_bytes, list(stride), 2, 2),
-        "grad_weight": PRODUCTS["grad_weight"](shape, element_bytes, 2, chip),
+        "forward": forward_product(shape, element_bytes),
+        "grad_input": grad_input_product(shape, element_bytes, stride, operands=2, epilogue=2),
+        "grad_weight": grad_weight_product(shape, element_bytes, operands=2, chip=chip),
     }
 
 
@@ -66,14 +40,15 @@ def programs(product: Product, tiles: Tiles) -> int:
 
 
 @pytest.mark.parametrize("kind", NAMED, ids=lambda kind: f"sm_{kind[0]}{kind[1]}")
-@pytest.mark.parametrize("builder", BUILDERS)
+@pytest.mark.parametrize("builder", builder_names())
 def test_every_convolution_of_the_ten_models(builder: str, kind: tuple[int, int]) -> None:
     chip = NAMED[kind]
-    assert len(convolutions(builder)) >= 10
-    for convolution in convolutions(builder):
+    found = [conv for conv in convolutions(builder) if conv.sizes.groups == 1]
+    assert len(found) >= 10
+    for conv in found:
         for batch in BATCHES:
-            for name, product in products(convolution, batch, chip).items():
-                assert_sensible(product, training_tiles(product, 2, chip), chip, f"{name} of {convolution} x {batch}")
+            for name, product in products(conv, batch, chip).items():
+                assert_sensible(product, training_tiles(product, 2, chip), chip, f"{name} of {conv} x {batch}")
 
 
 def assert_sensible(product: Product, tiles: Tiles, chip: Chip, what: str) -> None:
@@ -92,7 +67,7 @@ def assert_sensible(product: Product, tiles: Tiles, chip: Chip, what: str) -> No
 
 def test_large_tiles_where_there_is_enough_to_do() -> None:
     chip = CHIPS[9, 0]
-    deep = ((1, 128, 28, 28), (128, 128, 3, 3), (1, 1), (1, 1), (1, 1))
+    (deep,) = (conv for conv in convolutions("resnet50") if str(conv) == "128x28x28 3x3 to 128")
     tiles = training_tiles(products(deep, 256, chip)["forward"], 2, chip)
     assert (tiles.rows, tiles.columns) == (128, 128)
     one_image = training_tiles(products(deep, 1, chip)["forward"], 2, chip)

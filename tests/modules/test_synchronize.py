@@ -124,7 +124,18 @@ def run_cases(rank: int) -> dict[str, Any]:
         batches = [tuple(t[rows] for t in case.batch(index)) for index in range(3)]
         with counted_collectives() as calls:
             results[name] = two_steps_and_eval(model, call, batches), calls
+    results["no running statistics"] = [], collectives_without_running_statistics()
     return results
+
+
+def collectives_without_running_statistics() -> list[str]:
+    """Of a training and an eval forward, which both use the statistics of the batch."""
+    module = ConvBNAct2d(3, 8, 3)
+    module.bn = nn.SyncBatchNorm(8, track_running_stats=False)
+    with counted_collectives() as calls, torch.no_grad():
+        module(torch.randn(1, 3, 4, 4))
+        module.eval()(torch.randn(1, 3, 4, 4))
+    return calls
 
 
 def checkpointed(model: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -170,7 +181,9 @@ def test_collectives(ranks):
     """One per norm and direction, none in eval, and none for a rank alone."""
     for rank, results in enumerate(ranks):
         for name, (_, calls) in results.items():
-            if CASES[name].wrap == "checkpoint":
+            if name not in CASES:
+                assert calls == ["all_gather"]
+            elif CASES[name].wrap == "checkpoint":
                 assert calls == (FORWARD * 2 + BACKWARD) * 2
             elif CASES[name].wrap == "all but one" and (rank == 1 or len(ranks) == 2):
                 assert calls == []

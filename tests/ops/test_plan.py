@@ -1,0 +1,191 @@
+"""At which level a convolution trains: what is asked for, what stands against it, and the automatic choice."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fused_resnet.ops import (
+    backend,
+    plan,
+    requested_fusion_level,
+    training_level,
+    use_backend,
+    use_fusion_level,
+    why_not_fused_training,
+)
+from tests.ops.step import NEEDS_NATIVE
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZES = ([1, 1], [1, 1], [1, 1])
+
+
+def convolution(groups: int = 1, dtype: torch.dtype = torch.float32) -> tuple:
+    """The arguments of ``training_level``: a 3x3 convolution of an image in channels_last."""
+    x = torch.randn(2, 4, 5, 6, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    return (x, torch.randn(8, 4 // groups, 3, 3, dtype=dtype), *SIZES, groups)
+
+
+def level(*arguments) -> int:
+    """``training_level``, which is 0 if and only if there is a reason, unless 0 was asked for."""
+    found = training_level(*arguments)
+    assert (found == 0) == bool(why_not_fused_training(*arguments))
+    return found
+
+
+def test_nothing_is_requested_unless_asked_for():
+    requested = os.environ.get(plan.ENVIRONMENT_VARIABLE) or "auto"
+    assert requested_fusion_level() == (None if requested == "auto" else int(requested))
+
+
+def test_levels_nest_and_are_restored():
+    before = requested_fusion_level()
+    with use_fusion_level(3):
+        with use_fusion_level(1):
+            assert requested_fusion_level() == 1
+            with use_fusion_level(None):
+                assert requested_fusion_level() is None
+        assert requested_fusion_level() == 3
+        with pytest.raises(ZeroDivisionError), use_fusion_level(0):
+            1 / 0  # noqa: B018
+        assert requested_fusion_level() == 3
+    assert requested_fusion_level() == before
+
+
+def test_the_request_is_of_the_process():
+    """Autograd runs backward in threads of its own, and recomputes there."""
+    seen = []
+    with use_fusion_level(2):
+        thread = threading.Thread(target=lambda: seen.append(requested_fusion_level()))
+        thread.start()
+        thread.join()
+    assert seen == [2]
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (4, ValueError, "level must be None or 0 to 3; got 4"),
+        (-1, ValueError, "level must be None or 0 to 3; got -1"),
+        (True, TypeError, "level must be an int or None; got bool"),
+        ("3", TypeError, "level must be an int or None; got str"),
+        (2.0, TypeError, "level must be an int or None; got float"),
+    ],
+)
+def test_other_levels_are_refused_at_once(value, error, message):
+    before = requested_fusion_level()
+    with pytest.raises(error, match=f"^{message}$"):
+        use_fusion_level(value)
+    assert requested_fusion_level() == before
+
+
+def level_in_a_new_process(value: str) -> subprocess.CompletedProcess[str]:
+    code = "from fused_resnet import ops; print(ops.requested_fusion_level())"
+    environment = {**os.environ, plan.ENVIRONMENT_VARIABLE: value, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(("value", "expected"), [("2", "2"), ("", "None")])
+def test_the_environment_asks_for_a_level(value, expected):
+    finished = level_in_a_new_process(value)
+    assert finished.stdout.strip() == expected, finished.stderr
+
+
+@pytest.mark.parametrize("value", ["4", "-1", "fast", "²"])
+def test_the_environment_is_checked_when_it_is_read(monkeypatch, value):
+    """isdecimal, not isdigit: int("²") would raise an error that names nothing."""
+    monkeypatch.setenv(plan.ENVIRONMENT_VARIABLE, value)
+    with pytest.raises(ValueError, match=f"^{plan.ENVIRONMENT_VARIABLE} must be .* 0 to 3; got '?{value}"):
+        plan._from_environment()
+    monkeypatch.setenv(plan.ENVIRONMENT_VARIABLE, "auto")
+    assert plan._from_environment() is None
+
+
+@NEEDS_NATIVE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_automatic_level_on_the_cpu_is_0(dtype):
+    """No fused convolution is faster than oneDNN's and the passes of C++ beside it."""
+    with use_backend("auto"), use_fusion_level(None):
+        if backend.unavailable("triton"):
+            assert level(*convolution(dtype=dtype)) == 0
+            assert why_not_fused_training(*convolution(dtype=dtype)) == backend.unavailable("triton")
+
+
+@pytest.mark.parametrize("asked", [0, 1, 2, 3])
+def test_a_level_asked_for_by_number_runs_on_the_cpu_through_the_reference(asked):
+    for name in ("auto", "reference"):
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            with use_backend(name), use_fusion_level(asked):
+                assert level(*convolution(dtype=dtype)) == asked
+    with use_fusion_level(0):
+        assert why_not_fused_training(*convolution()) == ["level 0 was asked for"]
+
+
+def test_the_reference_asked_for_by_name_runs_the_highest_level():
+    """It runs what the fused kernels would, so that a test of it is one of theirs."""
+    with use_backend("reference"), use_fusion_level(None):
+        assert level(*convolution()) == plan.HIGHEST_LEVEL == 3
+
+
+@pytest.mark.parametrize("name", ["auto", "reference"])
+def test_groups_stay_at_level_0(name):
+    with use_backend(name), use_fusion_level(3):
+        assert level(*convolution(groups=2)) == 0
+        assert why_not_fused_training(*convolution(groups=2)) == ["groups is 2; the training kernels take 1"]
+
+
+@pytest.mark.parametrize("name", [pytest.param("native", marks=NEEDS_NATIVE), "separate"])
+def test_a_backend_without_convolutions_trains_at_level_0_whatever_was_asked_for(name):
+    """A backend that was asked for runs, or nothing does: the reference must not stand in for it."""
+    for asked in (None, 3):
+        with use_backend(name), use_fusion_level(asked):
+            assert level(*convolution()) == 0
+            assert f"backend {name!r} was asked for" in why_not_fused_training(*convolution())[0]
+
+
+def test_what_the_kernels_cannot_take_is_said_in_their_words(monkeypatch):
+    """As on a machine with a GPU, told from the kernels' own reasons."""
+    asked: list[tuple] = []
+
+    def reasons(name: str, op: str, *arguments: Tensor) -> list[str]:
+        asked.append((name, op, len(arguments)))
+        return ["x is torch.float64; it takes float32"] if arguments[0].dtype == torch.float64 else []
+
+    monkeypatch.setattr(plan, "why_not", reasons)
+    with use_backend("auto"), use_fusion_level(None):
+        assert level(*convolution()) == 3
+        assert level(*convolution(dtype=torch.float64)) == 0
+        assert why_not_fused_training(*convolution(dtype=torch.float64)) == ["x is torch.float64; it takes float32"]
+    names = torch.ops.fused_resnet.conv_stats.default._schema.arguments
+    assert set(asked) == {("triton", "conv_stats", len(names))}
+
+
+class OnCuda(torch.Tensor):
+    """An image that says it is on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("ieee", 0), ("tf32", 3)])
+def test_float32_is_fused_where_it_may_be_rounded_to_tf32(monkeypatch, precision, expected):
+    """Without matrix instructions cuDNN is faster; asked for by number, the level is as asked. bfloat16 has them."""
+    monkeypatch.setattr(plan, "why_not", lambda *arguments: [])
+    before = torch.backends.cudnn.conv.fp32_precision
+    x, *others = convolution()
+    try:
+        torch.backends.cudnn.conv.fp32_precision = precision
+        with use_backend("auto"):
+            with use_fusion_level(None):
+                assert level(x.as_subclass(OnCuda), *others) == expected
+                assert level(x.bfloat16().as_subclass(OnCuda), *others) == 3
+            with use_fusion_level(2):
+                assert level(x.as_subclass(OnCuda), *others) == 2
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
