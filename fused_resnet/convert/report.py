@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from fused_resnet.convert.fuse import torchvision_classes
 from fused_resnet.convert.sites import fusion_sites, is_known
+from fused_resnet.models.resnet import ResNet
 from fused_resnet.modules.basic_block import BasicBlock
 from fused_resnet.modules.bottleneck import Bottleneck
 from fused_resnet.modules.shortcut import why_not_split
+from fused_resnet.modules.stem import why_not_whole_stem
 from fused_resnet.modules.whole_block import why_not_whole
 from fused_resnet.ops.backend import AUTO, requested_backend, unavailable, why_not
 from fused_resnet.ops.layout import is_channels_last
@@ -142,9 +144,13 @@ def _why_no_backend(norm: nn.Module, conv: nn.Module | None, memory_format: torc
 
 def _why_level_0(module: nn.Module, conv_name: str | None, memory_format: torch.memory_format) -> list[str]:
     """Why training does not fuse this convolution with the norms around it; [] if it does."""
-    if not isinstance(module, (BasicBlock, Bottleneck)) or conv_name is None:
-        return ["its convolution is not in a residual block"]
-    if reasons := why_not_whole(module):
+    if isinstance(module, ResNet):
+        reasons = why_not_whole_stem(module.conv1, module.bn1, module.relu, module.maxpool)
+    elif isinstance(module, (BasicBlock, Bottleneck)) and conv_name is not None:
+        reasons = why_not_whole(module)
+    else:
+        reasons = ["its convolution is neither in a residual block nor in a stem"]
+    if reasons or conv_name is None:
         return reasons
     conv = cast(nn.Conv2d, module.get_submodule(conv_name))
     size = [dilation * (kernel - 1) + 1 for dilation, kernel in zip(conv.dilation, conv.kernel_size, strict=True)]

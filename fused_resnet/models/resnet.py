@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from fused_resnet.models.weights import WeightsArgument, read_state_dict, resolve_weights, with_num_classes
 from fused_resnet.modules.basic_block import BasicBlock
-from fused_resnet.modules.bn_act import norm_act
 from fused_resnet.modules.bottleneck import Bottleneck
+from fused_resnet.modules.stem import conv_norm_act_pool
 
 STEM_CHANNELS = 64
 STAGE_PLANES = (64, 128, 256, 512)
@@ -97,8 +97,7 @@ class ResNet(nn.Module):
             zero_last_norms(stages)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = norm_act(self.bn1, self.relu, self.conv1(x))
-        x = self.maxpool(x)
+        x = conv_norm_act_pool(self.conv1, self.bn1, self.relu, self.maxpool, x)
 
         x = self.layer1(x)
         x = self.layer2(x)

@@ -34,15 +34,14 @@ def whole_block(block: nn.Module, x: Tensor) -> Tensor | None:
     if why_not_whole(block):
         return None
     first = pairs[0][0]
-    dtype = autocast_dtype(x)
-    if (dtype is None and x.dtype != first.weight.dtype) or x.shape[1] != first.in_channels:
-        return None  # the convolution itself says what is wrong
-    like = x if dtype in (None, x.dtype) else torch.empty_like(x, dtype=dtype)  # as the convolutions get it
+    like = as_convolution_gets_it(x, first)
+    if like is None:
+        return None
     memory = block.__dict__.get(MEMORY, "default")
     if not gains(like, first.weight, first.stride, first.padding, first.dilation, first.groups, memory):
         return None
-    shortcut = None if block.downsample is None else _conv_norm(*block.downsample)  # type: ignore[misc]
-    return residual_block(x, [_conv_norm(*pair) for pair in pairs], shortcut, memory=memory)
+    shortcut = None if block.downsample is None else conv_norm(*block.downsample)  # type: ignore[misc]
+    return residual_block(x, [conv_norm(*pair) for pair in pairs], shortcut, memory=memory)
 
 
 def why_not_whole(block: nn.Module) -> list[str]:
@@ -64,6 +63,15 @@ def _reasons(block: nn.Module) -> Iterator[str]:
         yield from why_not_fuse(norm, cast(nn.Module, block.relu))
 
 
-def _conv_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> ConvNorm:
+def as_convolution_gets_it(x: Tensor, conv: nn.Conv2d) -> Tensor | None:
+    """x or, under autocast, an empty tensor like it of autocast's dtype; None if ``conv`` itself would refuse x."""
+    dtype = autocast_dtype(x)
+    if (dtype is None and x.dtype != conv.weight.dtype) or x.shape[1] != conv.in_channels:
+        return None
+    return x if dtype in (None, x.dtype) else torch.empty_like(x, dtype=dtype)
+
+
+def conv_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> ConvNorm:
+    """What the ops take of a plain convolution and a plain norm; counts the batch where the norm would."""
     sizes = (conv.stride, cast(tuple[int, int], conv.padding), conv.dilation, conv.groups)
     return ConvNorm(conv.weight, batch_norm_arguments(norm), *sizes)  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ from fused_resnet.ops.conv_bn_act import conv_bn_act
 from fused_resnet.ops.conv_norm import ConvNorm
 from fused_resnet.ops.plan import requested_fusion_level, training_level, use_fusion_level, why_not_fused_training
 from fused_resnet.ops.residual_block import residual_block
+from fused_resnet.ops.stem import conv_bn_act_pool
 
 __all__ = [
     "BackendError",
@@ -14,6 +15,7 @@ __all__ = [
     "bn_act",
     "bn_act_dual",
     "conv_bn_act",
+    "conv_bn_act_pool",
     "empty_cache",
     "requested_backend",
     "requested_fusion_level",

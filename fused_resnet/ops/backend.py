@@ -213,6 +213,8 @@ _PLACE_OF_X = {
     "bn_grad_stats": 1,
     "bn_grad_apply": 1,
     "bn_grad_coefficients": 2,  # a vector
+    "bn_pool_grad_stats": 2,
+    "bn_pool_grad_apply": 2,
     "conv_grad_input": 4,
     "conv_grad_weight": 3,
 }
@@ -234,14 +236,16 @@ def _why_not_triton(op: str, args: tuple[Any, ...]) -> list[str]:
         reasons.append("x is not channels_last")
     if op == "conv_bn_act":
         return reasons + _module("triton").why_not_conv(*args)
-    return reasons + (_train_conv_mismatches(op, args) if op in _TRAINING_CONVOLUTIONS else _mismatches(x, args))
+    if op in _TRAINING_CONVOLUTIONS:
+        return reasons + _train_conv_mismatches(op, args)
+    return reasons + (_pool_mismatches(op, args) if "pool" in op else _mismatches(x, args))
 
 
 def _why_not_native(op: str, args: tuple[Any, ...]) -> list[str]:
     if op.startswith("conv"):
         return ["it has no convolution; on the CPU that is oneDNN's, which the separate backend calls"]
-    if op == "bn_grad_coefficients":
-        return ["it has passes over activations only, and this is one over vectors"]
+    if op == "bn_grad_coefficients" or "pool" in op:
+        return ["it has neither passes over vectors nor pooling"]
     x: Tensor = args[_PLACE_OF_X.get(op, 0)]
     reasons = []
     if x.device.type != "cpu":
@@ -262,6 +266,23 @@ def _mismatches(x: Tensor, args: tuple[Any, ...]) -> list[str]:
         if isinstance(tensor, Tensor)
         and (tensor.device != device or tensor.shape != (vector if tensor.dim() == 1 else x.shape))
     ]
+
+
+def _pool_mismatches(op: str, args: tuple[Any, ...]) -> list[str]:
+    """Of a pass with pooling: what ``_mismatches`` says of the vectors, the window, and the sizes of its outputs."""
+    place = _PLACE_OF_X.get(op, 0)
+    x, (kernel_size, stride, padding) = args[place], args[-3:]
+    reasons = _mismatches(x, args[place:-3])
+    if any(2 * padding[i] > kernel_size[i] for i in (0, 1)) or kernel_size[0] * kernel_size[1] > 256:
+        reasons.append(f"the window is {kernel_size}, padded by {padding}; it takes 256 pixels, half of a side padded")
+    size = tuple(conv_output_size(x.shape[i + 2], kernel_size[i], stride[i], padding[i], 1) for i in (0, 1))
+    if min(size) < 1:
+        reasons.append(f"the output would be {size[0]} x {size[1]}; it takes at least one pixel")
+    pooled = (*x.shape[:2], *size)
+    for tensor in args[:place]:
+        if tuple(tensor.shape) != pooled or tensor.device != x.device:
+            reasons.append(f"a tensor is {tuple(tensor.shape)} on {tensor.device}; it takes {pooled} on {x.device}")
+    return reasons
 
 
 def _train_conv_mismatches(op: str, args: tuple[Any, ...]) -> list[str]:

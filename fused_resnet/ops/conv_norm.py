@@ -6,13 +6,15 @@ normalise it; whether the activation is ever written is decided here, by the lin
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fused_resnet.ops.bn_act import BatchNorm
+from fused_resnet.ops.plan import training_level
 from fused_resnet.ops.reference import statistics_dtype
 from fused_resnet.ops.synchronize import group_to_share, statistics_over_ranks, sums_over_ranks
 
@@ -70,6 +72,27 @@ class Done(NamedTuple):
     @property
     def vectors(self) -> Vectors:
         return self.mean, self.invstd, self.link.norm.weight, self.link.norm.bias
+
+
+KEPT_OF_A_LINK = 7
+
+
+def keep(done: Done, parameters: Sequence[Tensor | None], without_y: bool = False) -> list[Tensor | None]:
+    """The KEPT_OF_A_LINK tensors that ``restored`` needs: the three parameters as autograd knows them, y, vectors."""
+    return [*parameters, None if without_y else done.y, done.mean, done.invstd, done.share]
+
+
+def without_tensors(link: ConvNorm) -> ConvNorm:
+    """The settings of a link: its tensors are kept by autograd, which knows if somebody changes them."""
+    norm = link.norm._replace(weight=None, bias=None, running_mean=None, running_var=None)
+    return link._replace(conv_weight=None, norm=norm)  # type: ignore[arg-type]
+
+
+def restored(link: ConvNorm, level: int, kept: Sequence[Any]) -> Done:
+    """What ``keep`` and ``without_tensors`` were given."""
+    conv_weight, weight, bias, y, mean, invstd, share = kept
+    norm = link.norm._replace(weight=weight, bias=bias)
+    return Done(link._replace(conv_weight=conv_weight, norm=norm), level, y, mean, invstd, share)
 
 
 class Upstream(NamedTuple):
@@ -141,14 +164,29 @@ def backward_link(
 
     ``sums`` are those of ``sums_for_convolution``; ``residual`` is added to the gradient of the block's input.
     """
-    link, y, x = done.link, done.y, before.tensor
-    weight = link.conv_weight.to(x.dtype) if need_input else torch.empty_like(link.conv_weight, dtype=x.dtype)
-    dz, raw, coefficients = upstream.grad, None, None
+    y, dz, raw, coefficients = done.y, upstream.grad, None, None
     if done.level == 3 and upstream.masked:
-        raw = y if link.norm.training else None
+        raw = y if done.link.norm.training else None
         coefficients = _ops.bn_grad_coefficients(*sums, *done.vectors[:3], values_per_channel(y))
     else:
         dz = _ops.bn_grad_apply(dz, y, *done.vectors, *sums, not upstream.masked)
+    return convolution_gradients(dz, raw, coefficients, done, before, need_weight, need_input, residual)
+
+
+def convolution_gradients(
+    dz: Tensor,
+    raw: Tensor | None,
+    coefficients: Tensor | None,
+    done: Done,
+    before: Raw,
+    need_weight: bool,
+    need_input: bool,
+    residual: Tensor | None,
+) -> tuple[Tensor | None, Upstream | None]:
+    """``backward_link`` behind the norm: the gradient of the convolution's output is dz, or at level 3 what the
+    ``coefficients`` make of dz and ``raw`` (the op ``conv_grad_input``)."""
+    link, x = done.link, before.tensor
+    weight = link.conv_weight.to(x.dtype) if need_input else like_x(link.conv_weight, x)
     if done.level < 3:
         return _separate_gradients(dz, before, weight, link, need_weight, need_input, residual)
     grad_weight = following = None
@@ -187,3 +225,13 @@ def _separate_gradients(
 
 def values_per_channel(y: Tensor) -> int:
     return y.numel() // y.shape[1]
+
+
+def level_of(x: Tensor, link: ConvNorm) -> int:
+    """The level at which the plan has this link's convolution of x, or of the activation that lies in x, train."""
+    return training_level(x, like_x(link.conv_weight, x), *link.sizes)
+
+
+def like_x(conv_weight: Tensor, x: Tensor) -> Tensor:
+    """The weight in x's dtype for those who ask for its shape and layout only: nothing is copied."""
+    return conv_weight.detach() if conv_weight.dtype == x.dtype else torch.empty_like(conv_weight, dtype=x.dtype)

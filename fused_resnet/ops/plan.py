@@ -108,6 +108,24 @@ def why_not_fused_training(
     return reasons
 
 
+def why_not_fused_pool(y: Tensor, kernel_size: list[int], stride: list[int], padding: list[int]) -> list[str]:
+    """The reasons why the norm and ReLU of y are not one pass with the max pooling behind them; [] if they are.
+
+    That is so at levels 2 and 3, where nothing that only the next operation reads is written. Of y, the output of a
+    convolution, only dtype, device and layout matter.
+    """
+    level = training_level_asked_for()
+    if level < 2:
+        return [f"level {level} was asked for, and pooling is fused at levels 2 and 3"]
+    backend = requested_backend()
+    if backend in WITHOUT_CONVOLUTION:
+        return [f"backend {backend!r} was asked for, which has no pooling"]
+    if backend == "reference" or (backend == AUTO and _requested is not None and not y.is_cuda):
+        return []
+    vector = torch.empty(y.shape[1], device=y.device)
+    return why_not("triton", "bn_apply_pool", y, vector, vector, None, None, kernel_size, stride, padding)
+
+
 def _needs_full_float32(x: Tensor) -> bool:
     return x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision != "tf32"  # type: ignore[attr-defined]
 

@@ -33,10 +33,16 @@ from fused_resnet.ops import checks
 from fused_resnet.ops.backend import has_fused_backend
 from fused_resnet.ops.bn_act import BatchNorm, bn_act, bn_act_dual, wants_gradient
 from fused_resnet.ops.conv_norm import (
+    KEPT_OF_A_LINK,
     ConvNorm,
     Done,
     Raw,
     forward_link,
+    keep,
+    level_of,
+    like_x,
+    restored,
+    without_tensors,
 )
 from fused_resnet.ops.layout import dense
 from fused_resnet.ops.plan import training_level
@@ -120,7 +126,7 @@ def gains(
         return False
     if memory == "efficient" and torch.is_grad_enabled():
         return True
-    return training_level(x, _like_x(conv_weight, x), stride, padding, dilation, groups) > 0
+    return training_level(x, like_x(conv_weight, x), stride, padding, dilation, groups) > 0
 
 
 def check_memory(memory: str) -> None:
@@ -134,25 +140,25 @@ def _check_links(x: Tensor, chain: Sequence[ConvNorm], shortcut: ConvNorm | None
         raise ValueError("chain must hold at least one ConvNorm; got none")
     shape = tuple(x.shape)
     for index, link in enumerate(chain):
-        shape = _output_shape(x, shape, link, f"chain[{index}]")
+        shape = check_link(x, shape, link, f"chain[{index}]")
     end = shape if shortcut is None and shape == tuple(x.shape) else tuple(x.shape)
     if shortcut is not None:
-        end = _output_shape(x, tuple(x.shape), shortcut, "shortcut")
+        end = check_link(x, tuple(x.shape), shortcut, "shortcut")
     if end != shape:
         raise ValueError(f"the chain's result, {shape}, and the shortcut's must have one shape; got {end}")
 
 
-def _output_shape(x: Tensor, shape: tuple[int, ...], link: ConvNorm, name: str) -> tuple[int, ...]:
-    """The shape of what the link makes of a tensor of ``shape``."""
+def check_link(x: Tensor, shape: tuple[int, ...], link: ConvNorm, name: str) -> tuple[int, ...]:
+    """The shape of what the link makes of a tensor like x of ``shape``; refuses what it cannot take."""
     if not isinstance(link, ConvNorm):
         raise TypeError(f"{name} must be a ConvNorm; got {type(link).__name__}")
     try:
-        return _checked_output_shape(x.new_empty(1).expand(shape), link)
+        return _checkedcheck_link(x.new_empty(1).expand(shape), link)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from None
 
 
-def _checked_output_shape(x: Tensor, link: ConvNorm) -> tuple[int, ...]:
+def _checkedcheck_link(x: Tensor, link: ConvNorm) -> tuple[int, ...]:
     checks.check_conv_weight(x, link.conv_weight, link.groups)
     if autocast_dtype(x) is None:
         checks.check_same_dtype("conv_weight", link.conv_weight, x.dtype)
@@ -197,31 +203,19 @@ def _forward(x: Tensor, chain: Sequence[ConvNorm], shortcut: ConvNorm | None) ->
     """(the block's result, what each link of the chain left, what the shortcut left)."""
     before, links = Raw(x), []
     for link in chain:
-        links.append(forward_link(before, link, _level(before.tensor, link)))
+        links.append(forward_link(before, link, level_of(before.tensor, link)))
         before = Raw(links[-1].y, links[-1].vectors)
     last = links[-1]
     if shortcut is None:
         return _ops.bn_apply(last.y, *last.vectors, x, True), links, None
-    projection = forward_link(Raw(x), shortcut, _level(x, shortcut))
+    projection = forward_link(Raw(x), shortcut, level_of(x, shortcut))
     return _ops.bn_apply_dual(last.y, *last.vectors, projection.y, *projection.vectors, True), links, projection
-
-
-def _like_x(conv_weight: Tensor, x: Tensor) -> Tensor:
-    """The weight in x's dtype for those who ask for its shape and layout only: nothing is copied."""
-    return conv_weight.detach() if conv_weight.dtype == x.dtype else torch.empty_like(conv_weight, dtype=x.dtype)
-
-
-def _level(x: Tensor, link: ConvNorm) -> int:
-    return training_level(x, _like_x(link.conv_weight, x), *link.sizes)
 
 
 class _Block(NamedTuple):
     chain: tuple[ConvNorm, ...]
     shortcut: ConvNorm | None
     efficient: bool
-
-
-TENSORS_OF_A_LINK = 7  # kept for backward: its three parameters, y, mean, invstd and share
 
 
 class _ResidualBlock(torch.autograd.Function):
@@ -232,10 +226,9 @@ class _ResidualBlock(torch.autograd.Function):
         kept: list[Tensor | None] = []
         for index, done in enumerate(links):
             recomputed = block.efficient and index == len(block.chain) - 1
-            kept += [*parameters[3 * index : 3 * index + 3], None if recomputed else done.y]
-            kept += [done.mean, done.invstd, done.share]
+            kept += keep(done, parameters[3 * index : 3 * index + 3], without_y=recomputed)
         ctx.save_for_backward(x, out, *kept)
-        ctx.links = [(_without_tensors(done.link), done.level) for done in links]
+        ctx.links = [(without_tensors(done.link), done.level) for done in links]
         ctx.has_shortcut = projection is not None
         return out
 
@@ -243,7 +236,7 @@ class _ResidualBlock(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, out, *kept = ctx.saved_tensors
         links = [
-            _restored(link, level, kept[TENSORS_OF_A_LINK * index : TENSORS_OF_A_LINK * (index + 1)])
+            restored(link, level, kept[KEPT_OF_A_LINK * index : KEPT_OF_A_LINK * (index + 1)])
             for index, (link, level) in enumerate(ctx.links)
         ]
         need_x, _, *need = ctx.needs_input_grad
@@ -253,15 +246,3 @@ class _ResidualBlock(torch.autograd.Function):
         else:
             grad_x, grads = block_gradients(grad_out, x, out, links, shortcut, need_x, need)
         return (grad_x, None, *grads)
-
-
-def _without_tensors(link: ConvNorm) -> ConvNorm:
-    """The settings of a link: its tensors are kept by autograd, which knows if somebody changes them."""
-    norm = link.norm._replace(weight=None, bias=None, running_mean=None, running_var=None)
-    return link._replace(conv_weight=None, norm=norm)  # type: ignore[arg-type]
-
-
-def _restored(link: ConvNorm, level: int, kept: Sequence[Any]) -> Done:
-    conv_weight, weight, bias, y, mean, invstd, share = kept
-    norm = link.norm._replace(weight=weight, bias=bias)
-    return Done(link._replace(conv_weight=conv_weight, norm=norm), level, y, mean, invstd, share)

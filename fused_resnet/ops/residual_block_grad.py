@@ -104,11 +104,11 @@ def differentiable_gradients(
         raise NotImplementedError("a second derivative through statistics of several ranks is not implemented")
     h = x
     for index, done in enumerate(links):
-        h = _plain_norm(F.conv2d(h, done.link.conv_weight.to(x.dtype), None, *done.link.sizes), done)
+        h = plain_norm(F.conv2d(h, done.link.conv_weight.to(x.dtype), None, *done.link.sizes), done)
         h = F.relu(h) if index < len(links) - 1 else h
     end = x
     if shortcut is not None:
-        end = _plain_norm(F.conv2d(x, shortcut.link.conv_weight.to(x.dtype), None, *shortcut.link.sizes), shortcut)
+        end = plain_norm(F.conv2d(x, shortcut.link.conv_weight.to(x.dtype), None, *shortcut.link.sizes), shortcut)
     out = F.relu(h + end)
     inputs = [x, *(tensor for done in every for tensor in (done.link.conv_weight, *done.vectors[2:]))]
     wanted = [tensor for tensor, needed in zip(inputs, (need_x, *need), strict=True) if needed and tensor is not None]
@@ -126,7 +126,8 @@ def _of_views(done: Done) -> Done:
     return done._replace(link=link)
 
 
-def _plain_norm(y: Tensor, done: Done) -> Tensor:
+def plain_norm(y: Tensor, done: Done) -> Tensor:
+    """The link's norm of y as autograd knows it, in y's dtype; nothing moves."""
     norm, wide = done.link.norm, done.invstd.dtype
     weight, bias = (None if vector is None else vector.to(wide) for vector in (norm.weight, norm.bias))
     mean = variance = None

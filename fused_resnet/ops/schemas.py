@@ -29,6 +29,12 @@ SCHEMAS = {
     "conv_stats": "(Tensor x, Tensor conv_weight, Tensor? mean, Tensor? invstd, Tensor? weight, Tensor? bias,"
     " Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, float eps, int[] stride, int[] padding,"
     " int[] dilation, int groups, bool statistics) -> (Tensor, Tensor, Tensor)",
+    "bn_apply_pool": "(Tensor x, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, int[] kernel_size,"
+    " int[] stride, int[] padding) -> (Tensor, Tensor)",
+    "bn_pool_grad_stats": "(Tensor grad_out, Tensor place, Tensor x, Tensor mean, Tensor invstd, Tensor? weight,"
+    " Tensor? bias, int[] kernel_size, int[] stride, int[] padding) -> (Tensor, Tensor)",
+    "bn_pool_grad_apply": "(Tensor grad_out, Tensor place, Tensor x, Tensor mean, Tensor invstd, Tensor? weight,"
+    " Tensor? bias, Tensor? sum_dz, Tensor? sum_dz_xhat, int[] kernel_size, int[] stride, int[] padding) -> Tensor",
     "bn_grad_coefficients": "(Tensor? sum_dz, Tensor? sum_dz_xhat, Tensor mean, Tensor invstd, Tensor? weight,"
     " float count) -> Tensor",
     "conv_grad_input": "(Tensor dz, Tensor? y, Tensor? coefficients, Tensor conv_weight, Tensor x, Tensor? mean,"
@@ -85,6 +91,24 @@ def _(x, conv_weight, mean, invstd, weight, bias, running_mean, running_var, mom
     filters = conv_weight.shape[0] if statistics else 0
     vectors = (x.new_empty(filters, dtype=statistics_dtype(x)) for _ in range(2))
     return (_conv_output(x, conv_weight, stride, padding, dilation), *vectors)
+
+
+@_shape_of("bn_apply_pool")
+def _(x, mean, invstd, weight, bias, kernel_size, stride, padding):
+    x = dense(x)
+    size = (conv_output_size(x.shape[i + 2], kernel_size[i], stride[i], padding[i], 1) for i in (0, 1))
+    out = torch.empty((*x.shape[:2], *size), dtype=x.dtype, device=x.device, memory_format=conv_memory_format(x, x))
+    return out, torch.empty_like(out, dtype=torch.uint8)
+
+
+@_shape_of("bn_pool_grad_stats")
+def _(grad_out, place, x, mean, invstd, weight, bias, kernel_size, stride, padding):
+    return _channel_vector(x), _channel_vector(x)
+
+
+@_shape_of("bn_pool_grad_apply")
+def _(grad_out, place, x, mean, invstd, weight, bias, sum_dz, sum_dz_xhat, kernel_size, stride, padding):
+    return torch.empty_like(dense(x))
 
 
 @_shape_of("bn_grad_coefficients")

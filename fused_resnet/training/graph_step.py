@@ -129,7 +129,6 @@ class GraphStep:
         self._graph.replay()
         for parameter, gradient in self._gradients:
             parameter.grad = gradient
-        self._optimizer._opt_called = True  # type: ignore[attr-defined]  # else a scheduler warns that none was taken
         return self._loss.clone()
 
     def _run(self, images: Tensor, labels: Tensor) -> Tensor:

@@ -195,7 +195,7 @@ def test_level_in_training():
         "2.bn1 + relu": 0,
         "2.bn2 + add + relu": 0,
     }
-    assert found["0.bn + act"].level_reasons == ("its convolution is not in a residual block",)
+    assert found["0.bn + act"].level_reasons == ("its convolution is neither in a residual block nor in a stem",)
     assert found["1.bn2 + relu"].level_reasons == ("groups is 2; the training kernels take 1",)
     assert found["2.bn1 + relu"].level_reasons == ("the convolution has hooks, or a forward of its own",)
     with use_fusion_level(0):

@@ -19,6 +19,7 @@ import fused_resnet
 from fused_resnet.bench.saved_bytes import saved_bytes
 from fused_resnet.convert import fuse, unfuse
 from fused_resnet.modules import BasicBlock, BatchNormAct2d, Bottleneck, whole_block
+from fused_resnet.modules.bn_act import UNFUSED
 from fused_resnet.modules.whole_block import MEMORY, why_not_whole
 from fused_resnet.ops import use_backend, use_fusion_level
 from tests.modules.compare import assert_close, assert_equal, randomize, step
@@ -93,16 +94,18 @@ def test_float32_with_what_runs_here(backend, level, whole):
     assert len(whole) == (0 if level is None else 2)  # with nothing asked for, no block gains here
 
 
-def test_a_model_of_ours_and_a_fused_one_run_every_block_whole(whole):
-    plain = randomize(resnet.ResNet(resnet.Bottleneck, [2, 1, 1, 1], num_classes=4)).double()
-    ours = fused_resnet.ResNet(Bottleneck, (2, 1, 1, 1), num_classes=4).double()
+@pytest.mark.parametrize("memory", ["default", "efficient"])
+def test_a_model_of_ours_and_a_fused_one_run_every_block_whole(memory, whole):
+    plain = randomize(resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=4)).double()
+    ours = fused_resnet.ResNet(BasicBlock, (1, 1, 1, 1), num_classes=4).double()
     ours.load_state_dict(plain.state_dict())
-    fused, x = fuse(copy.deepcopy(plain)), images(4, 3, 32, 32)
+    fused, x = copy.deepcopy(plain), images(4, 3, 32, 32)
     with use_fusion_level(3):
         expected = step(plain, plain, x)
         for model in (ours, fused):
+            fuse(model, memory=memory)
             assert_close(step(model, model, x, backend="reference"), expected, MODEL_FLOAT64)
-    assert whole == ["default"] * 10
+    assert whole == [memory] * 8
 
 
 def test_in_eval_without_gradients_parts_are_better(whole):
@@ -298,7 +301,8 @@ def test_why_not_whole(change, reason, whole):
     for training in (True, True, False):
         block.train(training), twin.train(training)
         with use_fusion_level(3):
-            assert_close(step(block, block, x, backend="reference"), step(twin, twin, x))
+            # Gradients that are 0 but for rounding (a bias in front of a norm, a length of weights) have no scale.
+            assert_close(step(block, block, x, backend="reference"), step(twin, twin, x), 1e-11)
     assert whole == []
 
 
@@ -335,7 +339,7 @@ def test_a_wrong_image_gets_torchs_own_error(x, memory, whole):
     block, twin = pair("basic projection")
     fuse(block, memory=memory)
     before = copy.deepcopy(block.state_dict())
-    with pytest.raises(Exception) as theirs:  # noqa: B017, PT011  whatever it is
+    with pytest.raises(Exception) as theirs:
         twin(x)
     with running(3, "reference"), pytest.raises(type(theirs.value)) as ours:
         block(x)
@@ -358,47 +362,61 @@ def test_one_value_per_channel_gets_torchs_own_error(whole):
 # fuse(model, memory=...).
 
 
-def small_resnets() -> dict[str, nn.Module]:
+def stack(owner: str) -> nn.Module:
+    """Three blocks, of ours or of torchvision's, with the same weights."""
+    block = {"ours": Bottleneck, "torchvision's": resnet.Bottleneck}[owner]
     torch.manual_seed(2)
-    plain = randomize(resnet.ResNet(resnet.Bottleneck, [2, 1, 1, 1], num_classes=4))
-    ours = fused_resnet.ResNet(Bottleneck, (2, 1, 1, 1), num_classes=4)
-    ours.load_state_dict(plain.state_dict())
-    return {"torchvision's": plain, "ours": ours}
+    return randomize(nn.Sequential(block(8, 2), block(8, 3, 2, projection(8, 12, 2)), block(12, 3)))
+
+
+BLOCKS_IN_STACK = 3
+owners = pytest.mark.parametrize("owner", ["ours", "torchvision's"])
 
 
 def bytes_of_training(model: nn.Module) -> int:
-    x = torch.randn(2, 3, 32, 32)
+    """What a step keeps for backward; the statistics move."""
+    x = images(2, 8, 12, 12, dtype=torch.float32)
     return saved_bytes(model, lambda: model(x).sum())
 
 
-@pytest.mark.parametrize("name", ["ours", "torchvision's"])
-def test_efficient_memory_keeps_less_and_computes_the_same(name, whole):
-    model = small_resnets()[name]
-    twin, x = copy.deepcopy(small_resnets()["torchvision's"]), images(4, 3, 32, 32, dtype=torch.float32)
-    plain_bytes = bytes_of_training(copy.deepcopy(twin))
-    fused_bytes = bytes_of_training(fuse(copy.deepcopy(model)))
-    assert whole == []
-    assert fuse(model, memory="efficient") is model
-    assert bytes_of_training(copy.deepcopy(model)) < 0.7 * fused_bytes < 0.7 * plain_bytes
-    assert whole == ["efficient"] * 5
-    model.double(), twin.double()
-    for backend in ("reference", "auto"):
-        assert_close(step(model, model, x.double(), backend=backend), step(twin, twin, x.double()), MODEL_FLOAT64)
+@owners
+def test_efficient_memory_keeps_less_and_computes_the_same(owner, whole):
+    """Where no level is asked for, as users have it. By hand, in float32: for a block x and, of each convolution but
+    the last, the output; for the last the result (the next block's x); two vectors for each norm."""
+    model, plain = stack(owner), stack("torchvision's")
+    with use_fusion_level(None):
+        plain_bytes = bytes_of_training(copy.deepcopy(plain))
+        fused_bytes = bytes_of_training(fuse(copy.deepcopy(model)))
+        assert whole == []
+        assert fuse(model, memory="efficient") is model
+        efficient_bytes = bytes_of_training(copy.deepcopy(model))
+        assert whole == ["efficient"] * BLOCKS_IN_STACK
+        large, small = 2 * 12 * 12, 2 * 6 * 6
+        first = large * (8 + 2 + 2 + 8)
+        second = large * 3 + small * (3 + 12 + 12)  # the projection's output is kept
+        third = small * (3 + 3 + 12)
+        vectors = 2 * (2 + 2 + 8 + 3 + 3 + 12 + 12 + 3 + 3 + 12)
+        assert efficient_bytes == 4 * (first + second + third + vectors)
+        assert efficient_bytes < 0.65 * fused_bytes <= 0.65 * plain_bytes
+        model.double(), plain.double()
+        x = images(3, 8, 9, 6)
+        for backend in ("reference", "auto"):
+            assert_close(step(model, model, x, backend=backend), step(plain, plain, x), 1e-11)
 
 
-@pytest.mark.parametrize("name", ["ours", "torchvision's"])
-def test_unfuse_restores_bit_for_bit(name):
-    model, twin = small_resnets()[name], small_resnets()["torchvision's"]
-    before = [(module, type(module), dict(module.__dict__)) for module in model.modules()]
+@owners
+def test_unfuse_restores_bit_for_bit(owner):
+    model, plain = stack(owner), stack("torchvision's")
+    before = [(module, type(module), set(module.__dict__)) for module in model.modules()]
     unfuse(fuse(model, memory="efficient"))
     for module, kind, attributes in before:
         assert type(module) is kind
-        assert {key for key in module.__dict__ if key not in attributes} <= {"_fused_resnet_unfused"}
-    x = torch.randn(4, 3, 32, 32)
-    for training in (True, False):
-        model.train(training), twin.train(training)
+        assert set(module.__dict__) - attributes <= {UNFUSED}
+    x = images(3, 8, 9, 6, dtype=torch.float32)
+    for training in (True, True, False):
+        model.train(training), plain.train(training)
         with use_fusion_level(3):
-            assert_equal(step(model, model, x), step(twin, twin, x))
+            assert_equal(step(model, model, x), step(plain, plain, x))
 
 
 def saved_and_loaded(model: nn.Module) -> nn.Module:
@@ -408,28 +426,34 @@ def saved_and_loaded(model: nn.Module) -> nn.Module:
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved_and_loaded])
-@pytest.mark.parametrize("name", ["ours", "torchvision's"])
-def test_copies_stay_efficient(name, copied, whole):
-    model = fuse(small_resnets()[name], memory="efficient")
+def pickled(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved_and_loaded])
+@owners
+def test_copies_stay_efficient(owner, copied, whole):
+    model = fuse(stack(owner), memory="efficient")
     twin = copied(model)
-    assert bytes_of_training(twin) == bytes_of_training(copy.deepcopy(model))
-    assert whole == ["efficient"] * 10
+    assert bytes_of_training(twin) == bytes_of_training(model)
+    assert whole == ["efficient"] * 2 * BLOCKS_IN_STACK
     unfuse(twin)
     bytes_of_training(twin), bytes_of_training(model)
-    assert whole == ["efficient"] * 15
+    assert whole == ["efficient"] * 3 * BLOCKS_IN_STACK
 
 
-def test_the_last_fuse_decides(whole):
+@owners
+def test_the_last_fuse_decides(owner, whole):
     """Of the whole model, or of a part of it: memory where it is short, speed elsewhere."""
-    model = fuse(small_resnets()["torchvision's"], memory="efficient")
-    fuse(model.layer1)
-    assert [MEMORY in block.__dict__ for block in (*model.layer1, *model.layer2)] == [False, False, True]
+    model = fuse(stack(owner), memory="efficient")
+    fuse(model[0])
+    assert [MEMORY in block.__dict__ for block in model] == [False, True, True]
     bytes_of_training(model)
-    assert whole == ["efficient"] * 3
-    fuse(model)
-    bytes_of_training(model)
-    assert whole == ["efficient"] * 3
+    assert whole == ["efficient"] * 2
     with pytest.raises(ValueError, match=r"^memory must be 'default' or 'efficient'; got 'small'"):
         fuse(model, memory="small")
+    assert [MEMORY in block.__dict__ for block in model] == [False, True, True]
+    fuse(model)
+    bytes_of_training(model)
+    assert whole == ["efficient"] * 2
     assert not any(MEMORY in module.__dict__ for module in model.modules())

@@ -379,7 +379,11 @@ def test_other_memory_formats_are_brought_to_the_examples(fake: bool, request: p
     assert set(seen) == {channels_last.stride()}
 
 
-def test_autocast_and_a_loss_with_parameters(recorded: None):
+@pytest.mark.parametrize("fake", [False, True], ids=["uncaptured", "replayed"])
+def test_autocast_and_a_loss_with_parameters(fake: bool, request: pytest.FixtureRequest):
+    if fake:
+        request.getfixturevalue("recorded")
+
     class Scaled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -437,11 +441,13 @@ def test_a_failed_capture_leaves_no_trace_and_can_be_tried_again(recorded: None,
     step(*data[0])
     model[1].at = model[1].calls + at
     optimizer.param_groups[0]["lr"] = 0.3
+    in_the_graph = {id(parameter.grad) for parameter in model.parameters()}
     before = everything(model, optimizer)
     with pytest.raises(RuntimeError, match=f"{what} of graph_step failed"):
         step(*data[1])
     assert_same(everything(model, optimizer), before)
     assert (step.captured, step.reason) == (False, "the last capture failed")
+    assert in_the_graph.isdisjoint(id(parameter.grad) for parameter in model.parameters())  # whose memory is given back
     step(*data[1])
     assert (step.captured, step.reason, step.captures) == (True, "", 2)
 

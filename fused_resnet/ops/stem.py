@@ -1,0 +1,168 @@
+"""The stem of a ResNet in training as one step of autograd: convolution, batch norm, ReLU and max pooling.
+
+The activation in front of the pooling is the largest of the whole network, and nobody but the pooling needs it. Forward
+writes the convolution's output, its statistics in the same pass, and then the pooled result::
+
+    y = conv(x)                     conv_stats: reads x, writes y
+    out = max_pool(relu(bn(y)))     bn_apply_pool: reads y, writes out and the place of each maximum (one byte)
+
+and backward, for the gradient of out::
+
+    the norm's two sums             bn_pool_grad_stats: reads the gradient, the places and y
+    dy                              bn_pool_grad_apply: reads the same, writes dy
+    dw                              conv_grad_weight: reads dy and x
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_resnet.ops import checks
+from fused_resnet.ops.backend import has_fused_backend
+from fused_resnet.ops.bn_act import bn_act, wants_gradient
+from fused_resnet.ops.conv_norm import (
+    ConvNorm,
+    Raw,
+    Upstream,
+    convolution_gradients,
+    forward_link,
+    keep,
+    level_of,
+    like_x,
+    restored,
+    sums_for_convolution,
+    without_tensors,
+)
+from fused_resnet.ops.layout import conv_memory_format, dense
+from fused_resnet.ops.plan import why_not_fused_pool
+from fused_resnet.ops.residual_block import autocast_dtype, check_link
+from fused_resnet.ops.residual_block_grad import plain_norm
+from fused_resnet.ops.schemas import conv_output_size
+
+_ops = torch.ops.fused_resnet
+
+Window = tuple[list[int], list[int], list[int]]
+"""kernel size, stride and padding of the pooling, each [vertical, horizontal]."""
+
+
+def conv_bn_act_pool(
+    x: Tensor,
+    link: ConvNorm,
+    *,
+    kernel_size: int | Sequence[int] = 3,
+    stride: int | Sequence[int] = 2,
+    padding: int | Sequence[int] = 1,
+) -> Tensor:
+    """``max_pool2d(relu(batch_norm(conv2d(x))), kernel_size, stride, padding)``, with gradients.
+
+    Gradients and the updated running statistics are those of that expression too. Under autocast the convolution runs
+    in autocast's dtype. A second derivative is computed by PyTorch's own ops.
+
+    Args:
+        x: (N, C, H, W), floating point, any memory format.
+        link: the convolution, its weight in x's dtype (in any under autocast), and the norm.
+        kernel_size, stride, padding: of the pooling, an int or (vertical, horizontal); at most half of it padded.
+
+    Returns:
+        (N, K, H', W') in the dtype and memory format of ``F.conv2d``'s result.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong rank, shape, device or value; one value per channel when training, as ``nn.BatchNorm2d``.
+        BackendError: the backend asked for by ``use_backend`` cannot run this.
+    """
+    checks.check_image("x", x)
+    window = (
+        checks.check_pair("kernel_size", kernel_size, minimum=1),
+        checks.check_pair("stride", stride, minimum=1),
+        checks.check_pair("padding", padding, minimum=0),
+    )
+    x = x.to(autocast_dtype(x) or x.dtype)
+    shape = check_link(x, tuple(x.shape), link, "link")
+    _check_window(shape, *window)
+    if not gains(x, link.conv_weight, window):
+        y = F.conv2d(x, link.conv_weight, None, *link.sizes)
+        vectors, (training, momentum, eps, group) = link.norm[:4], link.norm[4:]
+        a = bn_act(y, *vectors, training=training, momentum=momentum, eps=eps, process_group=group)
+        return F.max_pool2d(a, *window)
+    if wants_gradient(x, link.conv_weight, link.norm.weight, link.norm.bias):
+        return _Stem.apply(x, link, window, link.conv_weight, link.norm.weight, link.norm.bias)
+    with torch.no_grad():
+        done = forward_link(Raw(dense(x)), link, level_of(dense(x), link))
+        return _ops.bn_apply_pool(done.y, *done.vectors, *window)[0]
+
+
+def gains(x: Tensor, conv_weight: Tensor, window: Window) -> bool:
+    """True if pooling is fused with the norm and ReLU in front of it for this x."""
+    if torch.compiler.is_compiling() or not has_fused_backend(dense(x)):
+        return False
+    weight = like_x(conv_weight, x)
+    shape = (1, weight.shape[0], *window[0])
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=conv_memory_format(x, weight))
+    return not why_not_fused_pool(y, *window)
+
+
+def _check_window(shape: tuple[int, ...], kernel_size: list[int], stride: list[int], padding: list[int]) -> None:
+    if any(2 * padding[i] > kernel_size[i] for i in (0, 1)):
+        raise ValueError(f"padding must be at most half of kernel_size, {kernel_size}; got {padding}")
+    size = [conv_output_size(shape[i + 2], kernel_size[i], stride[i], padding[i], 1) for i in (0, 1)]
+    if min(size) < 1:
+        raise ValueError(f"the pooling must leave at least one pixel; got {size[0]} x {size[1]} from {shape[2:]}")
+
+
+class _Stem(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        link: ConvNorm,
+        window: Window,
+        conv_weight: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:
+        x = dense(x)
+        done = forward_link(Raw(x), link, level_of(x, link))
+        out, place = _ops.bn_apply_pool(done.y, *done.vectors, *window)
+        ctx.save_for_backward(x, place, *keep(done, (conv_weight, weight, bias)))
+        ctx.link, ctx.level, ctx.window = without_tensors(link), done.level, window
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, place, *kept = ctx.saved_tensors
+        done, window = restored(ctx.link, ctx.level, kept), ctx.window
+        need_x, _, _, *need = ctx.needs_input_grad
+        need_conv_weight, need_weight, need_bias = need
+        norm = done.link.norm
+        if torch.is_grad_enabled():  # create_graph=True
+            y = F.conv2d(x, done.link.conv_weight.to(x.dtype), None, *done.link.sizes)
+            out = F.max_pool2d(F.relu(plain_norm(y, done)), *window)
+            inputs = [x, done.link.conv_weight, norm.weight, norm.bias]
+            wanted = [tensor for tensor, needed in zip(inputs, (need_x, *need), strict=True) if needed]
+            found = iter(torch.autograd.grad(out, wanted, grad_out, create_graph=True, allow_unused=True))
+            grad_x, *grads = (next(found) if needed else None for needed in (need_x, *need))
+            return (grad_x, None, None, *grads)
+        arguments = (grad_out, place, done.y, *done.vectors)
+        sums: tuple[Any, Any] = (None, None)
+        if norm.training or need_weight or need_bias:
+            sums = _ops.bn_pool_grad_stats(*arguments, *window)
+        grad_conv_weight = following = None
+        if need_conv_weight or need_x:
+            over_ranks = sums_for_convolution(Upstream(grad_out, False, *sums), done)
+            dy = _ops.bn_pool_grad_apply(*arguments, *over_ranks, *window)
+            needed = (need_conv_weight, need_x, None)
+            grad_conv_weight, following = convolution_gradients(dy, None, None, done, Raw(x), *needed)
+        return (
+            following.grad if following is not None else None,
+            None,
+            None,
+            grad_conv_weight,
+            sums[1].to(norm.weight.dtype) if need_weight and norm.weight is not None else None,
+            sums[0].to(norm.bias.dtype) if need_bias and norm.bias is not None else None,
+        )
