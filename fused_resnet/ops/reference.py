@@ -181,8 +181,10 @@ def conv_stats(
 
     One kernel reads x and conv_weight and writes y. This way also writes and reads a, and reads y again.
     """
+    x = dense(x)
     a = x if mean is None or invstd is None else bn_apply(x, mean, invstd, weight, bias, None, True)
-    y = dense(F.conv2d(a, conv_weight, None, stride, padding, dilation, groups))
+    y = F.conv2d(a, conv_weight, None, stride, padding, dilation, groups)
+    y = y.contiguous(memory_format=conv_memory_format(x, conv_weight))
     if not statistics:
         return y, _no_vector(x), _no_vector(x)
     return (y, *bn_stats(y, running_mean, running_var, momentum, eps))

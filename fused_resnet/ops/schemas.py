@@ -90,7 +90,7 @@ def _(x, conv_weight, mean, invstd, weight, bias, running_mean, running_var, mom
       groups, statistics):  # fmt: skip
     filters = conv_weight.shape[0] if statistics else 0
     vectors = (x.new_empty(filters, dtype=statistics_dtype(x)) for _ in range(2))
-    return (_conv_output(x, conv_weight, stride, padding, dilation), *vectors)
+    return (_conv_output(dense(x), conv_weight, stride, padding, dilation), *vectors)
 
 
 @_shape_of("bn_apply_pool")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_resnet
-from fused_resnet.ops import bn_act, bn_act_dual, conv_bn_act, use_backend
+from fused_resnet.ops import bn_act, bn_act_dual, conv_bn_act, reference, use_backend
 from fused_resnet.ops.reference import statistics_dtype
 from fused_resnet.ops.schemas import SCHEMAS
 from tests.ops.step import FORMATS, FORMS, dual, dual_inputs, make_cotangent, make_inputs, step
@@ -35,7 +35,12 @@ def op_arguments(x: Tensor, residual: Tensor) -> dict[str, tuple]:
     grad, out = torch.randn_like(x), torch.relu(residual)
     conv_weight = torch.randn(8, channels, 3, 3, dtype=x.dtype)
     scale, shift = (torch.rand(8, dtype=statistics_dtype(x)) for _ in range(2))
-    conv = ([1, 2], [1, 1], [1, 1], 1, True)
+    sizes = ([1, 2], [1, 1], [1, 1], 1)
+    conv = (*sizes, True)
+    y = torch.ops.fused_resnet.conv_bn_act(x, conv_weight, None, None, None, *sizes, False)
+    dz, coefficients = torch.randn_like(y), torch.rand(4, 8, dtype=statistics_dtype(x))
+    norm, window = (mean, invstd, weight, bias), ([3, 3], [2, 2], [1, 1])
+    pooled, place = reference.bn_apply_pool(x, *norm, *window)
     return {
         "bn_stats": (x, running_mean, running_var, 0.1, 1e-5),
         "bn_apply": (x, mean, invstd, weight, bias, residual, True),
@@ -43,6 +48,13 @@ def op_arguments(x: Tensor, residual: Tensor) -> dict[str, tuple]:
         "bn_grad_stats": (grad, x, out, mean, invstd, weight, bias, True),
         "bn_grad_apply": (grad, x, mean, invstd, weight, bias, mean, bias, False),
         "conv_bn_act": (x, conv_weight, scale, shift, None, *conv),
+        "conv_stats": (x, conv_weight, *norm, scale, shift, 0.1, 1e-5, *sizes, True),
+        "bn_grad_coefficients": (mean, bias, mean, invstd, weight, 3.0),
+        "conv_grad_input": (dz, y, coefficients, conv_weight, x, *norm, None, *sizes),
+        "conv_grad_weight": (dz, y, coefficients, x, *norm, conv_weight, *sizes),
+        "bn_apply_pool": (x, *norm, *window),
+        "bn_pool_grad_stats": (torch.randn_like(pooled), place, x, *norm, *window),
+        "bn_pool_grad_apply": (torch.randn_like(pooled), place, x, *norm, mean, bias, *window),
     }
 
 
@@ -54,6 +66,13 @@ OTHER_FORMS: dict[str, Callable[[tuple], tuple]] = {
     "bn_grad_stats": lambda a: (*a[:2], None, *a[3:]),
     "bn_grad_apply": lambda a: (*a[:6], None, None, True),
     "conv_bn_act": lambda a: (*a[:2], None, None, *a[4:]),
+    "conv_stats": lambda a: (*a[:2], None, None, None, None, None, None, *a[8:-1], False),
+    "bn_grad_coefficients": lambda a: (None, None, *a[2:4], None, a[5]),
+    "conv_grad_input": lambda a: (a[0], None, None, *a[3:5], None, None, None, None, torch.randn_like(a[4]), *a[10:]),
+    "conv_grad_weight": lambda a: (a[0], None, a[2], a[3], None, None, None, None, *a[8:]),
+    "bn_apply_pool": lambda a: (*a[:3], None, None, *a[5:]),
+    "bn_pool_grad_stats": lambda a: (*a[:5], None, None, *a[7:]),
+    "bn_pool_grad_apply": lambda a: (*a[:7], None, None, *a[9:]),
 }
 
 
