@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fused_resnet.convert import freeze, fusion_report, unfuse
 from fused_resnet.modules import BasicBlock, Bottleneck, ConvBNAct2d, why_not_fuse
+from fused_resnet.ops import use_fusion_level
 from tests.modules.compare import assert_close, randomize, step
 from tests.ranks import counted_collectives, on_ranks
 
@@ -58,6 +59,8 @@ class Case(NamedTuple):
     wrap: str = ""
     """"parallel" for DistributedDataParallel, "checkpoint" for activations made again in backward, "all but one" for a
     process group without rank 1."""
+    level: int | None = None
+    """Of the residual blocks, where a rank has images; one without runs its norms one by one, beside the others."""
 
     def model(self) -> nn.Module:
         model = make_model().to(self.dtype).to(memory_format=self.memory_format)
@@ -89,6 +92,13 @@ CASES = {
     "parallel": Case(wrap="parallel"),
     "parallel with an empty batch": Case(torch.float32, images=(5, 0, 1), wrap="parallel"),
     "all but one": Case(wrap="all but one"),
+    "level 1": Case(torch.float32, level=1),
+    "level 3": Case(torch.float32, level=3),
+    "level 3 with an empty batch": Case(torch.float32, images=(4, 0, 2), level=3),
+    "level 3 with an empty batch first": Case(torch.float32, images=(0, 2, 4), level=3),
+    "level 3 checkpoint": Case(torch.float32, wrap="checkpoint", level=3),
+    "level 3 parallel": Case(torch.float32, wrap="parallel", level=3),
+    "level 3 all but one": Case(torch.float32, wrap="all but one", level=3),
 }
 
 
@@ -122,7 +132,7 @@ def run_cases(rank: int) -> dict[str, Any]:
             call = checkpointed(model)
         rows = case.rows(rank, ranks)
         batches = [tuple(t[rows] for t in case.batch(index)) for index in range(3)]
-        with counted_collectives() as calls:
+        with counted_collectives() as calls, use_fusion_level(case.level):
             results[name] = two_steps_and_eval(model, call, batches), calls
     results["no running statistics"] = [], collectives_without_running_statistics()
     return results
