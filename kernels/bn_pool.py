@@ -15,8 +15,12 @@ from fused_resnet.kernels.bn_act import load_normalization, normalize, program_t
 from fused_resnet.kernels.bn_act_grad import relu_grad
 from fused_resnet.kernels.channels_last import channels_last, dense_vector, matrix_shape
 from fused_resnet.kernels.device import multiprocessors
-from fused_resnet.kernels.row_tiles import ELEMENTWISE_WARPS, REDUCTION_WARPS, elementwise_tiles, reduction_tiles
+from fused_resnet.kernels.row_tiles import REDUCTION_WARPS, elementwise_tiles, reduction_tiles
 from fused_resnet.kernels.welford import finalize_sums
+
+# Every element reads nine pixels, or four windows, each with an address and a mask: 8 elements a thread, not 16, leave
+# 128 registers each, so two programs of 256 threads on a multiprocessor.
+POOL_WARPS = 8
 
 
 def bn_apply_pool(
@@ -70,7 +74,7 @@ def bn_apply_pool(
             **_window(kernel_size, stride, padding),
             BLOCK_ROWS=tiles.block_rows,
             BLOCK_CHANNELS=tiles.block_channels,
-            num_warps=ELEMENTWISE_WARPS,
+            num_warps=POOL_WARPS,
         )
     return out, place
 
@@ -156,7 +160,7 @@ def bn_pool_grad_apply(
             **_window(kernel_size, stride, padding),
             BLOCK_ROWS=tiles.block_rows,
             BLOCK_CHANNELS=tiles.block_channels,
-            num_warps=ELEMENTWISE_WARPS,
+            num_warps=POOL_WARPS,
         )
     return grad_x
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+ALIGNMENT_BYTES = 16
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -19,6 +22,23 @@ def optional_channels_last(x: Tensor | None) -> Tensor | None:
 def dense_vector(vector: Tensor | None) -> Tensor | None:
     """A per-channel vector with stride 1; itself if it has it."""
     return None if vector is None else vector.contiguous()
+
+
+def can_describe(*tensors: Tensor) -> bool:
+    """True if the (N*H*W, C) matrices of these dense channels_last tensors can have tensor descriptors: they, and every
+    row of them, begin on 16 bytes, and their rows have 32-bit numbers."""
+    return all(
+        tensor.data_ptr() % ALIGNMENT_BYTES == 0
+        and tensor.shape[1] * tensor.element_size() % ALIGNMENT_BYTES == 0
+        and matrix_shape(tensor)[0] < 2**31
+        for tensor in tensors
+    )
+
+
+def describe_rows(x: Tensor, block_rows: int, block_channels: int) -> TensorDescriptor:
+    """A descriptor of the (N*H*W, C) matrix of a dense channels_last tensor, for tiles of this size."""
+    rows, channels = matrix_shape(x)
+    return TensorDescriptor(x, [rows, channels], [channels, 1], [block_rows, block_channels])
 
 
 def matrix_shape(x: Tensor) -> tuple[int, int]:

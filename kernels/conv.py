@@ -181,8 +181,8 @@ def conv_bn_act_kernel(
         None,
         None,
         None,
-        row,
-        filter,
+        row_block * BLOCK_ROWS,
+        filter_block * BLOCK_FILTERS,
         rows,
         height,
         width,
@@ -207,6 +207,7 @@ def conv_bn_act_kernel(
         BLOCK_ROWS,
         BLOCK_FILTERS,
         BLOCK_DEPTH,
+        False,
     )
     if scale_ptr is not None:
         total *= tl.load(scale_ptr + filter, mask=in_filters, other=0.0).to(tl.float32)[None, :]

@@ -19,7 +19,13 @@ from torch import Tensor
 from fused_resnet.kernels.bn_act import load_normalization, normalize
 from fused_resnet.kernels.bn_act_grad import relu_grad
 from fused_resnet.kernels.bn_grad_coefficients import load_coefficients, output_grad
-from fused_resnet.kernels.channels_last import channels_last, dense_vector, optional_channels_last
+from fused_resnet.kernels.channels_last import (
+    can_describe,
+    channels_last,
+    dense_vector,
+    describe_rows,
+    optional_channels_last,
+)
 from fused_resnet.kernels.conv_shape import ConvShape, is_full_precision
 from fused_resnet.kernels.conv_tiles import GROUP_ROWS
 from fused_resnet.kernels.device import chip_of
@@ -67,7 +73,10 @@ def conv_grad_input(
     operands, epilogue = 1 if y is None else 2, (mean is not None) + (residual is not None)
     product = grad_input_product(shape, x.element_size(), stride, operands, epilogue)
     phases = product.phases
-    tiles = training_tiles(product, x.element_size(), chip_of(x.device), full_precision=full_precision)
+    chip = chip_of(x.device)
+    tiles = training_tiles(product, x.element_size(), chip, full_precision=full_precision)
+    y = optional_channels_last(y)
+    descriptors = chip.tma and shape.pointwise and can_describe(dz, conv_weight, dz if y is None else y)
     grad = torch.empty_like(x)
     chunks = triton.cdiv(product.rows, tiles.rows * tiles.row_tiles)
     partial_sums = None
@@ -75,10 +84,10 @@ def conv_grad_input(
         partial_sums = torch.empty((2, phases * chunks, shape.channels), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         conv_grad_input_kernel[(chunks * triton.cdiv(shape.channels, tiles.columns), phases)](
-            dz,
-            optional_channels_last(y),
+            describe_rows(dz, tiles.rows, tiles.depth) if descriptors else dz,
+            describe_rows(y, tiles.rows, tiles.depth) if descriptors and y is not None else y,
             dense_vector(coefficients),
-            conv_weight,
+            describe_rows(conv_weight, tiles.depth, tiles.columns) if descriptors else conv_weight,
             None if mean is None else x,
             *map(dense_vector, (mean, invstd, weight, bias)),
             optional_channels_last(residual),
@@ -112,6 +121,7 @@ def conv_grad_input(
             BLOCK_CHANNELS=tiles.columns,
             BLOCK_DEPTH=tiles.depth,
             GROUP_ROWS=GROUP_ROWS,
+            DESCRIPTORS=descriptors,
             num_warps=tiles.warps,
             num_stages=tiles.stages,
         )
@@ -199,11 +209,14 @@ def conv_grad_input_kernel(
     BLOCK_CHANNELS: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):
     """A program owns a chunk of ``row_tiles`` consecutive tiles of one phase's pixels under one block of channels: it
     writes that part of the gradient once, and row (phase, chunk) of both matrices of partial sums, added in order.
 
-    PADDED: a tap may lie outside dy. Chunks past a phase's last pixel leave sums of 0. Reads outside give 0.
+    PADDED: a tap may lie outside dy. DESCRIPTORS: dz_ptr, y_ptr and weight_ptr are tensor descriptors of the matrices
+    (rows, filters) and (filters, channels) of a pointwise convolution. Chunks past a phase's last pixel leave sums of
+    0. Reads outside give 0.
     """
     STEP_HEIGHT: tl.constexpr = TAP_STEP_HEIGHT * DILATION_HEIGHT // STRIDE_HEIGHT
     STEP_WIDTH: tl.constexpr = TAP_STEP_WIDTH * DILATION_WIDTH // STRIDE_WIDTH
@@ -237,7 +250,8 @@ def conv_grad_input_kernel(
     for tile in range(0, row_tiles):
         # tile // row_tiles is 0, which the compiler cannot know: it would compute all that depends on the channels
         # alone before this loop, and hold it in registers that the main loop needs.
-        channel = (channel_block + tile // row_tiles) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+        first_channel = (channel_block + tile // row_tiles) * BLOCK_CHANNELS
+        channel = first_channel + tl.arange(0, BLOCK_CHANNELS)
         in_channels = channel < channels
         row_tile = first_tile + tile
         if WIDE:
@@ -276,19 +290,27 @@ def conv_grad_input_kernel(
                 in_dy = in_patch & in_filters[None, :]
                 in_weight = in_weight & in_filters[:, None]
             offset = corner[:, None] + patch[None, :]
-            dy = tl.load(dz_ptr + offset, mask=in_dy, other=0.0)
-            weight_row = filter * (KERNEL_HEIGHT * KERNEL_WIDTH * channels) + place
-            weight_tile = tl.load(weight_ptr + (weight_row[:, None] + channel[None, :]), mask=in_weight, other=0.0)
+            if DESCRIPTORS:
+                dy = dz_ptr.load([row_tile * BLOCK_ROWS, step * BLOCK_DEPTH])
+                weight_tile = weight_ptr.load([step * BLOCK_DEPTH, first_channel])
+            else:
+                dy = tl.load(dz_ptr + offset, mask=in_dy, other=0.0)
+                weight_row = filter * (KERNEL_HEIGHT * KERNEL_WIDTH * channels) + place
+                weight_tile = tl.load(weight_ptr + (weight_row[:, None] + channel[None, :]), mask=in_weight, other=0.0)
             if coefficients_ptr is not None:
                 if y_ptr is not None:
-                    y = tl.load(y_ptr + offset, mask=in_dy, other=0.0)
+                    y = (
+                        y_ptr.load([row_tile * BLOCK_ROWS, step * BLOCK_DEPTH])
+                        if DESCRIPTORS
+                        else tl.load(y_ptr + offset, mask=in_dy, other=0.0)
+                    )
                     abc = load_coefficients(coefficients_ptr, filters, filter, in_filters)
                     dy = output_grad(dy, y, abc[0], abc[1], abc[2], abc[3])
                     if PADDED:
-                        dy = tl.where(in_patch, dy, 0.0).to(dz_ptr.dtype.element_ty)
+                        dy = tl.where(in_patch, dy, 0.0).to(weight_tile.dtype)
                 else:
                     slope = tl.load(coefficients_ptr + filter, mask=in_filters, other=0.0)
-                    dy = (dy.to(tl.float32) * slope[None, :]).to(dz_ptr.dtype.element_ty)
+                    dy = (dy.to(tl.float32) * slope[None, :]).to(weight_tile.dtype)
             total = tl.dot(dy, weight_tile, total, input_precision=PRECISION)
 
         offset = pixel[:, None] * channels + channel[None, :]

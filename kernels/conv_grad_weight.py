@@ -15,7 +15,13 @@ from torch import Tensor
 
 from fused_resnet.kernels.bn_act import load_normalization
 from fused_resnet.kernels.bn_grad_coefficients import load_coefficients, output_grad
-from fused_resnet.kernels.channels_last import channels_last, dense_vector, optional_channels_last
+from fused_resnet.kernels.channels_last import (
+    can_describe,
+    channels_last,
+    dense_vector,
+    describe_rows,
+    optional_channels_last,
+)
 from fused_resnet.kernels.conv_shape import ConvShape, is_full_precision
 from fused_resnet.kernels.device import Chip, chip_of
 from fused_resnet.kernels.patches import WIDE_ELEMENTS, activate
@@ -54,16 +60,18 @@ def conv_grad_weight(
     chip = chip_of(x.device)
     product = grad_weight_product(shape, x.element_size(), 1 if y is None else 2, chip)
     tiles = training_tiles(product, x.element_size(), chip, full_precision=full_precision)
+    y = optional_channels_last(y)
+    descriptors = chip.tma and shape.pointwise and can_describe(dz, x, dz if y is None else y)
     like = torch.empty_like(conv_weight, dtype=torch.float32, device=x.device, memory_format=torch.channels_last)
     partials = like if tiles.splits == 1 else like.new_empty((tiles.splits, like.numel()))
     width = product.columns if tiles.flat else shape.channels
     column_blocks = triton.cdiv(width, tiles.columns) * (1 if tiles.flat else shape.taps)
     with torch.cuda.device_of(x):
         conv_grad_weight_kernel[(triton.cdiv(shape.filters, tiles.rows) * column_blocks, tiles.splits)](
-            dz,
-            optional_channels_last(y),
+            describe_rows(dz, tiles.depth, tiles.rows) if descriptors else dz,
+            describe_rows(y, tiles.depth, tiles.rows) if descriptors and y is not None else y,
             dense_vector(coefficients),
-            x,
+            describe_rows(x, tiles.depth, tiles.columns) if descriptors else x,
             *map(dense_vector, (mean, invstd, weight, bias)),
             partials,
             shape.rows,
@@ -87,6 +95,7 @@ def conv_grad_weight(
             BLOCK_FILTERS=tiles.rows,
             BLOCK_COLUMNS=tiles.columns,
             BLOCK_ROWS=tiles.depth,
+            DESCRIPTORS=descriptors,
             num_warps=tiles.warps,
             num_stages=tiles.stages,
         )
@@ -147,16 +156,19 @@ def conv_grad_weight_kernel(
     BLOCK_FILTERS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):
     """A program owns a block of filters and a block of columns (channels under one tap, or R*S*C as it lies) and adds
     up its split of the rows in order; it writes that part of its split's partial result once.
 
     Rows past the split's end and pixels outside the image are 0 in both operands, whatever the vectors would make of
-    them. FLAT_CHANNELS is the channel count if the columns lie flat, else 0.
+    them. DESCRIPTORS: dz_ptr, y_ptr and x_ptr are tensor descriptors of the matrices (rows, filters) and (rows,
+    channels) of a pointwise convolution. FLAT_CHANNELS is the channel count if the columns lie flat, else 0.
     """
     split = tl.program_id(1).to(tl.int64)
     filter_blocks = tl.cdiv(filters, BLOCK_FILTERS)
-    filter = tl.program_id(0) % filter_blocks * BLOCK_FILTERS + tl.arange(0, BLOCK_FILTERS)
+    first_filter = tl.program_id(0) % filter_blocks * BLOCK_FILTERS
+    filter = first_filter + tl.arange(0, BLOCK_FILTERS)
     column_block = tl.program_id(0) // filter_blocks
     in_filters = filter < filters
     if FLAT_CHANNELS > 0:
@@ -167,7 +179,8 @@ def conv_grad_weight_kernel(
     else:
         channel_blocks = tl.cdiv(channels, BLOCK_COLUMNS)
         tap = column_block // channel_blocks
-        channel = column_block % channel_blocks * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+        first_channel = column_block % channel_blocks * BLOCK_COLUMNS
+        channel = first_channel + tl.arange(0, BLOCK_COLUMNS)
         place = tap * channels + channel
         in_columns = channel < channels
     down = tap // KERNEL_WIDTH * dilation_height - padding_height
@@ -190,7 +203,7 @@ def conv_grad_weight_kernel(
         in_rows = (row < last_row)[:, None]
         in_dy = in_rows & in_filters[None, :]
         dy_offset = row[:, None] * filters + filter[None, :]
-        dy = tl.load(dz_ptr + dy_offset, mask=in_dy, other=0.0)
+        dy = dz_ptr.load([start, first_filter]) if DESCRIPTORS else tl.load(dz_ptr + dy_offset, mask=in_dy, other=0.0)
         in_image = in_rows & in_columns[None, :]
         if POINTWISE:
             offset = row[:, None] * channels + channel[None, :]
@@ -211,16 +224,16 @@ def conv_grad_weight_kernel(
                 if PADDED:
                     in_pixels = (pixel_y >= 0) & (pixel_y < height) & (pixel_x >= 0) & (pixel_x < width)
                     in_image = in_image & in_pixels[:, None]
-        image = tl.load(x_ptr + offset, mask=in_image, other=0.0)
+        image = x_ptr.load([start, first_channel]) if DESCRIPTORS else tl.load(x_ptr + offset, mask=in_image, other=0.0)
         if y_ptr is not None:
-            y = tl.load(y_ptr + dy_offset, mask=in_dy, other=0.0)
+            y = y_ptr.load([start, first_filter]) if DESCRIPTORS else tl.load(y_ptr + dy_offset, mask=in_dy, other=0.0)
             dy = output_grad(dy, y, abc[0], abc[1], abc[2], abc[3])
-            dy = tl.where(in_rows, dy, 0.0).to(dz_ptr.dtype.element_ty)
+            dy = tl.where(in_rows, dy, 0.0).to(image.dtype)
         elif coefficients_ptr is not None:
-            dy = (dy.to(tl.float32) * slope[None, :]).to(dz_ptr.dtype.element_ty)
+            dy = (dy.to(tl.float32) * slope[None, :]).to(image.dtype)
         if mean_ptr is not None:
             image = activate(image, norm[0], norm[1], norm[2])
-            image = tl.where(in_image, image, 0.0).to(x_ptr.dtype.element_ty)
+            image = tl.where(in_image, image, 0.0).to(dy.dtype)
         total = tl.dot(tl.trans(dy), image, total, input_precision=PRECISION)
 
     size = filters.to(tl.int64) * TAPS * channels

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_resnet.kernels.channels_last import channels_last, dense_vector
+from fused_resnet.kernels.channels_last import can_describe, channels_last, dense_vector, describe_rows
 from fused_resnet.kernels.conv_shape import ConvShape, is_full_precision
 from fused_resnet.kernels.conv_tiles import GROUP_ROWS
 from fused_resnet.kernels.device import chip_of
@@ -57,7 +57,9 @@ def conv_stats(
     shape = ConvShape.of(x, conv_weight, stride, padding, dilation)
     full_precision = is_full_precision(x)
     product = forward_product(shape, x.element_size())
-    tiles = training_tiles(product, x.element_size(), chip_of(x.device), full_precision=full_precision)
+    chip = chip_of(x.device)
+    tiles = training_tiles(product, x.element_size(), chip, full_precision=full_precision)
+    descriptors = chip.tma and shape.pointwise and can_describe(x, conv_weight)
     y = shape.empty_output(x)
     chunks = triton.cdiv(shape.rows, tiles.rows * tiles.row_tiles)
     counts = means = m2s = None
@@ -67,8 +69,8 @@ def conv_stats(
         m2s = torch.empty((chunks, shape.filters), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         conv_stats_kernel[(chunks * triton.cdiv(shape.filters, tiles.columns),)](
-            x,
-            conv_weight,
+            describe_rows(x, tiles.rows, tiles.depth) if descriptors else x,
+            describe_rows(conv_weight, tiles.columns, tiles.depth) if descriptors else conv_weight,
             *map(dense_vector, (mean, invstd, weight, bias)),
             y,
             counts,
@@ -97,6 +99,7 @@ def conv_stats(
             BLOCK_FILTERS=tiles.columns,
             BLOCK_DEPTH=tiles.depth,
             GROUP_ROWS=GROUP_ROWS,
+            DESCRIPTORS=descriptors,
             num_warps=tiles.warps,
             num_stages=tiles.stages,
         )
@@ -182,6 +185,7 @@ def conv_stats_kernel(
     BLOCK_FILTERS: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):
     """A program owns a chunk of ``row_tiles`` consecutive tiles of rows under one block of filters: it writes that part
     of y once, and row ``chunk`` of the partial statistics, its tiles merged in order by Chan's formula."""
@@ -207,8 +211,8 @@ def conv_stats_kernel(
             invstd_ptr,
             bn_weight_ptr,
             bn_bias_ptr,
-            row,
-            filter,
+            first_row,
+            (filter_block + tile // row_tiles) * BLOCK_FILTERS,
             rows,
             height,
             width,
@@ -233,6 +237,7 @@ def conv_stats_kernel(
             BLOCK_ROWS,
             BLOCK_FILTERS,
             BLOCK_DEPTH,
+            DESCRIPTORS,
         )
         y = total.to(y_ptr.dtype.element_ty)
         inside = in_rows[:, None] & in_filters[None, :]

@@ -32,6 +32,8 @@ class Chip:
     memory_bytes_per_cycle: float
     wgmma: bool = False
     """Matrix instructions take their operands from shared memory, which leaves registers for more sums."""
+    tma: bool = False
+    """A copy engine brings a tile of a matrix to shared memory by one instruction of one thread."""
 
 
 CHIPS = {
@@ -40,7 +42,7 @@ CHIPS = {
     (8, 0): Chip(108, 163 * 1024, 2048, 28, 13.1),
     (8, 6): Chip(82, 99 * 1024, 512, 20, 6.7),
     (8, 9): Chip(142, 99 * 1024, 1024, 20, 2.4),
-    (9, 0): Chip(132, 227 * 1024, 4096, 24, 18.5, wgmma=True),
+    (9, 0): Chip(132, 227 * 1024, 4096, 24, 18.5, wgmma=True, tma=True),
 }
 INTERPRETED_CHIP = replace(CHIPS[8, 9], multiprocessors=INTERPRETED_MULTIPROCESSORS)
 

@@ -47,8 +47,8 @@ def patch_product(
     invstd_ptr,
     bn_weight_ptr,
     bn_bias_ptr,
-    row,
-    filter,
+    first_row,
+    first_filter,
     rows,
     height,
     width,
@@ -73,18 +73,23 @@ def patch_product(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_FILTERS: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):
-    """The (BLOCK_ROWS, BLOCK_FILTERS) tile of the convolution at these rows and filters, the depth added in order in
+    """The (BLOCK_ROWS, BLOCK_FILTERS) tile of the convolution from this row and filter on, the depth added in order in
     float32.
 
     With ``mean_ptr`` the image is normalised and rectified on its way, and the padding put back to 0 afterwards.
     FLAT_CHANNELS is the channel count if the depth is walked flat, else 0. EVEN_DEPTH: no step reaches past its
-    channels. WIDE: row and filter are 64-bit, and so are all offsets. Reads outside the image, the channels or the
-    filters give 0.
+    channels. WIDE: first_row is 64-bit, and so are all offsets. DESCRIPTORS: x_ptr and weight_ptr are tensor
+    descriptors of the matrices (rows, channels) and (filters, channels) of a pointwise convolution. Reads outside the
+    image, the channels or the filters give 0.
     """
+    row = first_row + tl.arange(0, BLOCK_ROWS)
+    filter = first_filter + tl.arange(0, BLOCK_FILTERS)
     column = tl.arange(0, BLOCK_DEPTH)
     if WIDE:
         column = column.to(tl.int64)
+        filter = filter.to(tl.int64)
     in_rows = row < rows
     in_filters = filter < filters
     if POINTWISE:
@@ -135,12 +140,16 @@ def patch_product(
         if not EVEN_DEPTH:
             in_image = in_patch & in_depth[None, :]
             in_weight = in_weight & in_depth[:, None]
-        image_tile = tl.load(x_ptr + (corner[:, None] + patch[None, :]), mask=in_image, other=0.0)
-        weight_tile = tl.load(weight_ptr + (weight_row[None, :] + place[:, None]), mask=in_weight, other=0.0)
+        if DESCRIPTORS:
+            image_tile = x_ptr.load([first_row, step * BLOCK_DEPTH])
+            weight_tile = weight_ptr.load([first_filter, step * BLOCK_DEPTH]).T
+        else:
+            image_tile = tl.load(x_ptr + (corner[:, None] + patch[None, :]), mask=in_image, other=0.0)
+            weight_tile = tl.load(weight_ptr + (weight_row[None, :] + place[:, None]), mask=in_weight, other=0.0)
         if mean_ptr is not None:
             norm = load_normalization(mean_ptr, invstd_ptr, bn_weight_ptr, bn_bias_ptr, channel, in_depth)
             image_tile = activate(image_tile, norm[0], norm[1], norm[2])
             if PADDED:
-                image_tile = tl.where(in_patch, image_tile, 0.0).to(x_ptr.dtype.element_ty)
+                image_tile = tl.where(in_patch, image_tile, 0.0).to(image_tile.dtype)
         total = tl.dot(image_tile, weight_tile, total, input_precision=PRECISION)
     return total

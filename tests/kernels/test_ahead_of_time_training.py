@@ -33,6 +33,8 @@ CONVOLUTIONS = {
     "stem": ((256, 3, 224, 224), 64, 7, 2, 3),
 }
 UNALIGNED = ("unaligned", "stem")
+LARGE = ("1x1 narrowing", "1x1 widening", "1x1 deep", "3x3", "3x3 narrow", "3x3 strided", "projection")
+"""Where the tile is large enough for the warp-group instructions of sm_90."""
 
 
 def arguments(name: str, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
@@ -57,7 +59,9 @@ def arguments(name: str, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
 def test_bfloat16(compile_launches, chip: int, op: str, name: str) -> None:
     """No spills, matrix instructions, asynchronous copies in the main loop, shared memory within the chip's."""
     kernel, *others = compile_launches(getattr(kernels, op), *arguments(name, torch.bfloat16)[op])
-    check(kernel, chip, "bf16.bf16", copies=name not in UNALIGNED)
+    check(kernel, chip, "bf16.bf16", copies=name not in UNALIGNED, name=name)
+    whole_tiles = chip == 90 and name.startswith("1x1")
+    assert (kernel.count(r"cp\.async\.bulk\.tensor") > 0) == whole_tiles, "tensor descriptors"
     for other in others:
         check_resources(other, 128)
 
@@ -66,16 +70,34 @@ def test_bfloat16(compile_launches, chip: int, op: str, name: str) -> None:
 @pytest.mark.parametrize("op", ["conv_stats", "conv_grad_input", "conv_grad_weight"])
 def test_tf32(compile_launches, chip: int, op: str, name: str, fp32_precision: str) -> None:
     kernel, *_ = compile_launches(getattr(kernels, op), *arguments(name, torch.float32)[op])
-    check(kernel, chip, "tf32.tf32", copies=True)
+    check(kernel, chip, "tf32.tf32", copies=True, name=name)
 
 
-def check(kernel: Compiled, chip: int, kind: str, copies: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_passes_beside_them(compile_launches, chip: int, dtype: torch.dtype) -> None:
+    """The pooling of ResNet-50's stem at batch 256, and the coefficients of its widest norm."""
+    x, pooled = empty((256, 64, 112, 112), dtype), empty((256, 64, 56, 56), dtype)
+    place, window = empty((256, 64, 56, 56), torch.uint8), ([3, 3], [2, 2], [1, 1])
+    norm, wide = (torch.empty(64),) * 4, (torch.empty(2048),) * 5
+    launches = [
+        (kernels.bn_apply_pool, x, *norm, *window),
+        (kernels.bn_pool_grad_stats, pooled, place, x, *norm, *window),
+        (kernels.bn_pool_grad_apply, pooled, place, x, *norm, *norm[:2], *window),
+        (kernels.bn_grad_coefficients, *wide, 256 * 49),
+    ]
+    for launcher, *args in launches:
+        for kernel in compile_launches(launcher, *args):
+            check_resources(kernel, 128)
+
+
+def check(kernel: Compiled, chip: int, kind: str, copies: bool, name: str) -> None:
     check_resources(kernel, 255)
     assert kernel.shared <= CHIPS[chip][1]
     wgmma = kernel.count(rf"wgmma\.mma_async[.\w]*\.{re.escape(kind)}")
     mma = kernel.count(rf"mma\.sync\.aligned\.m16n8k\d+\.row\.col\.f32\.{re.escape(kind)}")
-    print(chip, kernel.name, kernel.registers, kernel.shared, "wgmma", wgmma, "mma", mma)
     assert wgmma + mma > 0
+    if chip == 90 and name in LARGE:
+        assert wgmma > 0 and mma == 0
     if copies:
         loops = re.findall(r"^(\$L__BB0_\d+):((?:(?!^\$L__BB0_\d+:)[\s\S])*?)bra(?:\.uni)?\s+\1;", kernel.ptx, re.M)
         assert any("cp.async" in body and "mma" in body for _, body in loops)

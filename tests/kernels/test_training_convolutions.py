@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from fused_resnet import kernels
 from fused_resnet.kernels import training_tiles
+from fused_resnet.kernels.device import chip_of
 from fused_resnet.ops import reference
 from tests.accuracy import assert_at_most_twice
 
@@ -122,6 +124,21 @@ def test_several_tiles_and_splits(shape: tuple[Any, ...], device, few_programs) 
     """Partial results merged within a program, and the depth of the weight's gradient cut in splits."""
     (_, channels, *size), filters, *rest = shape
     check_everything(Case((5, min(channels, 24), *size), min(filters, 24), *rest, torch.float32, device))
+
+
+@pytest.mark.parametrize("shape", [SHAPES[2], ((1, 136, 5, 5), 72, *SHAPES[2][2:])], ids=str)
+def test_tensor_descriptors(shape: tuple[Any, ...], device, monkeypatch: pytest.MonkeyPatch, few_programs) -> None:
+    """Pointwise convolutions where the chip copies tiles by itself: whole tiles, and rows and columns past the end."""
+    chip = replace(chip_of(device), tma=True)
+    if not kernels.INTERPRETED and not chip_of(device).tma:
+        pytest.skip("this GPU has no such copies")
+    described: list[object] = []
+    for module in MODULES:
+        describe = module.describe_rows
+        monkeypatch.setattr(module, "chip_of", lambda device: chip)
+        monkeypatch.setattr(module, "describe_rows", lambda *a, f=describe: described.append(a) or f(*a))
+    check_everything(Case(*shape, torch.float16, device))
+    assert len(described) == 2 * 2 + 3 * 2 + 3 * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

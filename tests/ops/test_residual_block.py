@@ -754,6 +754,29 @@ def test_autocast(lane, images, inside):
     assert_at_most_twice_eager(actual, baseline, exact)
 
 
+class ImageDtypes(TorchDispatchMode):
+    """The dtypes of the images and kernels that each of our ops gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, set[torch.dtype]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name().startswith("fused_resnet::"):
+            images = {arg.dtype for arg in args if isinstance(arg, Tensor) and arg.dim() == 4}
+            self.seen.setdefault(func.name().partition("::")[2], set()).update(images)
+        return func(*args, **(kwargs or {}))
+
+
+def test_under_autocast_the_ops_get_one_dtype():
+    """The reference's conv2d would be autocast; a kernel's is not."""
+    leaves = leaves_of(tensors_of(BASIC_PROJECTION, torch.float32))
+    with running(3), ImageDtypes() as dtypes, torch.autocast("cpu", torch.bfloat16):
+        fused(BASIC_PROJECTION, "efficient")(leaves).sum().backward()
+    assert {"conv_stats", "conv_grad_input", "conv_grad_weight"} <= dtypes.seen.keys()
+    assert set().union(*dtypes.seen.values()) == {torch.bfloat16}
+
+
 def test_autocast_leaves_float64_alone():
     tensors = tensors_of(BASIC)
     cotangent = torch.randn(BASIC.shape, dtype=torch.float64)
