@@ -216,14 +216,14 @@ def test_every_level_of_resnet50_moves_less_than_the_one_before():
     eager, *levels = (training_ledger("resnet50", level, 256).bytes_per_image for level in LEVELS)
     assert eager > levels[0] > levels[1] > levels[2] > levels[3]
     assert levels[0] < 0.80 * eager
-    assert levels[3] < 0.62 * eager
+    assert levels[3] <= 0.60 * eager
 
 
 def test_saved_bytes_of_resnet50():
     eager = training_saved_bytes("resnet50", EAGER)
     assert eager == pytest.approx(86.0e6, rel=0.01)
-    assert training_saved_bytes("resnet50", 3) < 0.86 * eager
-    assert training_saved_bytes("resnet50", 3, memory="efficient") < 0.60 * eager
+    assert training_saved_bytes("resnet50", 3) <= 0.80 * eager
+    assert training_saved_bytes("resnet50", 3, memory="efficient") <= 0.56 * eager
 
 
 def test_a_level_that_is_none():
