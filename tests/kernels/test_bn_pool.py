@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fused_resnet import kernels
 from fused_resnet.ops import reference
+from fused_resnet.ops.reference_pool import window_corners
 from tests.accuracy import assert_at_most_twice
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -42,7 +43,7 @@ def test_shapes(shape, kernel_size, stride, padding, dtype: torch.dtype, device)
     assert_at_most_twice(out, baseline, exact, what="output")
     assert out.is_contiguous(memory_format=torch.channels_last) and place.dtype == torch.uint8
     # Rounding may make another of a window the first of equals: what the places point at is the maximum all the same.
-    top, left = reference._window_corners(place, stride, padding)
+    top, left = window_corners(place, stride, padding)
     index = (place.long() // kernel_size[1] + top) * shape[3] + place.long() % kernel_size[1] + left
     activation = reference.bn_apply(x, *norm, None, True)
     pointed_at = activation.flatten(2).gather(2, index.flatten(2)).view(out.shape)

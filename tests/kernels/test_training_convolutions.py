@@ -245,6 +245,33 @@ def test_bitwise_repeatable(device, few_programs) -> None:
             assert torch.equal(tensor, again), name
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel, padding", [((1, 1), (0, 0)), ((3, 3), (1, 1))], ids=str)
+def test_more_than_2_to_the_31_elements(kernel: tuple[int, int], padding: tuple[int, int], device) -> None:
+    """The last of many images gets what it gets alone: no offset wraps around."""
+    if kernels.INTERPRETED:
+        pytest.skip("the interpreter would take days")
+    alone = Case((1, 64, 512, 512), 64, kernel, (1, 1), padding, (1, 1), torch.bfloat16, device)
+    images = 2**31 // alone.x.numel() + 2
+    large = object.__new__(Case)
+    vars(large).update(vars(alone))
+    for name in ("x", "y", "dz", "residual"):
+        image = getattr(alone, name)
+        many = torch.zeros((images, *image.shape[1:]), dtype=image.dtype, device=device)
+        many = many.to(memory_format=torch.channels_last)
+        many[-1] = image[0]
+        setattr(large, name, many)
+    assert large.x.numel() > 2**31
+    args = (alone.weight, *alone.norm, None, None, 0.1, 1e-5, *alone.sizes, False)
+    y = kernels.conv_stats(large.x, *args)[0]
+    assert torch.equal(y[-1], kernels.conv_stats(alone.x, *args)[0][0])
+    results = []
+    for case in (large, alone):
+        gradient = (case.dz, case.y, case.coefficients)
+        results.append(kernels.conv_grad_input(*gradient, case.weight, case.x, *case.norm, None, *case.sizes)[0][-1])
+    assert torch.equal(*results)
+
+
 def everything(case: Case, module: Any) -> list[tuple[str, Tensor]]:
     """Every result of the three convolutions, with everything there and with less."""
     x, weight, norm, sizes, residual = case.x, case.weight, case.norm, case.sizes, case.residual
