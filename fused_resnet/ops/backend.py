@@ -60,10 +60,15 @@ def why_not(backend: str, op: str, *args: Any) -> list[str]:
     _known(backend)
     if op not in tuple(SCHEMAS):
         raise ValueError(f"op must be one of {', '.join(SCHEMAS)}; got {op!r}")
-    names = [argument.name for argument in getattr(torch.ops.fused_resnet, op).default._schema.arguments]
+    names = _argument_names(op)
     if len(args) != len(names):
         raise TypeError(f"args must be those of {op}, ({', '.join(names)}); got {len(args)} of them")
     return list(_reasons(backend, op, args))
+
+
+@functools.cache
+def _argument_names(op: str) -> tuple[str, ...]:
+    return tuple(argument.name for argument in getattr(torch.ops.fused_resnet, op).default._schema.arguments)
 
 
 @functools.cache
@@ -287,9 +292,7 @@ def _pool_mismatches(op: str, args: tuple[Any, ...]) -> list[str]:
 
 def _train_conv_mismatches(op: str, args: tuple[Any, ...]) -> list[str]:
     """What the training convolutions cannot take, beyond what holds for every op on x."""
-    named = dict(
-        zip((a.name for a in getattr(torch.ops.fused_resnet, op).default._schema.arguments), args, strict=True)
-    )
+    named = dict(zip(_argument_names(op), args, strict=True))
     x, conv_weight = named["x"], named["conv_weight"]
     settings = [named[name] for name in ("stride", "padding", "dilation", "groups")]
     module = _module("triton")

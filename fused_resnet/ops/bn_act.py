@@ -331,6 +331,9 @@ def _differentiable_backward(
             "create_graph must be False in a backward pass through a norm that shares its statistics with other ranks; "
             "as of torch.nn.SyncBatchNorm, there is no second derivative"
         )
+    # Views: x may be made of the same weight, and what weight does there is no part of this norm.
+    x = x.view_as(x)
+    weight, bias = (None if vector is None else vector.view_as(vector) for vector in (weight, bias))
     if constant:
         variance = invstd.double().pow(-2).to(invstd.dtype) - eps
         z = _batch_norm(x, BatchNorm(weight, bias, mean, variance, False, 0.0, eps))

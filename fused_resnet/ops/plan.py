@@ -20,15 +20,21 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fused_resnet.ops.backend import AUTO, requested_backend, why_not
+from fused_resnet.ops.layout import is_channels_last_once_dense
 
 ENVIRONMENT_VARIABLE = "FUSED_RESNET_LEVEL"
 HIGHEST_LEVEL = 3
 WITHOUT_CONVOLUTION = ("native", "separate")
+MOST_DECISIONS = 4096
+
+_decided: dict[tuple[Any, ...], int] = {}
+"""What ``training_level`` has answered: a block asks for each of its convolutions at every forward."""
 
 
 def use_fusion_level(level: int | None) -> contextlib.AbstractContextManager[None]:
@@ -72,9 +78,18 @@ def training_level(
         x: (N, C, H, W), of the dtype, device and memory format that the convolution gets.
         conv_weight: (K, C / groups, R, S), x's dtype.
     """
-    if why_not_fused_training(x, conv_weight, stride, padding, dilation, groups):
-        return 0
-    return training_level_asked_for()
+    weight = (conv_weight.shape, conv_weight.dtype, conv_weight.device)
+    image = (type(x), x.shape, x.dtype, x.device, is_channels_last_once_dense(x))
+    settings = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    key = (image, weight, settings, _requested, requested_backend(), _needs_full_float32(x))
+    level = _decided.get(key)
+    if level is None:
+        fused = not why_not_fused_training(x, conv_weight, stride, padding, dilation, groups)
+        level = training_level_asked_for() if fused else 0
+        if len(_decided) >= MOST_DECISIONS:
+            _decided.clear()
+        _decided[key] = level
+    return level
 
 
 def training_level_asked_for() -> int:

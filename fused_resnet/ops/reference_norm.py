@@ -24,6 +24,8 @@ def bn_stats(
     """Mean and 1/sqrt(biased variance + eps) of each channel; moves the running statistics. Reads 1T, writes 0."""
     wide = x.to(statistics_dtype(x))
     variance, mean = torch.var_mean(wide, dim=(0, 2, 3), correction=0)
+    if x.numel() == 0:  # as F.batch_norm, which leaves the running statistics alone
+        running_mean = running_var = None
     if running_mean is not None:
         running_mean.mul_(1 - momentum).add_(mean.to(running_mean.dtype), alpha=momentum)
     if running_var is not None:

@@ -97,8 +97,8 @@ def differentiable_gradients(
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """The same gradients, built of operations that autograd knows, for a second derivative."""
     # Views: x, or a link before, may be made of the same parameters, and what they do there is no part of this block.
-    x, links = x.view_as(x), [_of_views(done) for done in links]
-    shortcut = None if shortcut is None else _of_views(shortcut)
+    x, links = x.view_as(x), [of_views(done) for done in links]
+    shortcut = None if shortcut is None else of_views(shortcut)
     every = [*links, *([] if shortcut is None else [shortcut])]
     if any(done.share is not None for done in every):
         raise NotImplementedError("a second derivative through statistics of several ranks is not implemented")
@@ -117,7 +117,8 @@ def differentiable_gradients(
     return grad_x, grads
 
 
-def _of_views(done: Done) -> Done:
+def of_views(done: Done) -> Done:
+    """The link with views of its parameters."""
     conv_weight, norm = done.link.conv_weight, done.link.norm
     weight, bias = (None if vector is None else vector.view_as(vector) for vector in (norm.weight, norm.bias))
     link = done.link._replace(

@@ -41,7 +41,7 @@ from fused_resnet.ops.conv_norm import (
 from fused_resnet.ops.layout import conv_memory_format, dense
 from fused_resnet.ops.plan import why_not_fused_pool
 from fused_resnet.ops.residual_block import autocast_dtype, check_link
-from fused_resnet.ops.residual_block_grad import plain_norm
+from fused_resnet.ops.residual_block_grad import of_views, plain_norm
 from fused_resnet.ops.schemas import conv_output_size
 
 _ops = torch.ops.fused_resnet
@@ -141,6 +141,8 @@ class _Stem(torch.autograd.Function):
         need_conv_weight, need_weight, need_bias = need
         norm = done.link.norm
         if torch.is_grad_enabled():  # create_graph=True
+            x, done = x.view_as(x), of_views(done)
+            norm = done.link.norm
             y = F.conv2d(x, done.link.conv_weight.to(x.dtype), None, *done.link.sizes)
             out = F.max_pool2d(F.relu(plain_norm(y, done)), *window)
             inputs = [x, done.link.conv_weight, norm.weight, norm.bias]

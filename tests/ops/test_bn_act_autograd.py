@@ -250,3 +250,26 @@ def test_forward_mode():
             for function in (bn_act, pytorch_bn_act)
         ]
     torch.testing.assert_close(*tangents)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_create_graph_where_a_weight_is_used_twice(training):
+    """The first derivative is that of each use, counted once, whether or not a second one is wanted."""
+    x, weight, bias = torch.randn(3, 4, 5, 5).double(), torch.rand(4).double(), torch.randn(4).double()
+    mean, var = torch.zeros(4).double(), torch.ones(4).double()
+    weight.requires_grad_(), bias.requires_grad_()
+
+    def found(function, **settings):
+        y = function(x, mean, var, **settings)
+        return torch.autograd.grad((function(y, mean, var, **settings) ** 2).sum(), (weight, bias), create_graph=True)
+
+    def plain(x, mean, var):
+        return torch.nn.functional.batch_norm(x, mean.clone(), var.clone(), weight, bias, training)
+
+    def fused(x, mean, var):
+        return bn_act(x, weight, bias, mean.clone(), var.clone(), training=training, activation=None)
+
+    with use_backend("reference"):
+        actual = found(fused)
+    for got, want in zip(actual, found(plain), strict=True):
+        torch.testing.assert_close(got, want)

@@ -27,6 +27,12 @@ ROOT = Path(__file__).resolve().parents[2]
 SIZES = ([1, 1], [1, 1], [1, 1])
 
 
+@pytest.fixture(autouse=True)
+def nothing_decided_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reasons are replaced here, and answers are remembered."""
+    monkeypatch.setattr(plan, "_decided", {})
+
+
 def convolution(groups: int = 1, dtype: torch.dtype = torch.float32) -> tuple:
     """The arguments of ``training_level``: a 3x3 convolution of an image in channels_last."""
     x = torch.randn(2, 4, 5, 6, dtype=dtype).contiguous(memory_format=torch.channels_last)
