@@ -34,7 +34,7 @@ def fuse(model: Model, *, memory: str = "default") -> Model:
         model: any module; itself or its descendants are changed.
         memory: what a residual block in training keeps for its backward. "default": what is fastest here. "efficient":
             its input, its result and the outputs of all its convolutions but the last, which is computed again; about
-            half of what PyTorch keeps, for about a tenth more time (``ops.residual_block``).
+            half of what PyTorch keeps, for one more convolution a block in backward (``ops.residual_block``).
 
     Returns:
         The model it was given.
