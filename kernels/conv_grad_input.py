@@ -291,7 +291,7 @@ def conv_grad_input_kernel(
                 in_weight = in_weight & in_filters[:, None]
             offset = corner[:, None] + patch[None, :]
             if DESCRIPTORS:
-                dy = dz_ptr.load([row_tile * BLOCK_ROWS, step * BLOCK_DEPTH])
+                dy = dz_ptr.load([tl.cast(row_tile * BLOCK_ROWS, tl.int32), step * BLOCK_DEPTH])
                 weight_tile = weight_ptr.load([step * BLOCK_DEPTH, first_channel])
             else:
                 dy = tl.load(dz_ptr + offset, mask=in_dy, other=0.0)
@@ -300,7 +300,7 @@ def conv_grad_input_kernel(
             if coefficients_ptr is not None:
                 if y_ptr is not None:
                     y = (
-                        y_ptr.load([row_tile * BLOCK_ROWS, step * BLOCK_DEPTH])
+                        y_ptr.load([tl.cast(row_tile * BLOCK_ROWS, tl.int32), step * BLOCK_DEPTH])
                         if DESCRIPTORS
                         else tl.load(y_ptr + offset, mask=in_dy, other=0.0)
                     )

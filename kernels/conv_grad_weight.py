@@ -203,7 +203,11 @@ def conv_grad_weight_kernel(
         in_rows = (row < last_row)[:, None]
         in_dy = in_rows & in_filters[None, :]
         dy_offset = row[:, None] * filters + filter[None, :]
-        dy = dz_ptr.load([start, first_filter]) if DESCRIPTORS else tl.load(dz_ptr + dy_offset, mask=in_dy, other=0.0)
+        dy = (
+            dz_ptr.load([tl.cast(start, tl.int32), first_filter])
+            if DESCRIPTORS
+            else tl.load(dz_ptr + dy_offset, mask=in_dy, other=0.0)
+        )
         in_image = in_rows & in_columns[None, :]
         if POINTWISE:
             offset = row[:, None] * channels + channel[None, :]
@@ -224,9 +228,17 @@ def conv_grad_weight_kernel(
                 if PADDED:
                     in_pixels = (pixel_y >= 0) & (pixel_y < height) & (pixel_x >= 0) & (pixel_x < width)
                     in_image = in_image & in_pixels[:, None]
-        image = x_ptr.load([start, first_channel]) if DESCRIPTORS else tl.load(x_ptr + offset, mask=in_image, other=0.0)
+        image = (
+            x_ptr.load([tl.cast(start, tl.int32), first_channel])
+            if DESCRIPTORS
+            else tl.load(x_ptr + offset, mask=in_image, other=0.0)
+        )
         if y_ptr is not None:
-            y = y_ptr.load([start, first_filter]) if DESCRIPTORS else tl.load(y_ptr + dy_offset, mask=in_dy, other=0.0)
+            y = (
+                y_ptr.load([tl.cast(start, tl.int32), first_filter])
+                if DESCRIPTORS
+                else tl.load(y_ptr + dy_offset, mask=in_dy, other=0.0)
+            )
             dy = output_grad(dy, y, abc[0], abc[1], abc[2], abc[3])
             dy = tl.where(in_rows, dy, 0.0).to(image.dtype)
         elif coefficients_ptr is not None:
@@ -236,7 +248,7 @@ def conv_grad_weight_kernel(
             image = tl.where(in_image, image, 0.0).to(dy.dtype)
         total = tl.dot(tl.trans(dy), image, total, input_precision=PRECISION)
 
-    size = filters.to(tl.int64) * TAPS * channels
+    size = tl.cast(filters, tl.int64) * TAPS * channels
     offset = split * size + filter.to(tl.int64)[:, None] * (TAPS * channels) + place[None, :]
     tl.store(partials_ptr + offset, total, mask=in_filters[:, None] & in_columns[None, :])
 

@@ -51,12 +51,13 @@ def conv_stats(
         running_mean, running_var: (K,), moved in place as in ``bn_stats``; or None.
 
     Reads bytes(x) + bytes(conv_weight) (the image up to R*S times from L2), writes bytes(y), and 12*P*K bytes of P
-    partial statistics, at most ``training_tiles.CHUNK_WAVES`` waves of programs, which the second launch reads.
+    partial statistics, about ``training_tiles.CHUNK_WAVES`` waves of programs, which the second launch reads.
     """
     x, conv_weight = channels_last(x), channels_last(conv_weight)
     shape = ConvShape.of(x, conv_weight, stride, padding, dilation)
     full_precision = is_full_precision(x)
-    product = forward_product(shape, x.element_size())
+    wide = max(x.numel(), conv_weight.numel(), shape.rows * shape.filters) >= WIDE_ELEMENTS
+    product = forward_product(shape, x.element_size(), wide)
     chip = chip_of(x.device)
     tiles = training_tiles(product, x.element_size(), chip, full_precision=full_precision)
     descriptors = chip.tma and shape.pointwise and can_describe(x, conv_weight)
@@ -93,7 +94,7 @@ def conv_stats(
             POINTWISE=shape.pointwise,
             PADDED=shape.padded,
             EVEN_DEPTH=(shape.taps * shape.channels if tiles.flat else shape.channels) % tiles.depth == 0,
-            WIDE=max(x.numel(), conv_weight.numel(), y.numel()) >= WIDE_ELEMENTS,
+            WIDE=wide,
             PRECISION="ieee" if full_precision else "tf32",
             BLOCK_ROWS=tiles.rows,
             BLOCK_FILTERS=tiles.columns,
@@ -108,7 +109,8 @@ def conv_stats(
     return (y, *finalize_statistics(counts, means, m2s, running_mean, running_var, momentum, eps))
 
 
-def forward_product(shape: ConvShape, element_bytes: int) -> Product:
+def forward_product(shape: ConvShape, element_bytes: int, wide: bool = False) -> Product:
+    """``wide``: with 64-bit offsets, which take the registers of some sums."""
     return Product(
         rows=shape.rows,
         columns=shape.filters,
@@ -116,6 +118,7 @@ def forward_product(shape: ConvShape, element_bytes: int) -> Product:
         channels=shape.channels,
         flat=True,
         aligned=aligned(element_bytes, shape.channels, shape.filters),
+        sums=32 if wide else 64,
     )
 
 

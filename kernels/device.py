@@ -38,11 +38,12 @@ class Chip:
 
 CHIPS = {
     # A100: 1.41 GHz, 2.0 TB/s. RTX 3090: 1.7 GHz, 0.94 TB/s. L40S: 2.5 GHz, 0.86 TB/s. H200: 1.76 GHz, 4.3 TB/s
-    # measured. Clocks and memory are the data sheets', L2 an assumed 60% of what they say.
+    # measured. RTX 5090: 2.4 GHz, 1.8 TB/s. Clocks and memory are the data sheets', L2 an assumed 60% of what they say.
     (8, 0): Chip(108, 163 * 1024, 2048, 28, 13.1),
     (8, 6): Chip(82, 99 * 1024, 512, 20, 6.7),
     (8, 9): Chip(142, 99 * 1024, 1024, 20, 2.4),
     (9, 0): Chip(132, 227 * 1024, 4096, 24, 18.5, wgmma=True, tma=True),
+    (12, 0): Chip(170, 99 * 1024, 1024, 20, 4.4, tma=True),
 }
 INTERPRETED_CHIP = replace(CHIPS[8, 9], multiprocessors=INTERPRETED_MULTIPROCESSORS)
 

@@ -80,9 +80,9 @@ def patch_product(
 
     With ``mean_ptr`` the image is normalised and rectified on its way, and the padding put back to 0 afterwards.
     FLAT_CHANNELS is the channel count if the depth is walked flat, else 0. EVEN_DEPTH: no step reaches past its
-    channels. WIDE: first_row is 64-bit, and so are all offsets. DESCRIPTORS: x_ptr and weight_ptr are tensor
-    descriptors of the matrices (rows, channels) and (filters, channels) of a pointwise convolution. Reads outside the
-    image, the channels or the filters give 0.
+    channels. WIDE: first_row is 64-bit, and so are the offsets of rows and filters. DESCRIPTORS: x_ptr and weight_ptr
+    are tensor descriptors of the matrices (rows, channels) and (filters, channels) of a pointwise convolution. Reads
+    outside the image, the channels or the filters give 0.
     """
     row = first_row + tl.arange(0, BLOCK_ROWS)
     filter = first_filter + tl.arange(0, BLOCK_FILTERS)
@@ -141,7 +141,7 @@ def patch_product(
             in_image = in_patch & in_depth[None, :]
             in_weight = in_weight & in_depth[:, None]
         if DESCRIPTORS:
-            image_tile = x_ptr.load([first_row, step * BLOCK_DEPTH])
+            image_tile = x_ptr.load([tl.cast(first_row, tl.int32), step * BLOCK_DEPTH])
             weight_tile = weight_ptr.load([first_filter, step * BLOCK_DEPTH]).T
         else:
             image_tile = tl.load(x_ptr + (corner[:, None] + patch[None, :]), mask=in_image, other=0.0)

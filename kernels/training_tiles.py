@@ -67,7 +67,7 @@ START_CYCLES = 1500
 OVERHEAD_REGISTERS = 72  # addresses, masks, vectors
 REGISTERS = 64 * 1024
 THREADS = 2048
-CHUNK_WAVES = 4  # programs of a kernel that leaves partial sums: so many waves, and no more partial sums than programs
+CHUNK_WAVES = 4  # programs of a kernel that leaves partial sums: so many waves at least, and less than twice as many
 SPLIT_WAVES = 2
 MAX_SPLITS = 1024
 

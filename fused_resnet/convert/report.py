@@ -152,6 +152,10 @@ def _why_level_0(module: nn.Module, conv_name: str | None, memory_format: torch.
         reasons = ["its convolution is neither in a residual block nor in a stem"]
     if reasons or conv_name is None:
         return reasons
+    if isinstance(module, (BasicBlock, Bottleneck)) and conv_name != module.links[0][0]:
+        first = _why_level_0(module, module.links[0][0], memory_format)
+        if first:  # a block is run whole if its first convolution is fused
+            return first
     conv = cast(nn.Conv2d, module.get_submodule(conv_name))
     size = [dilation * (kernel - 1) + 1 for dilation, kernel in zip(conv.dilation, conv.kernel_size, strict=True)]
     shape = (2, conv.in_channels, *size)

@@ -41,7 +41,8 @@ def use_fusion_level(level: int | None) -> contextlib.AbstractContextManager[Non
     """``with use_fusion_level(level):`` trains residual blocks at this level (None for the automatic choice).
 
     For the whole process, as ``use_backend``. A block keeps the level of its forward for its backward. Asked for by
-    number, levels 1 to 3 also run where no fused kernel does, through the reference: right, but slow.
+    number, levels 1 to 3 also run on the CPU, through the reference: right, but slow. What no backend but the reference
+    takes at all (float64, for one) stays at level 0 unless ``use_backend("reference")`` asks for that too.
 
     Raises:
         TypeError, ValueError: level is not None, 0, 1, 2 or 3.

@@ -74,7 +74,8 @@ def residual_block(
         chain: at least one link, the convolutions' weights in x's dtype (in any under autocast).
         shortcut: a projection of x to the shape of the chain's result; None for x itself.
         memory: what is kept for backward beside x and the result: every convolution's output ("default"), or all but
-            that of the chain's last one, which is then computed again in backward ("efficient").
+            that of the chain's last one, which is then computed again in backward ("efficient"). Where no backend but
+            the reference takes x, and under torch.compile, it is what PyTorch's own operations keep.
 
     Returns:
         (N, K, H', W') in the dtype and memory format of ``F.conv2d``'s result.

@@ -12,6 +12,8 @@ from fused_resnet.ops.conv_norm import Done, Raw, Upstream, backward_link, convo
 
 _ops = torch.ops.fused_resnet
 
+NO_SECOND_DERIVATIVE = "a second derivative through statistics of several ranks is not implemented"
+
 
 def block_gradients(
     grad_out: Tensor,
@@ -101,7 +103,7 @@ def differentiable_gradients(
     shortcut = None if shortcut is None else of_views(shortcut)
     every = [*links, *([] if shortcut is None else [shortcut])]
     if any(done.share is not None for done in every):
-        raise NotImplementedError("a second derivative through statistics of several ranks is not implemented")
+        raise NotImplementedError(NO_SECOND_DERIVATIVE)
     h = x
     for index, done in enumerate(links):
         h = plain_norm(F.conv2d(h, done.link.conv_weight.to(x.dtype), None, *done.link.sizes), done)

@@ -41,7 +41,7 @@ from fused_resnet.ops.conv_norm import (
 from fused_resnet.ops.layout import conv_memory_format, dense
 from fused_resnet.ops.plan import why_not_fused_pool
 from fused_resnet.ops.residual_block import autocast_dtype, check_link
-from fused_resnet.ops.residual_block_grad import of_views, plain_norm
+from fused_resnet.ops.residual_block_grad import NO_SECOND_DERIVATIVE, of_views, plain_norm
 from fused_resnet.ops.schemas import conv_output_size
 
 _ops = torch.ops.fused_resnet
@@ -90,10 +90,11 @@ def conv_bn_act_pool(
         vectors, (training, momentum, eps, group) = link.norm[:4], link.norm[4:]
         a = bn_act(y, *vectors, training=training, momentum=momentum, eps=eps, process_group=group)
         return F.max_pool2d(a, *window)
+    x = dense(x)
     if wants_gradient(x, link.conv_weight, link.norm.weight, link.norm.bias):
         return _Stem.apply(x, link, window, link.conv_weight, link.norm.weight, link.norm.bias)
     with torch.no_grad():
-        done = forward_link(Raw(dense(x)), link, level_of(dense(x), link))
+        done = forward_link(Raw(x), link, level_of(x, link))
         return _ops.bn_apply_pool(done.y, *done.vectors, *window)[0]
 
 
@@ -126,7 +127,6 @@ class _Stem(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
     ) -> Tensor:
-        x = dense(x)
         done = forward_link(Raw(x), link, level_of(x, link))
         out, place = _ops.bn_apply_pool(done.y, *done.vectors, *window)
         ctx.save_for_backward(x, place, *keep(done, (conv_weight, weight, bias)))
@@ -141,6 +141,8 @@ class _Stem(torch.autograd.Function):
         need_conv_weight, need_weight, need_bias = need
         norm = done.link.norm
         if torch.is_grad_enabled():  # create_graph=True
+            if done.share is not None:
+                raise NotImplementedError(NO_SECOND_DERIVATIVE)
             x, done = x.view_as(x), of_views(done)
             norm = done.link.norm
             y = F.conv2d(x, done.link.conv_weight.to(x.dtype), None, *done.link.sizes)

@@ -198,6 +198,9 @@ def test_level_in_training():
     assert found["0.bn + act"].level_reasons == ("its convolution is neither in a residual block nor in a stem",)
     assert found["1.bn2 + relu"].level_reasons == ("groups is 2; the training kernels take 1",)
     assert found["2.bn1 + relu"].level_reasons == ("the convolution has hooks, or a forward of its own",)
+    block.conv1 = nn.Conv2d(8, 8, 1, groups=4, bias=False)  # then no convolution of the block is fused
+    with use_fusion_level(3):
+        assert {site.level for site in fusion_report(block).sites} == {0}
     with use_fusion_level(0):
         assert fusion_report(block).sites[0].level_reasons == ("level 0 was asked for",)
     block.bn1.register_forward_hook(lambda *args: None)

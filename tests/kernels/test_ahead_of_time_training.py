@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from typing import Any
 
 import pytest
@@ -71,6 +72,25 @@ def test_bfloat16(compile_launches, chip: int, op: str, name: str) -> None:
 def test_tf32(compile_launches, chip: int, op: str, name: str, fp32_precision: str) -> None:
     kernel, *_ = compile_launches(getattr(kernels, op), *arguments(name, torch.float32)[op])
     check(kernel, chip, "tf32.tf32", copies=True, name=name)
+
+
+@pytest.mark.parametrize("name", ["1x1 widening", "3x3"])
+@pytest.mark.parametrize("op", ["conv_stats", "conv_grad_input", "conv_grad_weight"])
+def test_64_bit_offsets(compile_launches, chip: int, op: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of tensor descriptors too, whose coordinates have 32 bits."""
+    monkeypatch.setattr(sys.modules[f"fused_resnet.kernels.{op}"], "WIDE_ELEMENTS", 1)
+    kernel, *_ = compile_launches(getattr(kernels, op), *arguments(name, torch.bfloat16)[op])
+    check_resources(kernel, 255)
+
+
+@pytest.mark.parametrize("op", ["conv_stats", "conv_grad_input", "conv_grad_weight"])
+def test_sizes_of_one(compile_launches, chip: int, op: str) -> None:
+    """Triton makes a constant of an argument that is 1, which has no methods."""
+    for kernel, padding in ((1, 0), (3, 1)):
+        CONVOLUTIONS["ones"] = ((1, 1, 1, 1), 1, kernel, 1, padding)
+        for launched in compile_launches(getattr(kernels, op), *arguments("ones", torch.bfloat16)[op]):
+            check_resources(launched, 255)
+    del CONVOLUTIONS["ones"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

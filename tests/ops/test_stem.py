@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from fused_resnet.bench.saved_bytes import saved_bytes
 from fused_resnet.ops import BatchNorm, ConvNorm, conv_bn_act_pool, use_backend, use_fusion_level
 from tests.accuracy import assert_at_most_twice
 
+stem = importlib.import_module("fused_resnet.ops.stem")
 LEVELS = (0, 1, 2, 3)
 BUFFERS = ("running_mean", "running_var")
 Tensors = dict[str, Tensor]
@@ -177,3 +179,30 @@ def test_refusals(change: dict[str, Any], error: type[Exception], message: str) 
     assert torch.equal(given["running_mean"], before)
     with pytest.raises(TypeError, match="link must be a ConvNorm; got str"):
         conv_bn_act_pool(given["x"], "link")  # type: ignore[arg-type]
+
+
+def test_a_second_derivative_of_an_image_that_is_not_dense() -> None:
+    base = torch.randn(2, 6, 13, 11, dtype=torch.float64).contiguous(memory_format=torch.channels_last).requires_grad_()
+    given = {name: tensor for name, tensor in tensors().items() if name != "x"}
+
+    def gradient(function: Callable[..., Tensor]) -> Tensor:
+        buffers = {name: given[name].clone() for name in BUFFERS}
+        out = function(given | buffers | {"x": base[:, :3]})
+        (found,) = torch.autograd.grad(out.square().sum(), base, create_graph=True)
+        return torch.autograd.grad(found.square().sum(), base)[0]
+
+    with use_backend("reference"), use_fusion_level(3):
+        actual = gradient(fused)
+    torch.testing.assert_close(actual, gradient(plain))
+
+
+def test_no_second_derivative_through_statistics_of_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As residual_block and bn_act say; a wrong number would be worse."""
+    given = tensors()
+    given["conv_weight"].requires_grad_()
+    keep = stem.restored
+    monkeypatch.setattr(stem, "restored", lambda *args: keep(*args)._replace(share=torch.tensor(0.5)))
+    with use_backend("reference"), use_fusion_level(3):
+        out = fused(given)
+        with pytest.raises(NotImplementedError, match="several ranks"):
+            torch.autograd.grad(out.sum(), given["conv_weight"], create_graph=True)
