@@ -13,7 +13,8 @@ if __name__ != "fused_resnet.kernels":
 from fused_resnet.kernels.bn_act import bn_apply, bn_apply_dual, bn_stats
 from fused_resnet.kernels.bn_act_grad import bn_grad_apply, bn_grad_stats
 from fused_resnet.kernels.bn_grad_coefficients import bn_grad_coefficients
-from fused_resnet.kernels.bn_pool import bn_apply_pool, bn_pool_grad_apply, bn_pool_grad_stats
+from fused_resnet.kernels.bn_pool import bn_apply_pool
+from fused_resnet.kernels.bn_pool_grad import bn_pool_grad_apply, bn_pool_grad_stats
 from fused_resnet.kernels.conv import conv_bn_act, why_not_conv
 from fused_resnet.kernels.conv_grad_input import conv_grad_input
 from fused_resnet.kernels.conv_grad_weight import conv_grad_weight
