@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_resnet.kernels.channels_last import channels_last, dense_vector, optional_channels_last
-from fused_resnet.kernels.conv_shape import ConvShape, is_full_precision, output_size, why_not_any_conv
+from fused_resnet.kernels.conv_shape import ConvShape, is_full_precision, output_size, why_not_train_conv
 from fused_resnet.kernels.conv_tiles import GROUP_ROWS, conv_tiles
 from fused_resnet.kernels.device import multiprocessors
 from fused_resnet.kernels.patches import WIDE_ELEMENTS, patch_product, program_block
@@ -108,7 +108,7 @@ def why_not_conv(
     relu: bool,
 ) -> list[str]:
     """The reasons why ``conv_bn_act`` cannot take these arguments, beyond those that hold for every op on x."""
-    reasons = why_not_any_conv(x, conv_weight, stride, padding, dilation, groups)
+    reasons = why_not_train_conv(x, conv_weight, stride, padding, dilation, groups)
     if x.dim() != 4 or conv_weight.dim() != 4:
         return reasons
     out_height, out_width = output_size(x, conv_weight, stride, padding, dilation)

@@ -83,10 +83,11 @@ def is_full_precision(x: Tensor) -> bool:
     return x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision != "tf32"  # type: ignore[attr-defined]
 
 
-def why_not_any_conv(
+def why_not_train_conv(
     x: Tensor, conv_weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
 ) -> list[str]:
-    """The reasons why no convolution kernel here can take these, beyond those that hold for every op on x."""
+    """The reasons why ``conv_stats``, ``conv_grad_input`` and ``conv_grad_weight``, as every convolution here, cannot
+    take these, beyond those that hold for every op on x."""
     if x.dim() != 4 or conv_weight.dim() != 4:
         return [f"x has {x.dim()} dimensions and conv_weight {conv_weight.dim()}; it takes 4 and 4"]
     reasons = []
@@ -108,10 +109,3 @@ def why_not_any_conv(
     if x.is_cuda and torch.cuda.get_device_capability(x.device) < OLDEST_CAPABILITY:
         reasons.append(f"the GPU is older than compute capability {'.'.join(map(str, OLDEST_CAPABILITY))}")
     return reasons
-
-
-def why_not_train_conv(
-    x: Tensor, conv_weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
-) -> list[str]:
-    """The reasons why ``conv_stats``, ``conv_grad_input`` and ``conv_grad_weight`` cannot take these."""
-    return why_not_any_conv(x, conv_weight, stride, padding, dilation, groups)

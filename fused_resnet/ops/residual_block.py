@@ -142,9 +142,7 @@ def _check_links(x: Tensor, chain: Sequence[ConvNorm], shortcut: ConvNorm | None
     shape = tuple(x.shape)
     for index, link in enumerate(chain):
         shape = check_link(x, shape, link, f"chain[{index}]")
-    end = shape if shortcut is None and shape == tuple(x.shape) else tuple(x.shape)
-    if shortcut is not None:
-        end = check_link(x, tuple(x.shape), shortcut, "shortcut")
+    end = tuple(x.shape) if shortcut is None else check_link(x, tuple(x.shape), shortcut, "shortcut")
     if end != shape:
         raise ValueError(f"the chain's result, {shape}, and the shortcut's must have one shape; got {end}")
 
@@ -154,12 +152,12 @@ def check_link(x: Tensor, shape: tuple[int, ...], link: ConvNorm, name: str) -> 
     if not isinstance(link, ConvNorm):
         raise TypeError(f"{name} must be a ConvNorm; got {type(link).__name__}")
     try:
-        return _checkedcheck_link(x.new_empty(1).expand(shape), link)
+        return _shape_behind(x.new_empty(1).expand(shape), link)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from None
 
 
-def _checkedcheck_link(x: Tensor, link: ConvNorm) -> tuple[int, ...]:
+def _shape_behind(x: Tensor, link: ConvNorm) -> tuple[int, ...]:
     checks.check_conv_weight(x, link.conv_weight, link.groups)
     if autocast_dtype(x) is None:
         checks.check_same_dtype("conv_weight", link.conv_weight, x.dtype)

@@ -100,7 +100,7 @@ def conv_bn_act_pool(
 
 def gains(x: Tensor, conv_weight: Tensor, window: Window) -> bool:
     """True if pooling is fused with the norm and ReLU in front of it for this x."""
-    if torch.compiler.is_compiling() or not has_fused_backend(dense(x)):
+    if torch.compiler.is_compiling() or not has_fused_backend(x):
         return False
     weight = like_x(conv_weight, x)
     shape = (1, weight.shape[0], *window[0])

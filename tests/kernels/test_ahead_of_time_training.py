@@ -38,9 +38,9 @@ LARGE = ("1x1 narrowing", "1x1 widening", "1x1 deep", "3x3", "3x3 narrow", "3x3 
 """Where the tile is large enough for the warp-group instructions of sm_90."""
 
 
-def arguments(name: str, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
+def arguments(convolution: tuple[Any, ...], dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
     """The launchers and their arguments, with everything there."""
-    shape, filters, kernel, stride, padding = CONVOLUTIONS[name]
+    shape, filters, kernel, stride, padding = convolution
     size = (shape[2] + 2 * padding - kernel) // stride + 1
     x, y = empty(shape, dtype), empty((shape[0], filters, size, size), dtype)
     weight = empty((filters, shape[1], kernel, kernel), dtype)
@@ -59,7 +59,7 @@ def arguments(name: str, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
 @pytest.mark.parametrize("op", ["conv_stats", "conv_grad_input", "conv_grad_weight"])
 def test_bfloat16(compile_launches, chip: int, op: str, name: str) -> None:
     """No spills, matrix instructions, asynchronous copies in the main loop, shared memory within the chip's."""
-    kernel, *others = compile_launches(getattr(kernels, op), *arguments(name, torch.bfloat16)[op])
+    kernel, *others = compile_launches(getattr(kernels, op), *arguments(CONVOLUTIONS[name], torch.bfloat16)[op])
     check(kernel, chip, "bf16.bf16", copies=name not in UNALIGNED, name=name)
     whole_tiles = chip == 90 and name.startswith("1x1")
     assert (kernel.count(r"cp\.async\.bulk\.tensor") > 0) == whole_tiles, "tensor descriptors"
@@ -70,7 +70,7 @@ def test_bfloat16(compile_launches, chip: int, op: str, name: str) -> None:
 @pytest.mark.parametrize("name", ["1x1 widening", "3x3", "3x3 strided"])
 @pytest.mark.parametrize("op", ["conv_stats", "conv_grad_input", "conv_grad_weight"])
 def test_tf32(compile_launches, chip: int, op: str, name: str, fp32_precision: str) -> None:
-    kernel, *_ = compile_launches(getattr(kernels, op), *arguments(name, torch.float32)[op])
+    kernel, *_ = compile_launches(getattr(kernels, op), *arguments(CONVOLUTIONS[name], torch.float32)[op])
     check(kernel, chip, "tf32.tf32", copies=True, name=name)
 
 
@@ -79,7 +79,7 @@ def test_tf32(compile_launches, chip: int, op: str, name: str, fp32_precision: s
 def test_64_bit_offsets(compile_launches, chip: int, op: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of tensor descriptors too, whose coordinates have 32 bits."""
     monkeypatch.setattr(sys.modules[f"fused_resnet.kernels.{op}"], "WIDE_ELEMENTS", 1)
-    kernel, *_ = compile_launches(getattr(kernels, op), *arguments(name, torch.bfloat16)[op])
+    kernel, *_ = compile_launches(getattr(kernels, op), *arguments(CONVOLUTIONS[name], torch.bfloat16)[op])
     check_resources(kernel, 255)
 
 
@@ -87,10 +87,9 @@ def test_64_bit_offsets(compile_launches, chip: int, op: str, name: str, monkeyp
 def test_sizes_of_one(compile_launches, chip: int, op: str) -> None:
     """Triton makes a constant of an argument that is 1, which has no methods."""
     for kernel, padding in ((1, 0), (3, 1)):
-        CONVOLUTIONS["ones"] = ((1, 1, 1, 1), 1, kernel, 1, padding)
-        for launched in compile_launches(getattr(kernels, op), *arguments("ones", torch.bfloat16)[op]):
+        ones = arguments(((1, 1, 1, 1), 1, kernel, 1, padding), torch.bfloat16)
+        for launched in compile_launches(getattr(kernels, op), *ones[op]):
             check_resources(launched, 255)
-    del CONVOLUTIONS["ones"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
