@@ -8,9 +8,9 @@
 
 #include <cstdint>
 
-namespace fused_resnet {
+#include "norm.h"
 
-enum class DType { float32, float16, bfloat16 };
+namespace fused_resnet {
 
 struct Activation {
   int64_t images;
@@ -21,14 +21,6 @@ struct Activation {
   int threads;
 
   int64_t count() const { return images * pixels; }  // values per channel
-};
-
-// xhat = (x - mean) * invstd; z = xhat * weight + bias. A null weight is 1, a null bias 0.
-struct Norm {
-  const float* mean;
-  const float* invstd;
-  const float* weight;
-  const float* bias;
 };
 
 struct BnActKernels {

@@ -4,6 +4,7 @@
 
 #include "bn_act.h"
 #include "buffers.h"
+#include "cuda_module.h"
 
 #ifndef FUSED_RESNET_VERSION
 #define FUSED_RESNET_VERSION "unknown"
@@ -113,4 +114,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("bn_apply_dual", &fr::bn_apply_dual, NoGil());
   m.def("bn_grad_stats", &fr::bn_grad_stats, NoGil());
   m.def("bn_grad_apply", &fr::bn_grad_apply, NoGil());
+  fr::define_cuda(m);
 }

@@ -1,0 +1,87 @@
+// How kernels are started: on whose stream, with how much of what, and what an error says.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+#include <utility>
+
+#include "ops.h"
+
+namespace fused_resnet {
+namespace cuda {
+
+struct DeviceProperties {
+  int multiprocessors;
+  int shared_memory;  // bytes that a block may have
+  int capability;     // 80, 86, 89, 90, ...
+};
+
+// Asked of the driver once for each device.
+const DeviceProperties& properties_of(int device);
+
+// Makes the stream's device the current one, and the one before it again at the end.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(const Call& call);
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int before_, now_;
+};
+
+// "bn_stats of (2, 64, 56, 56) float16".
+std::string described(const Call& call);
+
+// Throws std::runtime_error that names the op, the shape and the error; leaves no error behind for others to find.
+void check(const Call& call, cudaError_t error);
+
+struct Grid {
+  dim3 blocks;
+  int threads;
+  std::size_t shared_bytes = 0;
+  bool cooperative = false;
+};
+
+constexpr std::size_t kSharedBytesUnasked = 48 * 1024;
+
+template <typename... Parameters, typename... Arguments>
+void launch(const Call& call, const Grid& grid, void (*kernel)(Parameters...), Arguments&&... arguments) {
+  if (grid.shared_bytes > kSharedBytesUnasked) {
+    check(call, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     static_cast<int>(grid.shared_bytes)));
+  }
+  // From sm_90 on a kernel may be set up while the one in front of it drains (wait_for_previous_grid).
+  cudaLaunchAttribute attribute{};
+  if (grid.cooperative) {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  } else {
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid.blocks;
+  config.blockDim = dim3(grid.threads);
+  config.dynamicSmemBytes = grid.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(call.place.stream);
+  config.attrs = &attribute;
+  config.numAttrs = grid.cooperative || properties_of(call.place.device).capability >= 90 ? 1 : 0;
+  check(call, cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
+}
+
+inline bool aligned(std::initializer_list<const void*> addresses) {
+  for (const void* address : addresses) {
+    if (reinterpret_cast<uintptr_t>(address) % 16 != 0) return false;
+  }
+  return true;
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace cuda
+}  // namespace fused_resnet
