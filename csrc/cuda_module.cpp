@@ -145,19 +145,19 @@ void avgpool(const Place& place, Address x, Address out) {
 
 void define_cuda(py::module_& parent) {
   py::module_ m = parent.def_submodule("cuda", "The CUDA kernels. Private: use fused_resnet.ops.");
-  py::class_<Place>(m, "Place").def(py::init(&place_of), py::arg("images"), py::arg("channels"), py::arg("height"),
+  py::class_<Place>(m, "Place", py::module_local()).def(py::init(&place_of), py::arg("images"), py::arg("channels"), py::arg("height"),
                                     py::arg("width"), py::arg("dtype"), py::arg("device"), py::arg("stream"));
-  py::class_<ConvShape>(m, "ConvShape")
+  py::class_<ConvShape>(m, "ConvShape", py::module_local())
       .def(py::init(&conv_shape), py::arg("x"), py::arg("filters"), py::arg("kernel_size"), py::arg("stride"),
            py::arg("padding"), py::arg("dilation"))
       .def_readonly("out_height", &ConvShape::out_height)
       .def_readonly("out_width", &ConvShape::out_width)
       .def_property_readonly("steps", &cuda::conv_steps);
-  py::class_<cuda::ConvChoice>(m, "ConvChoice")
+  py::class_<cuda::ConvChoice>(m, "ConvChoice", py::module_local())
       .def(py::init<int, int>(), py::arg("tile"), py::arg("splits"))
       .def_readonly("tile", &cuda::ConvChoice::tile)
       .def_readonly("splits", &cuda::ConvChoice::splits);
-  py::class_<PixelScale>(m, "PixelScale")
+  py::class_<PixelScale>(m, "PixelScale", py::module_local())
       .def(py::init([](const std::array<float, 3>& scale, const std::array<float, 3>& shift) {
              return PixelScale{{scale[0], scale[1], scale[2]}, {shift[0], shift[1], shift[2]}};
            }),

@@ -5,6 +5,7 @@
 #include "bn_act.h"
 #include "buffers.h"
 #include "cuda_module.h"
+#include "types.h"
 
 #ifndef FUSED_RESNET_VERSION
 #define FUSED_RESNET_VERSION "unknown"
@@ -25,10 +26,6 @@ using Address = uintptr_t;
 
 void* pointer(Address address) { return reinterpret_cast<void*>(address); }
 float* floats(Address address) { return reinterpret_cast<float*>(address); }
-
-Norm norm_of(Address mean, Address invstd, Address weight, Address bias) {
-  return {floats(mean), floats(invstd), floats(weight), floats(bias)};
-}
 
 void check(const Activation& shape) {
   if (shape.images < 1 || shape.channels < 1 || shape.pixels < 1 || shape.threads < 1) {
@@ -91,15 +88,10 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of fused_resnet. Private: use fused_resnet.ops.";
   m.def("build_info", &fr::build_info, "How this extension was built, and the CPU kernels it runs here.");
 
-  py::enum_<fr::DType>(m, "DType")
-      .value("float32", fr::DType::float32)
-      .value("float16", fr::DType::float16)
-      .value("bfloat16", fr::DType::bfloat16);
+  fr::define_types(m);
   py::class_<fr::Activation>(m, "Activation")
       .def(py::init<int64_t, int64_t, int64_t, bool, fr::DType, int>(), py::arg("images"), py::arg("channels"),
            py::arg("pixels"), py::arg("channels_last"), py::arg("dtype"), py::arg("threads"));
-  py::class_<fr::Norm>(m, "Norm").def(py::init(&fr::norm_of), py::arg("mean"), py::arg("invstd"), py::arg("weight"),
-                                      py::arg("bias"));
 
   using NoGil = py::call_guard<py::gil_scoped_release>;
   py::class_<fr::Buffer>(m, "Buffer", py::buffer_protocol(), "Memory for an output; kept for the next one when freed.")

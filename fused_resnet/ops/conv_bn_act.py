@@ -15,8 +15,8 @@ from torch import Tensor
 from fused_resnet.ops import checks
 from fused_resnet.ops.backend import is_transformed
 from fused_resnet.ops.bn_act import bn_act, wants_gradient
+from fused_resnet.ops.layout import conv_output_size
 from fused_resnet.ops.reference import statistics_dtype
-from fused_resnet.ops.schemas import conv_output_size
 
 
 def conv_bn_act(

@@ -44,10 +44,9 @@ from fused_resnet.ops.conv_norm import (
     restored,
     without_tensors,
 )
-from fused_resnet.ops.layout import dense
+from fused_resnet.ops.layout import conv_output_size, dense
 from fused_resnet.ops.plan import training_level
 from fused_resnet.ops.residual_block_grad import block_gradients, differentiable_gradients
-from fused_resnet.ops.schemas import conv_output_size
 from fused_resnet.ops.synchronize import group_to_share
 
 _ops = torch.ops.fused_resnet

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_resnet.ops.layout import conv_memory_format, dense
-from fused_resnet.ops.reference import statistics_dtype
+from fused_resnet.ops.layout import conv_memory_format, conv_output_size, dense
+from fused_resnet.ops.reference import mask_shape, statistics_dtype
 
 NAMESPACE = "fused_resnet"
 
@@ -24,6 +24,18 @@ SCHEMAS = {
     " Tensor? bias, bool relu) -> (Tensor, Tensor, Tensor)",
     "bn_grad_apply": "(Tensor grad_out, Tensor x, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias,"
     " Tensor? sum_dz, Tensor? sum_dz_xhat, bool relu) -> Tensor",
+    "bn_apply_mask": "(Tensor x, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, Tensor? residual)"
+    " -> (Tensor, Tensor)",
+    "bn_apply_dual_mask": "(Tensor x, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias,"
+    " Tensor x2, Tensor mean2, Tensor invstd2, Tensor? weight2, Tensor? bias2) -> (Tensor, Tensor)",
+    "bn_stats_apply": "(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, float eps,"
+    " Tensor? weight, Tensor? bias, Tensor? residual, bool relu, bool with_mask) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bn_grad_stats_mask": "(Tensor grad_out, Tensor x, Tensor mask, Tensor mean, Tensor invstd) -> (Tensor, Tensor)",
+    "bn_grad_apply_mask": "(Tensor grad_out, Tensor x, Tensor mask, Tensor mean, Tensor invstd, Tensor? weight,"
+    " Tensor? sum_dz, Tensor? sum_dz_xhat, bool with_dz) -> (Tensor, Tensor)",
+    "stem": "(Tensor x, Tensor conv_weight, Tensor? scale, Tensor? shift, float[]? pixel_scale, float[]? pixel_shift)"
+    " -> Tensor",
+    "avgpool": "(Tensor x) -> Tensor",
     "conv_bn_act": "(Tensor x, Tensor conv_weight, Tensor? scale, Tensor? shift, Tensor? residual, int[] stride,"
     " int[] padding, int[] dilation, int groups, bool relu) -> Tensor",
     "conv_stats": "(Tensor x, Tensor conv_weight, Tensor? mean, Tensor? invstd, Tensor? weight, Tensor? bias,"
@@ -78,6 +90,44 @@ def _(grad_out, x, out, mean, invstd, weight, bias, relu):
 @_shape_of("bn_grad_apply")
 def _(grad_out, x, mean, invstd, weight, bias, sum_dz, sum_dz_xhat, relu):
     return torch.empty_like(dense(x))
+
+
+@_shape_of("bn_apply_mask")
+def _(x, mean, invstd, weight, bias, residual):
+    return torch.empty_like(dense(x)), _mask(x)
+
+
+@_shape_of("bn_apply_dual_mask")
+def _(x, mean, invstd, weight, bias, x2, mean2, invstd2, weight2, bias2):
+    return torch.empty_like(dense(x)), _mask(x)
+
+
+@_shape_of("bn_stats_apply")
+def _(x, running_mean, running_var, momentum, eps, weight, bias, residual, relu, with_mask):
+    mask = _mask(x) if with_mask else x.new_empty(0, dtype=torch.uint8)
+    return torch.empty_like(dense(x)), mask, _channel_vector(x), _channel_vector(x)
+
+
+@_shape_of("bn_grad_stats_mask")
+def _(grad_out, x, mask, mean, invstd):
+    return _channel_vector(x), _channel_vector(x)
+
+
+@_shape_of("bn_grad_apply_mask")
+def _(grad_out, x, mask, mean, invstd, weight, sum_dz, sum_dz_xhat, with_dz):
+    return torch.empty_like(dense(x)), torch.empty_like(dense(x)) if with_dz else x.new_empty(0)
+
+
+@_shape_of("stem")
+def _(x, conv_weight, scale, shift, pixel_scale, pixel_shift):
+    size = (conv_output_size(conv_output_size(side, 7, 2, 3, 1), 3, 2, 1, 1) for side in x.shape[2:])
+    shape = (x.shape[0], conv_weight.shape[0], *size)
+    return conv_weight.new_empty(shape).to(memory_format=torch.channels_last)
+
+
+@_shape_of("avgpool")
+def _(x):
+    return x.new_empty((*x.shape[:2], 1, 1))
 
 
 @_shape_of("conv_bn_act")
@@ -135,10 +185,9 @@ def _conv_output(x, conv_weight, stride, padding, dilation):
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=conv_memory_format(x, conv_weight))
 
 
-def conv_output_size(size: int, kernel_size: int, stride: int, padding: int, dilation: int) -> int:
-    """Height or width of a convolution's output, as in torch.nn.Conv2d."""
-    return (size + 2 * padding - dilation * (kernel_size - 1) - 1) // stride + 1
-
-
 def _channel_vector(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[1], dtype=statistics_dtype(x))
+
+
+def _mask(x: Tensor) -> Tensor:
+    return x.new_empty(mask_shape(tuple(x.shape)), dtype=torch.uint8)

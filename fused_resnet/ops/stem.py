@@ -38,11 +38,10 @@ from fused_resnet.ops.conv_norm import (
     sums_for_convolution,
     without_tensors,
 )
-from fused_resnet.ops.layout import conv_memory_format, dense
+from fused_resnet.ops.layout import conv_memory_format, conv_output_size, dense
 from fused_resnet.ops.plan import why_not_fused_pool
 from fused_resnet.ops.residual_block import autocast_dtype, check_link
 from fused_resnet.ops.residual_block_grad import NO_SECOND_DERIVATIVE, of_views, plain_norm
-from fused_resnet.ops.schemas import conv_output_size
 
 _ops = torch.ops.fused_resnet
 

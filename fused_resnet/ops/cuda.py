@@ -1,0 +1,91 @@
+"""The ``cuda`` backend: our CUDA C++ kernels (csrc/cuda), for dense channels_last float32, float16 and bfloat16.
+
+Same names and meaning as ``ops/reference.py``, which says what each reads and writes. Tensors become addresses here,
+so everything that could make a kernel read the wrong memory is settled here: layout, dtype, lifetime. Every function
+runs on the device and the current stream of its first tensor, allocates from PyTorch alone and waits for nothing, so
+all of them can be captured in a CUDA graph. Results are bitwise the same in every run on the same device.
+
+Memory of a temporary may be handed out again while its kernel has not run yet: PyTorch's allocator only gives it to
+what comes after on the same stream.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_resnet.ops import cuda_launch
+from fused_resnet.ops.cuda_conv import avgpool, conv_bn_act, stem, why_not_conv, why_not_stem
+from fused_resnet.ops.cuda_launch import dtype_of, executed_on_host, kernels
+from fused_resnet.ops.cuda_norm import (
+    bn_apply,
+    bn_apply_dual,
+    bn_apply_dual_mask,
+    bn_apply_mask,
+    bn_grad_apply,
+    bn_grad_apply_mask,
+    bn_grad_stats,
+    bn_grad_stats_mask,
+    bn_stats,
+    bn_stats_apply,
+)
+
+__all__ = [
+    "avgpool",
+    "bn_apply",
+    "bn_apply_dual",
+    "bn_apply_dual_mask",
+    "bn_apply_mask",
+    "bn_grad_apply",
+    "bn_grad_apply_mask",
+    "bn_grad_stats",
+    "bn_grad_stats_mask",
+    "bn_stats",
+    "bn_stats_apply",
+    "conv_bn_act",
+    "fits_on_chip",
+    "stem",
+    "why_not_conv",
+    "why_not_device",
+    "why_not_stem",
+    "why_unavailable",
+]
+
+_OLDEST_CAPABILITY = (8, 0)
+
+
+def why_unavailable() -> list[str]:
+    """The reasons why no kernel of this backend can run in this process."""
+    if not hasattr(cuda_launch.extension, "cuda"):
+        return ["fused_resnet._C was built without CUDA kernels (there was no nvcc; FUSED_RESNET_BUILD=cuda insists)"]
+    if executed_on_host() or torch.cuda.is_available():
+        return []
+    return ["no CUDA device is usable"]
+
+
+def why_not_device(device: torch.device) -> list[str]:
+    """The reasons why this backend cannot run on a device."""
+    wanted = "cpu" if executed_on_host() else "cuda"
+    if device.type != wanted:
+        return [f"x is on {device}; it takes {wanted.upper()} tensors"]
+    if wanted == "cuda" and (capability := _capability(device)) < _OLDEST_CAPABILITY:
+        return [f"{device} has compute capability {capability[0]}.{capability[1]}; the kernels need 8.0"]
+    return []
+
+
+def fits_on_chip(x: Tensor) -> bool:
+    """True if ``bn_stats_apply`` takes x: if the device's shared memory holds all of it."""
+    return _fits_on_chip(x.shape, x.dtype, x.device, kernels())
+
+
+@functools.lru_cache(maxsize=4096)
+def _fits_on_chip(shape: torch.Size, dtype: torch.dtype, device: torch.device, _kernels: Any) -> bool:
+    return kernels().fits_on_chip(kernels().Place(*shape, dtype_of(dtype), device.index or 0, 0))
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
