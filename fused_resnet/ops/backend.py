@@ -115,6 +115,19 @@ def has_fused_backend(x: Tensor) -> bool:
     return x.device.type == "cpu" and _usable("native")
 
 
+def keeps_masks(x: Tensor) -> bool:
+    """True if a ReLU behind a residual keeps one bit of each element of x for backward, instead of its output."""
+    if torch.compiler.is_compiling() or _requested not in (AUTO, "cuda") or not _usable("cuda"):
+        return False
+    takes = x.dtype in FUSED_DTYPES and x.numel() > 0 and is_channels_last_once_dense(x)
+    return takes and not module("cuda").why_not_device(x.device)
+
+
+def takes_one_launch(x: Tensor) -> bool:
+    """True if the statistics of x and what is made of them are one launch, ``bn_stats_apply``."""
+    return keeps_masks(x) and module("cuda").fits_on_chip(x)
+
+
 def is_transformed() -> bool:
     """True inside ``torch.func.grad``, ``vmap`` and their like, and inside ``forward_ad.dual_level``."""
     if torch.compiler.is_compiling():

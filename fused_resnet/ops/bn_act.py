@@ -6,7 +6,10 @@ Forward, training: ``bn_stats`` reads x; ``bn_apply`` reads x (and the residual)
 Backward: ``bn_grad_stats`` and ``bn_grad_apply``. Without a residual, the ReLU's mask is recomputed from x, which they
 read anyway: 5T. With one, it is the sign of the output, which the next layer has saved anyway, and the masked gradient,
 which is the residual's, is written on the way: 7T. Eager spends 8T on either. Nothing but x, the output and vectors of
-C is kept for backward.
+C is kept for backward. Where the CUDA C++ kernels run, forward keeps a bit of each element instead of the output, and
+both passes read that: 6T and an eighth.
+
+Where they run and x fits in the shared memory of the whole device, the two passes forward are one: it reads x once.
 
 The statistics are computed outside the ``autograd.Function``: that leaves the one op that changes a buffer with no
 gradient to define. Between the two passes, either way, several processes make their statistics one
@@ -15,33 +18,20 @@ gradient to define. Between the two passes, either way, several processes make t
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fused_resnet.ops import checks
-from fused_resnet.ops.backend import has_fused_backend
+from fused_resnet.ops.backend import has_fused_backend, takes_one_launch
+from fused_resnet.ops.batch_norm import BatchNorm, batch_norm
+from fused_resnet.ops.bn_act_autograd import BNAct, BNActDual
 from fused_resnet.ops.reference import statistics_dtype
-from fused_resnet.ops.synchronize import group_to_share, statistics_over_ranks, sums_over_ranks
+from fused_resnet.ops.synchronize import group_to_share, statistics_over_ranks
 
 _ops = torch.ops.fused_resnet
-
-
-class BatchNorm(NamedTuple):
-    """What ``F.batch_norm`` takes beside x: vectors of C (or None), and how to use them."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    training: bool = False
-    momentum: float = 0.1
-    eps: float = 1e-5
-    process_group: Any = None
-    """The ranks, a ``torch.distributed.ProcessGroup``, that share their statistics when training, as in
-    ``nn.SyncBatchNorm``; None for this process alone."""
 
 
 def bn_act(
@@ -129,7 +119,7 @@ def bn_act_dual(x: Tensor, norm: BatchNorm, x2: Tensor, norm2: BatchNorm, *, act
     if not wants_gradient(x, norm.weight, norm.bias, x2, norm2.weight, norm2.bias):
         first, second = (x, mean, invstd, norm.weight, norm.bias), (x2, mean2, invstd2, norm2.weight, norm2.bias)
         return _ops.bn_apply_dual(*first, *second, relu)
-    return _BNActDual.apply(
+    return BNActDual.apply(
         *(x, norm.weight, norm.bias, mean, invstd, share),
         *(x2, norm2.weight, norm2.bias, mean2, invstd2, share2),
         (not norm.training, norm.eps, norm.process_group),
@@ -152,30 +142,25 @@ def _checked_batch_norm(x: Tensor, norm: BatchNorm, suffix: str = "") -> BatchNo
 def _bn_act(x: Tensor, norm: BatchNorm, residual: Tensor | None, relu: bool) -> Tensor:
     """``bn_act`` of checked arguments, the residual of x's dtype."""
     if norm.process_group is None and not has_fused_backend(x):
-        z = _batch_norm(x, norm)
+        z = batch_norm(x, norm)
         z = z if residual is None else z + residual
         return F.relu(z) if relu else z
-    mean, invstd, share = _statistics(x, norm)
-    if not wants_gradient(x, norm.weight, norm.bias, residual):
-        return _ops.bn_apply(x, mean, invstd, norm.weight, norm.bias, residual, relu)
     settings = (not norm.training, norm.eps, norm.process_group)
-    return _BNAct.apply(x, norm.weight, norm.bias, residual, mean, invstd, share, settings, relu)
-
-
-def _batch_norm(x: Tensor, norm: BatchNorm) -> Tensor:
-    """``F.batch_norm``, also of vectors whose dtypes it does not take together with x's."""
-    *vectors, training, momentum, eps, _ = norm
-    dtypes = {vector.dtype for vector in vectors if vector is not None}
-    wide = statistics_dtype(x)
-    if not (dtypes <= {x.dtype} or dtypes == {wide}):
-        vectors = [None if vector is None else vector.to(wide) for vector in vectors]
-    weight, bias, running_mean, running_var = vectors
-    out = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    if training:
-        for running, moved in ((norm.running_mean, running_mean), (norm.running_var, running_var)):
-            if running is not None and moved is not None and moved is not running:
-                running.copy_(moved)
-    return out
+    differentiable = wants_gradient(x, norm.weight, norm.bias, residual)
+    if norm.training and norm.process_group is None and takes_one_launch(x):
+        with_mask = differentiable and relu and residual is not None
+        moved = (norm.running_mean, norm.running_var, norm.momentum, norm.eps)
+        with torch.no_grad():
+            made = _ops.bn_stats_apply(x, *moved, norm.weight, norm.bias, residual, relu, with_mask)
+        out, mask, mean, invstd = made
+        if not differentiable:
+            return out
+        done = (out, mask if with_mask else None)
+        return BNAct.apply(x, norm.weight, norm.bias, residual, mean, invstd, None, settings, relu, done)
+    mean, invstd, share = _statistics(x, norm)
+    if not differentiable:
+        return _ops.bn_apply(x, mean, invstd, norm.weight, norm.bias, residual, relu)
+    return BNAct.apply(x, norm.weight, norm.bias, residual, mean, invstd, share, settings, relu, None)
 
 
 def _statistics(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -202,145 +187,3 @@ def _statistics(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor, Tensor | No
 def wants_gradient(*tensors: Tensor | None) -> bool:
     """True if autograd is to record what is done with these."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-class _Normalization(NamedTuple):
-    """A batch norm whose statistics are known: ``constant`` when they do not depend on x (eval mode), and with a
-    ``share`` when they depend on what other ranks have too."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-    mean: Tensor
-    invstd: Tensor
-    share: Tensor | None
-    constant: bool
-    eps: float
-    process_group: Any
-
-
-class _BNAct(torch.autograd.Function):
-    """``bn_act`` and its gradients, the statistics given."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        mean: Tensor,
-        invstd: Tensor,
-        share: Tensor | None,
-        settings: tuple[bool, float, Any],
-        relu: bool,
-    ) -> Tensor:
-        out = _ops.bn_apply(x, mean, invstd, weight, bias, residual, relu)
-        ctx.save_for_backward(x, weight, bias, mean, invstd, share, out if relu and residual is not None else None)
-        ctx.settings, ctx.relu = settings, relu
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mean, invstd, share, out = ctx.saved_tensors
-        norm = _Normalization(weight, bias, mean, invstd, share, *ctx.settings)
-        grads = _backward(grad_out, x, out, norm, ctx.relu, ctx.needs_input_grad[:4])
-        return (*grads, None, None, None, None, None)
-
-
-class _BNActDual(torch.autograd.Function):
-    """``bn_act_dual`` and its gradients, the statistics given."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        invstd: Tensor,
-        share: Tensor | None,
-        x2: Tensor,
-        weight2: Tensor | None,
-        bias2: Tensor | None,
-        mean2: Tensor,
-        invstd2: Tensor,
-        share2: Tensor | None,
-        settings: tuple[bool, float, Any],
-        settings2: tuple[bool, float, Any],
-        relu: bool,
-    ) -> Tensor:
-        out = _ops.bn_apply_dual(x, mean, invstd, weight, bias, x2, mean2, invstd2, weight2, bias2, relu)
-        saved = (x, weight, bias, mean, invstd, share, x2, weight2, bias2, mean2, invstd2, share2)
-        ctx.save_for_backward(*saved, out if relu else None)
-        ctx.settings, ctx.settings2, ctx.relu = settings, settings2, relu
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mean, invstd, share, x2, weight2, bias2, mean2, invstd2, share2, out = ctx.saved_tensors
-        norm = _Normalization(weight, bias, mean, invstd, share, *ctx.settings)
-        norm2 = _Normalization(weight2, bias2, mean2, invstd2, share2, *ctx.settings2)
-        need, need2 = ctx.needs_input_grad[:3], ctx.needs_input_grad[6:9]
-        # To the first normalisation the second is a residual: its gradient is dz, the mask already applied.
-        *grads, dz = _backward(grad_out, x, out, norm, ctx.relu, (*need, any(need2)))
-        grads2: list[Tensor | None] = [None, None, None]
-        if dz is not None:
-            *grads2, _ = _backward(dz, x2, None, norm2, False, (*need2, False))
-        return (*grads, None, None, None, *grads2, None, None, None, None, None, None)
-
-
-def _backward(
-    grad_out: Tensor, x: Tensor, out: Tensor | None, norm: _Normalization, relu: bool, need: tuple[bool, ...]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of (x, weight, bias, residual), None for those not in ``need``; no pass for what nobody asked for."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-        return _differentiable_backward(grad_out, x, out, norm, relu, need)
-    need_x, need_weight, need_bias, need_residual = need
-    weight, bias, mean, invstd, share, constant, _, process_group = norm
-    dz, sum_dz, sum_dz_xhat = grad_out, None, None
-    if need_weight or need_bias or (need_x and not constant) or out is not None:
-        sum_dz, sum_dz_xhat, written = _ops.bn_grad_stats(grad_out, x, out, mean, invstd, weight, bias, relu)
-        if out is not None:
-            dz, relu = written, False
-    grad_x = None
-    if need_x:
-        sums = (None, None) if constant else (sum_dz, sum_dz_xhat)
-        if share is not None:
-            assert sum_dz is not None and sum_dz_xhat is not None
-            sums = sums_over_ranks(sum_dz, sum_dz_xhat, share, process_group)
-        grad_x = _ops.bn_grad_apply(dz, x, mean, invstd, weight, bias, *sums, relu)
-    return (
-        grad_x,
-        _cast_like(sum_dz_xhat, weight) if need_weight else None,
-        _cast_like(sum_dz, bias) if need_bias else None,
-        dz if need_residual else None,
-    )
-
-
-def _cast_like(grad: Tensor | None, parameter: Tensor | None) -> Tensor | None:
-    return None if grad is None or parameter is None else grad.to(parameter.dtype)
-
-
-def _differentiable_backward(
-    grad_out: Tensor, x: Tensor, out: Tensor | None, norm: _Normalization, relu: bool, need: tuple[bool, ...]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """``_backward`` for a second derivative: the same gradients, built of operations that autograd knows."""
-    weight, bias, mean, invstd, share, constant, eps, _ = norm
-    if share is not None:
-        raise NotImplementedError(
-            "create_graph must be False in a backward pass through a norm that shares its statistics with other ranks; "
-            "as of torch.nn.SyncBatchNorm, there is no second derivative"
-        )
-    # Views: x may be made of the same weight, and what weight does there is no part of this norm.
-    x = x.view_as(x)
-    weight, bias = (None if vector is None else vector.view_as(vector) for vector in (weight, bias))
-    if constant:
-        variance = invstd.double().pow(-2).to(invstd.dtype) - eps
-        z = _batch_norm(x, BatchNorm(weight, bias, mean, variance, False, 0.0, eps))
-    else:
-        z = _batch_norm(x, BatchNorm(weight, bias, None, None, True, 0.0, eps))
-    dz = torch.where((z if out is None else out).detach() <= 0, 0, grad_out) if relu else grad_out
-    wanted = [t for t, needed in zip((x, weight, bias), need[:3], strict=True) if needed and t is not None]
-    found = iter(torch.autograd.grad(z, wanted, dz, create_graph=True) if wanted else ())
-    grad_x, grad_weight, grad_bias = (next(found) if needed else None for needed in need[:3])
-    return grad_x, grad_weight, grad_bias, dz if need[3] else None

@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_resnet.ops import BackendError, backend, bn_act, conv_bn_act, requested_backend, use_backend, why_not
+from fused_resnet.ops import (
+    BackendError,
+    backend,
+    bn_act,
+    conv_bn_act,
+    reasons,
+    requested_backend,
+    use_backend,
+    why_not,
+)
 from tests.ops.step import NEEDS_NATIVE, make_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,14 +67,18 @@ def test_why_not_separate():
 
 
 def test_why_not_explains_why_a_backend_is_not_there():
-    for name in ("triton", "native"):
+    for name in ("cuda", "triton", "native"):
         assert why_not(name, "bn_apply", *APPLY)[: len(backend.unavailable(name))] == backend.unavailable(name)
 
 
 @pytest.mark.parametrize(
     ("args", "error", "message"),
     [
-        (("cudnn", "bn_apply", *APPLY), ValueError, "backend must be one of auto, triton, native, separate, reference"),
+        (
+            ("cudnn", "bn_apply", *APPLY),
+            ValueError,
+            "one of auto, cuda, triton, native, .* got 'cudnn'",
+        ),
         ((None, "bn_apply", *APPLY), ValueError, "backend must be .* got None"),
         (("native", "relu", *APPLY), ValueError, "op must be one of bn_stats, .* got 'relu'"),
         (("native", "bn_apply", X), TypeError, r"args must be those of bn_apply, \(x, mean, .* got 1"),
@@ -98,7 +111,7 @@ def test_use_backend_restores_after_an_exception():
 
 @pytest.mark.parametrize("name", ["cudnn", "", None, 1, ["native"]])
 def test_use_backend_of_an_unknown_name(name):
-    with pytest.raises(ValueError, match="backend must be one of auto, triton"), use_backend(name):
+    with pytest.raises(ValueError, match="backend must be one of auto, cuda, triton"), use_backend(name):
         pass
 
 
@@ -133,13 +146,14 @@ def test_the_automatic_choice_is_the_first_that_can(monkeypatch):
     def chosen(op, args):
         return backend.choose(op, args).__name__.rpartition(".")[2]
 
-    monkeypatch.setattr(backend, "unavailable", lambda name: ["not here"] if name == "triton" else [])
+    usable = ["separate", "reference", *(["native"] if not backend.unavailable("native") else [])]
+    monkeypatch.setattr(reasons, "unavailable", lambda name: [] if name in usable else ["not here"])
     with use_backend("auto"):
-        if not backend._native_unavailable():
+        if "native" in usable:
             assert chosen("bn_apply", APPLY) == "native"
         assert chosen("bn_apply", apply_to(X.double())) == "reference"
         assert chosen("conv_bn_act", CONV) == "separate"
-        monkeypatch.setattr(backend, "unavailable", lambda name: ["not here"] if name != "reference" else [])
+        monkeypatch.setattr(reasons, "unavailable", lambda name: [] if name == "reference" else ["not here"])
         assert chosen("bn_apply", APPLY) == "reference"
         assert chosen("conv_bn_act", CONV) == "reference"
 
@@ -184,7 +198,7 @@ def test_the_environment_asks_for_a_backend():
 def test_the_environment_asks_for_what_cannot_be():
     result = run_with("cudnn")
     assert result.returncode != 0
-    assert "FUSED_RESNET_BACKEND must be one of auto, triton" in result.stderr
+    assert "FUSED_RESNET_BACKEND must be one of auto, cuda, triton" in result.stderr
     result = run_with("separate")
     assert result.returncode != 0
     assert "BackendError: backend 'separate' cannot run bn_apply" in result.stderr

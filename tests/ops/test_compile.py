@@ -27,6 +27,10 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+def suggested_format(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+
+
 def op_arguments(x: Tensor, residual: Tensor) -> dict[str, tuple]:
     channels = x.shape[1]
     mean, invstd, weight, bias, running_mean, running_var = (
@@ -41,12 +45,22 @@ def op_arguments(x: Tensor, residual: Tensor) -> dict[str, tuple]:
     dz, coefficients = torch.randn_like(y), torch.rand(4, 8, dtype=statistics_dtype(x))
     norm, window = (mean, invstd, weight, bias), ([3, 3], [2, 2], [1, 1])
     pooled, place = reference.bn_apply_pool(x, *norm, *window)
+    mask = reference.bn_apply_mask(x, *norm, residual)[1]
+    image = torch.randn(2, 3, 12, 9, dtype=x.dtype).contiguous(memory_format=suggested_format(x))
+    stem_weight = torch.randn(64, 3, 7, 7, dtype=x.dtype)
     return {
         "bn_stats": (x, running_mean, running_var, 0.1, 1e-5),
         "bn_apply": (x, mean, invstd, weight, bias, residual, True),
         "bn_apply_dual": (x, mean, invstd, weight, bias, residual, mean, invstd, None, bias, True),
         "bn_grad_stats": (grad, x, out, mean, invstd, weight, bias, True),
         "bn_grad_apply": (grad, x, mean, invstd, weight, bias, mean, bias, False),
+        "bn_apply_mask": (x, *norm, residual),
+        "bn_apply_dual_mask": (x, mean, invstd, weight, None, residual, mean, invstd, None, bias),
+        "bn_stats_apply": (x, running_mean, running_var, 0.1, 1e-5, weight, bias, residual, True, True),
+        "bn_grad_stats_mask": (grad, x, mask, mean, invstd),
+        "bn_grad_apply_mask": (grad, x, mask, mean, invstd, weight, mean, bias, True),
+        "stem": (image, stem_weight, mean.new_ones(64), mean.new_zeros(64), None, None),
+        "avgpool": (x,),
         "conv_bn_act": (x, conv_weight, scale, shift, None, *conv),
         "conv_stats": (x, conv_weight, *norm, scale, shift, 0.1, 1e-5, *sizes, True),
         "bn_grad_coefficients": (mean, bias, mean, invstd, weight, 3.0),
@@ -65,6 +79,13 @@ OTHER_FORMS: dict[str, Callable[[tuple], tuple]] = {
     "bn_apply_dual": lambda a: (*a[:3], None, *a[4:10], False),
     "bn_grad_stats": lambda a: (*a[:2], None, *a[3:]),
     "bn_grad_apply": lambda a: (*a[:6], None, None, True),
+    "bn_apply_mask": lambda a: (*a[:3], None, None, None),
+    "bn_apply_dual_mask": lambda a: (*a[:3], None, None, *a[5:]),
+    "bn_stats_apply": lambda a: (a[0], None, None, *a[3:5], None, None, None, False, False),
+    "bn_grad_stats_mask": lambda a: a,
+    "bn_grad_apply_mask": lambda a: (*a[:5], None, None, None, False),
+    "stem": lambda a: (a[0].clamp(0, 1).mul(255).byte(), a[1], None, None, [0.01, 0.02, 0.03], [-1.0, -2.0, -3.0]),
+    "avgpool": lambda a: a,
     "conv_bn_act": lambda a: (*a[:2], None, None, *a[4:]),
     "conv_stats": lambda a: (*a[:2], None, None, None, None, None, None, *a[8:-1], False),
     "bn_grad_coefficients": lambda a: (None, None, *a[2:4], None, a[5]),

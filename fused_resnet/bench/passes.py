@@ -1,0 +1,432 @@
+"""The passes of a norm one by one: what each is given and what it moves, what eager runs for it, what is right.
+
+Counted as the docstrings in ``ops/reference_norm.py`` and ``ops/reference_mask.py`` say: T is the bytes of one
+activation, and a mask has a bit an element. Vectors of C are not counted.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_resnet.ops import reference
+from fused_resnet.ops.reference_mask import pack_mask
+from fused_resnet.ops.reference_norm import normalize
+
+EPS = 1e-5
+NEAR_ZERO = 0.05
+"""No gradient comes where the ReLU's input is nearer to 0: rounding alone decides there which way it goes."""
+WRONG_BITS = 1e-5
+"""The part of a mask's bits that rounding may turn over."""
+SPIN_CYCLES = 1_000_000
+"""About half a millisecond of a GPU: longer than the host needs to launch a step of one norm."""
+
+Results = Sequence[Tensor | None]
+
+
+class Norm:
+    """An activation of some shape, channels_last, all that the passes over it take, and random values in all of it.
+
+    Tensors are made when they are first asked for. ``mean`` and ``invstd`` are those of x.
+    """
+
+    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device | str) -> None:
+        self.shape, self.dtype, self.device = shape, dtype, torch.device(device)
+        self.x = self._activation() * 2 + 0.5
+        self.weight, self.bias, self.weight2, self.bias2 = (self._vector() for _ in range(4))
+
+    @property
+    def values(self) -> int:
+        """Of each channel."""
+        return self.shape[0] * self.shape[2] * self.shape[3]
+
+    @functools.cached_property
+    def residual(self) -> Tensor:
+        return self._activation()
+
+    @functools.cached_property
+    def x2(self) -> Tensor:
+        return self._activation() + 1
+
+    @functools.cached_property
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        return _exact_statistics(self.x)
+
+    @functools.cached_property
+    def statistics2(self) -> tuple[Tensor, Tensor]:
+        return _exact_statistics(self.x2)
+
+    @property
+    def norm(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """mean, invstd, weight, bias."""
+        return (*self.statistics, self.weight, self.bias)
+
+    @property
+    def norm2(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return (*self.statistics2, self.weight2, self.bias2)
+
+    @functools.cached_property
+    def out(self) -> Tensor:
+        """Behind norm, residual and ReLU."""
+        return reference.bn_apply(self.x, *self.norm, self.residual, True)
+
+    @functools.cached_property
+    def mask(self) -> Tensor:
+        return pack_mask(normalize(self.x, *self.norm) + self.residual)
+
+    @functools.cached_property
+    def grad_out(self) -> Tensor:
+        z = normalize(self.x, *self.norm)
+        near = (z.abs() < NEAR_ZERO) | ((z + self.residual).abs() < NEAR_ZERO)
+        return self._activation().masked_fill_(near, 0)
+
+    @functools.cached_property
+    def activation_alone(self) -> Tensor:
+        """Behind norm and ReLU, with no residual."""
+        return reference.bn_apply(self.x, *self.norm, None, True)
+
+    @functools.cached_property
+    def dz(self) -> Tensor:
+        """``grad_out`` where the ReLU behind norm and residual let it pass."""
+        return torch.where(self.out > 0, self.grad_out, 0)
+
+    @functools.cached_property
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """Of ``grad_out``."""
+        return self._sums(self.grad_out, False)
+
+    @functools.cached_property
+    def sums_recomputed(self) -> tuple[Tensor, Tensor]:
+        """Of ``grad_out`` behind a ReLU with no residual in front of it."""
+        return self._sums(self.grad_out, True)
+
+    @functools.cached_property
+    def sums_of_bits(self) -> tuple[Tensor, Tensor]:
+        """Of ``dz``."""
+        return self._sums(self.dz, False)
+
+    @functools.cache  # noqa: B019 - lives as long as this benchmark of it
+    def sums_for_eager(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """The sums of that name as ``torch.batch_norm_backward_elemt`` takes them: (dz, dz * (x - mean), count)."""
+        sum_dz, sum_dz_xhat = getattr(self, name)
+        count = torch.full((1,), self.values, dtype=torch.int32, device=self.device)
+        return sum_dz, sum_dz_xhat / self.statistics[1], count
+
+    @functools.cached_property
+    def running(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance such that eager's eval mode normalises as ``norm``."""
+        return _running(self.statistics)
+
+    @functools.cached_property
+    def running2(self) -> tuple[Tensor, Tensor]:
+        return _running(self.statistics2)
+
+    def _sums(self, grad: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
+        arguments = (grad.double(), self.x.double(), None, *(vector.double() for vector in self.norm), relu)
+        first, second, _ = reference.bn_grad_stats(*arguments)
+        return first.float(), second.float()
+
+    def _activation(self) -> Tensor:
+        empty = torch.empty(self.shape, dtype=self.dtype, device=self.device, memory_format=torch.channels_last)
+        return empty.normal_()
+
+    def _vector(self) -> Tensor:
+        return torch.rand(self.shape[1], device=self.device) + 0.5
+
+
+def _exact_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    mean, invstd = reference.bn_stats(x.double(), None, None, 0.0, EPS)
+    return mean.float(), invstd.float()
+
+
+def _running(statistics: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return statistics[0], (statistics[1].double() ** -2 - EPS).float()
+
+
+@dataclass(frozen=True)
+class NormPass:
+    """One op in one of its forms.
+
+    Attributes:
+        op: its name in ``ops/schemas.py``.
+        reads, writes: in T; ``masks``: masks read or written.
+        endings: of `benchmarks.shapes.Site`, where a network that keeps bits or one that keeps outputs runs it.
+        arguments: of the op.
+        eager: what PyTorch runs for it, giving what the op gives, None in the place of a result that eager has not.
+        sums: the results that are sums over all values of a channel.
+    """
+
+    name: str
+    op: str
+    reads: int
+    writes: int
+    masks: int
+    endings: tuple[str, ...]
+    arguments: Callable[[Norm], tuple[Any, ...]]
+    eager: Callable[[Norm], Results]
+    sums: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        return self.name.replace(" ", "-")
+
+    def moved(self, shape: tuple[int, int, int, int], dtype: torch.dtype) -> int:
+        """Bytes read and written."""
+        rows, stride = reference.mask_shape(shape)
+        return (self.reads + self.writes) * math.prod(shape) * dtype.itemsize + self.masks * rows * stride
+
+    def call(self, norm: Norm) -> Callable[[], Results]:
+        """The op on these tensors, on the backend that is asked for when it is called."""
+        function, arguments = getattr(torch.ops.fused_resnet, self.op), self.arguments(norm)
+        return lambda: _listed(function(*arguments))
+
+    def compiled(self, norm: Norm, backend: str = "inductor") -> Callable[[], Results]:
+        """``torch.compile`` of what the op means."""
+        function = torch.compile(getattr(reference, self.op), dynamic=False, backend=backend)
+        arguments = self.arguments(norm)
+        return lambda: _listed(function(*arguments))
+
+    def why_wrong(self, actual: Results, norm: Norm) -> str | None:
+        """None if these results are right, by the project's rule: against float64, at most twice eager's error."""
+        exact = _listed(getattr(reference, self.op)(*map(_double, self.arguments(norm))))
+        for index, (ours, theirs, right) in enumerate(zip(actual, self.eager(norm), exact, strict=True)):
+            terms = norm.values if index in self.sums else 1
+            if right is not None and right.numel() > 0 and (wrong := _why_wrong(ours, theirs, right, norm.x, terms)):
+                return f"result {index}: {wrong}"
+        return None
+
+
+def _why_wrong(ours: Tensor | None, theirs: Tensor | None, exact: Tensor, x: Tensor, terms: int) -> str | None:
+    if ours is None:
+        return None
+    if exact.dtype == torch.uint8:
+        turned = (reference.unpack_mask(ours, x) != reference.unpack_mask(exact, x)).double().mean().item()
+        return None if turned <= WRONG_BITS else f"{turned:.3g} of the bits differ"
+    return why_wrong(ours, theirs, exact, terms)
+
+
+def why_wrong(actual: Tensor, baseline: Tensor | None, exact: Tensor, terms: int = 1) -> str | None:
+    """What is wrong with a result, None if nothing is: ``tests/accuracy.py``, on the device and for finite numbers.
+
+    Its error against ``exact`` may be twice that of ``baseline``, and a rounding of a sum of ``terms`` numbers.
+    """
+    if actual.shape != exact.shape:
+        return f"its shape is {tuple(actual.shape)}, not {tuple(exact.shape)}"
+    error = (actual.double() - exact).abs().max().item()
+    theirs = 0.0 if baseline is None else (baseline.double() - exact).abs().max().item()
+    floor = torch.finfo(actual.dtype).eps * exact.abs().max().item() * math.sqrt(terms)
+    if error <= 2 * theirs + floor:  # not if it is NaN
+        return None
+    return f"its error is {error:.3g} against float64, PyTorch's own {theirs:.3g}, the floor {floor:.3g}"
+
+
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _listed(results: Any) -> Results:
+    return [results] if isinstance(results, Tensor) else list(results)
+
+
+def _batch_norm(n: Norm) -> Tensor:
+    return F.batch_norm(n.x, *n.running, n.weight, n.bias, False, 0.0, EPS)
+
+
+def _eager_stats(n: Norm) -> Results:
+    if n.x.is_cuda:
+        return torch.batch_norm_stats(n.x, EPS)
+    variance, mean = torch.var_mean(n.x.float(), (0, 2, 3), correction=0)
+    return mean, torch.rsqrt(variance + EPS)
+
+
+def _eager_apply(n: Norm) -> Results:
+    return [_batch_norm(n).relu_()]
+
+
+def _eager_residual(n: Norm) -> Results:
+    return [_batch_norm(n).add_(n.residual).relu_()]
+
+
+def _eager_dual(n: Norm) -> Results:
+    second = F.batch_norm(n.x2, *n.running2, n.weight2, n.bias2, False, 0.0, EPS)
+    return [_batch_norm(n).add_(second).relu_()]
+
+
+def _eager_stats_apply(n: Norm) -> Results:
+    z = F.batch_norm(n.x, None, None, n.weight, n.bias, True, 0.0, EPS)
+    return [z.add_(n.residual).relu_(), None, None, None]
+
+
+def _eager_dz(n: Norm, mask: str) -> Tensor:
+    """The gradient in front of the ReLU, whose output eager has kept: ``threshold_backward``."""
+    kept = {"none": None, "recomputed": n.activation_alone, "out": n.out}[mask]
+    return n.grad_out if kept is None else torch.ops.aten.threshold_backward(n.grad_out, kept, 0)
+
+
+def _eager_grad_stats(mask: str, with_dz: bool = False) -> Callable[[Norm], Results]:
+    """Of the backward of batch_norm the part that adds up; dz comes with it."""
+
+    def run(n: Norm) -> Results:
+        dz = _eager_dz(n, mask)
+        backward = torch.ops.aten.native_batch_norm_backward
+        settings = (n.weight, *n.running, *n.statistics, True, EPS, [False, True, True])
+        _, sum_dz_xhat, sum_dz = backward(dz, n.x, *settings)
+        return [sum_dz, sum_dz_xhat, dz if with_dz else None]
+
+    return run
+
+
+def _eager_grad_apply(mask: str, sums: str | None, with_dz: bool = False) -> Callable[[Norm], Results]:
+    """Of the backward of batch_norm the other part; on the CPU, which has it not by itself, all of it."""
+
+    def run(n: Norm) -> Results:
+        dz, mean, invstd = _eager_dz(n, mask), *n.statistics
+        if sums is not None and n.x.is_cuda:
+            grad = torch.batch_norm_backward_elemt(dz, n.x, mean, invstd, n.weight, *n.sums_for_eager(sums))
+        else:
+            settings = (n.weight, *n.running, mean, invstd, sums is not None, EPS, [True, False, False])
+            grad = torch.ops.aten.native_batch_norm_backward(dz, n.x, *settings)[0]
+        return [grad, dz if with_dz else None]
+
+    return run
+
+
+_RELU, _RESIDUAL, _PROJECTION = "relu", "residual", "projection"
+_ALL = (_RELU, _RESIDUAL, _PROJECTION)
+
+STATS_APPLY = NormPass(
+    "bn_stats_apply residual",
+    *("bn_stats_apply", 2, 1, 1, (_RESIDUAL,)),
+    lambda n: (n.x, None, None, 0.0, EPS, n.weight, n.bias, n.residual, True, True),
+    _eager_stats_apply,
+    (2, 3),
+)
+"""One launch where the activation fits on the chip, which a backend may refuse."""
+
+PASSES = [
+    NormPass("bn_stats", "bn_stats", 1, 0, 0, _ALL, lambda n: (n.x, None, None, 0.0, EPS), _eager_stats),
+    NormPass("bn_apply", "bn_apply", 1, 1, 0, (_RELU,), lambda n: (n.x, *n.norm, None, True), _eager_apply),
+    NormPass(
+        "bn_apply residual",
+        *("bn_apply", 2, 1, 0, (_RESIDUAL,)),
+        lambda n: (n.x, *n.norm, n.residual, True),
+        _eager_residual,
+    ),
+    NormPass(
+        "bn_apply_mask residual",
+        *("bn_apply_mask", 2, 1, 1, (_RESIDUAL,)),
+        lambda n: (n.x, *n.norm, n.residual),
+        lambda n: [*_eager_residual(n), None],
+    ),
+    NormPass(
+        "bn_apply_dual",
+        *("bn_apply_dual", 2, 1, 0, (_PROJECTION,)),
+        lambda n: (n.x, *n.norm, n.x2, *n.norm2, True),
+        _eager_dual,
+    ),
+    NormPass(
+        "bn_apply_dual_mask",
+        *("bn_apply_dual_mask", 2, 1, 1, (_PROJECTION,)),
+        lambda n: (n.x, *n.norm, n.x2, *n.norm2),
+        lambda n: [*_eager_dual(n), None],
+    ),
+    NormPass(
+        "bn_grad_stats no mask",
+        *("bn_grad_stats", 2, 0, 0, (_PROJECTION,)),
+        lambda n: (n.grad_out, n.x, None, *n.norm, False),
+        _eager_grad_stats("none"),
+        (0, 1),
+    ),
+    NormPass(
+        "bn_grad_stats recomputed",
+        *("bn_grad_stats", 2, 0, 0, (_RELU,)),
+        lambda n: (n.grad_out, n.x, None, *n.norm, True),
+        _eager_grad_stats("recomputed"),
+        (0, 1),
+    ),
+    NormPass(
+        "bn_grad_stats of out",
+        *("bn_grad_stats", 3, 1, 0, (_RESIDUAL, _PROJECTION)),
+        lambda n: (n.grad_out, n.x, n.out, *n.norm, True),
+        _eager_grad_stats("out", with_dz=True),
+        (0, 1),
+    ),
+    NormPass(
+        "bn_grad_stats of bits",
+        *("bn_grad_stats_mask", 2, 0, 1, (_RESIDUAL, _PROJECTION)),
+        lambda n: (n.grad_out, n.x, n.mask, *n.statistics),
+        lambda n: _eager_grad_stats("out")(n)[:2],
+        (0, 1),
+    ),
+    NormPass(
+        "bn_grad_apply no mask",
+        *("bn_grad_apply", 2, 1, 0, (_RESIDUAL, _PROJECTION)),
+        lambda n: (n.grad_out, n.x, *n.norm, *n.sums, False),
+        lambda n: _eager_grad_apply("none", "sums")(n)[:1],
+    ),
+    NormPass(
+        "bn_grad_apply recomputed",
+        *("bn_grad_apply", 2, 1, 0, (_RELU,)),
+        lambda n: (n.grad_out, n.x, *n.norm, *n.sums_recomputed, True),
+        lambda n: _eager_grad_apply("recomputed", "sums_recomputed")(n)[:1],
+    ),
+    NormPass(
+        "bn_grad_apply recomputed, constant statistics",
+        *("bn_grad_apply", 2, 1, 0, (_RELU,)),
+        lambda n: (n.grad_out, n.x, *n.norm, None, None, True),
+        lambda n: _eager_grad_apply("recomputed", None)(n)[:1],
+    ),
+    NormPass(
+        "bn_grad_apply of bits",
+        *("bn_grad_apply_mask", 2, 1, 1, (_PROJECTION,)),
+        lambda n: (n.grad_out, n.x, n.mask, *n.norm[:3], *n.sums_of_bits, False),
+        _eager_grad_apply("out", "sums_of_bits"),
+    ),
+    NormPass(
+        "bn_grad_apply of bits, with dz",
+        *("bn_grad_apply_mask", 2, 2, 1, (_RESIDUAL,)),
+        lambda n: (n.grad_out, n.x, n.mask, *n.norm[:3], *n.sums_of_bits, True),
+        _eager_grad_apply("out", "sums_of_bits", with_dz=True),
+    ),
+]
+"""Every pass that the ``cuda`` backend has over one activation (``STATS_APPLY`` apart), in every form."""
+
+
+class Moment:
+    """Now, on the current CUDA stream. The difference of two is seconds, and waits for the later: a clock for
+    pytest-benchmark that measures the device and not the host."""
+
+    def __init__(self) -> None:
+        self.event = torch.cuda.Event(enable_timing=True)
+        self.event.record()
+
+    def __sub__(self, earlier: Moment) -> float:
+        self.event.synchronize()
+        return earlier.event.elapsed_time(self.event) / 1e3
+
+
+def before_each_round(device: torch.device | str, flush: bool) -> Callable[[], None]:
+    """What to do on a GPU in front of what `Moment` measures: nothing on the CPU.
+
+    With ``flush`` the L2 cache is overwritten, so that inputs come from memory. Then the stream is kept busy until all
+    of the work is launched, so that launches are not measured.
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        return lambda: None
+    size = 2 * torch.cuda.get_device_properties(device).L2_cache_size if flush else 0
+    buffer = torch.empty(size, dtype=torch.uint8, device=device)
+
+    def prepare() -> None:
+        torch.cuda.synchronize(device)
+        if flush:
+            buffer.zero_()
+        torch.cuda._sleep(SPIN_CYCLES)
+
+    return prepare

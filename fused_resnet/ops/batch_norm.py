@@ -1,0 +1,41 @@
+"""What ``F.batch_norm`` takes, in one value, and ``F.batch_norm`` itself for every mix of dtypes."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_resnet.ops.reference import statistics_dtype
+
+
+class BatchNorm(NamedTuple):
+    """What ``F.batch_norm`` takes beside x: vectors of C (or None), and how to use them."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    training: bool = False
+    momentum: float = 0.1
+    eps: float = 1e-5
+    process_group: Any = None
+    """The ranks, a ``torch.distributed.ProcessGroup``, that share their statistics when training, as in
+    ``nn.SyncBatchNorm``; None for this process alone."""
+
+
+def batch_norm(x: Tensor, norm: BatchNorm) -> Tensor:
+    """``F.batch_norm``, also of vectors whose dtypes it does not take together with x's."""
+    *vectors, training, momentum, eps, _ = norm
+    dtypes = {vector.dtype for vector in vectors if vector is not None}
+    wide = statistics_dtype(x)
+    if not (dtypes <= {x.dtype} or dtypes == {wide}):
+        vectors = [None if vector is None else vector.to(wide) for vector in vectors]
+    weight, bias, running_mean, running_var = vectors
+    out = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    if training:
+        for running, moved in ((norm.running_mean, running_mean), (norm.running_var, running_var)):
+            if running is not None and moved is not None and moved is not running:
+                running.copy_(moved)
+    return out

@@ -1,0 +1,203 @@
+"""The gradients of ``bn_act`` and ``bn_act_dual``, the statistics given.
+
+Which elements the ReLU lets a gradient pass to is kept, where there was a residual, as the sign of the output or as a
+mask of one bit (``ops/reference_mask.py``): ``passed`` below is either, a mask being uint8.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_resnet.ops.backend import keeps_masks
+from fused_resnet.ops.batch_norm import BatchNorm, batch_norm
+from fused_resnet.ops.reference import unpack_mask
+from fused_resnet.ops.synchronize import sums_over_ranks
+
+_ops = torch.ops.fused_resnet
+
+
+class Normalization(NamedTuple):
+    """A batch norm whose statistics are known: ``constant`` when they do not depend on x (eval mode), and with a
+    ``share`` when they depend on what other ranks have too."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor
+    invstd: Tensor
+    share: Tensor | None
+    constant: bool
+    eps: float
+    process_group: Any
+
+
+class BNAct(torch.autograd.Function):
+    """``bn_act`` and its gradients, the statistics given."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mean: Tensor,
+        invstd: Tensor,
+        share: Tensor | None,
+        settings: tuple[bool, float, Any],
+        relu: bool,
+        done: tuple[Tensor, Tensor | None] | None,
+    ) -> Tensor:
+        """``done``: the result and its mask, if they are there already."""
+        arguments = (x, mean, invstd, weight, bias, residual)
+        passed = None
+        if done is not None:
+            out, passed = done
+        elif not relu or residual is None:
+            out = _ops.bn_apply(*arguments, relu)
+        elif keeps_masks(x):
+            out, passed = _ops.bn_apply_mask(*arguments)
+        else:
+            passed = out = _ops.bn_apply(*arguments, relu)
+        ctx.save_for_backward(x, weight, bias, mean, invstd, share, passed)
+        ctx.settings, ctx.relu = settings, relu
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, invstd, share, passed = ctx.saved_tensors
+        norm = Normalization(weight, bias, mean, invstd, share, *ctx.settings)
+        grads = _backward(grad_out, x, passed, norm, ctx.relu, ctx.needs_input_grad[:4])
+        return (*grads, None, None, None, None, None, None)
+
+
+class BNActDual(torch.autograd.Function):
+    """``bn_act_dual`` and its gradients, the statistics given."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        invstd: Tensor,
+        share: Tensor | None,
+        x2: Tensor,
+        weight2: Tensor | None,
+        bias2: Tensor | None,
+        mean2: Tensor,
+        invstd2: Tensor,
+        share2: Tensor | None,
+        settings: tuple[bool, float, Any],
+        settings2: tuple[bool, float, Any],
+        relu: bool,
+    ) -> Tensor:
+        arguments = (x, mean, invstd, weight, bias, x2, mean2, invstd2, weight2, bias2)
+        passed = None
+        if relu and keeps_masks(x):
+            out, passed = _ops.bn_apply_dual_mask(*arguments)
+        else:
+            out = _ops.bn_apply_dual(*arguments, relu)
+            passed = out if relu else None
+        saved = (x, weight, bias, mean, invstd, share, x2, weight2, bias2, mean2, invstd2, share2)
+        ctx.save_for_backward(*saved, passed)
+        ctx.settings, ctx.settings2, ctx.relu = settings, settings2, relu
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, invstd, share, x2, weight2, bias2, mean2, invstd2, share2, passed = ctx.saved_tensors
+        norm = Normalization(weight, bias, mean, invstd, share, *ctx.settings)
+        norm2 = Normalization(weight2, bias2, mean2, invstd2, share2, *ctx.settings2)
+        need, need2 = ctx.needs_input_grad[:3], ctx.needs_input_grad[6:9]
+        grads2: list[Tensor | None] = [None, None, None]
+        if passed is not None and _is_mask(passed):  # which both read: nobody needs to write dz
+            *grads, _ = _backward(grad_out, x, passed, norm, True, (*need, False))
+            if any(need2):
+                *grads2, _ = _backward(grad_out, x2, passed, norm2, True, (*need2, False))
+        else:
+            # To the first normalisation the second is a residual: its gradient is dz, the ReLU's part already done.
+            *grads, dz = _backward(grad_out, x, passed, norm, ctx.relu, (*need, any(need2)))
+            if dz is not None:
+                *grads2, _ = _backward(dz, x2, None, norm2, False, (*need2, False))
+        return (*grads, None, None, None, *grads2, None, None, None, None, None, None)
+
+
+def _is_mask(passed: Tensor) -> bool:
+    return passed.dtype == torch.uint8
+
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""Of x, weight, bias and the residual."""
+
+
+def _backward(
+    grad_out: Tensor, x: Tensor, passed: Tensor | None, norm: Normalization, relu: bool, need: tuple[bool, ...]
+) -> Gradients:
+    """None for the gradients that are not in ``need``; no pass for what nobody asked for."""
+    masked = passed is not None and _is_mask(passed)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+        sign = unpack_mask(passed, x).to(x.dtype) if passed is not None and masked else passed
+        return _differentiable_backward(grad_out, x, sign, norm, relu, need)
+    need_x, need_weight, need_bias, need_residual = need
+    weight, bias, mean, invstd, share, constant, _, process_group = norm
+    dz, sum_dz, sum_dz_xhat = grad_out, None, None
+    need_sums = need_weight or need_bias or (need_x and not constant)
+    if passed is not None and masked:
+        if need_sums:
+            sum_dz, sum_dz_xhat = _ops.bn_grad_stats_mask(grad_out, x, passed, mean, invstd)
+    elif need_sums or passed is not None:
+        sum_dz, sum_dz_xhat, written = _ops.bn_grad_stats(grad_out, x, passed, mean, invstd, weight, bias, relu)
+        if passed is not None:
+            dz, relu = written, False
+    grad_x = None
+    if need_x:
+        sums = (None, None) if constant else (sum_dz, sum_dz_xhat)
+        if share is not None:
+            assert sum_dz is not None and sum_dz_xhat is not None
+            sums = sums_over_ranks(sum_dz, sum_dz_xhat, share, process_group)
+        if passed is not None and masked:
+            grad_x, dz = _ops.bn_grad_apply_mask(grad_out, x, passed, mean, invstd, weight, *sums, need_residual)
+        else:
+            grad_x = _ops.bn_grad_apply(dz, x, mean, invstd, weight, bias, *sums, relu)
+    elif need_residual and passed is not None and masked:
+        dz = torch.where(unpack_mask(passed, x), grad_out, 0)
+    return (
+        grad_x,
+        _cast_like(sum_dz_xhat, weight) if need_weight else None,
+        _cast_like(sum_dz, bias) if need_bias else None,
+        dz if need_residual else None,
+    )
+
+
+def _cast_like(grad: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+    return None if grad is None or parameter is None else grad.to(parameter.dtype)
+
+
+def _differentiable_backward(
+    grad_out: Tensor, x: Tensor, out: Tensor | None, norm: Normalization, relu: bool, need: tuple[bool, ...]
+) -> Gradients:
+    """``_backward`` for a second derivative: the same gradients, built of operations that autograd knows. Of ``out``
+    only the sign matters."""
+    weight, bias, mean, invstd, share, constant, eps, _ = norm
+    if share is not None:
+        raise NotImplementedError(
+            "create_graph must be False in a backward pass through a norm that shares its statistics with other ranks; "
+            "as of torch.nn.SyncBatchNorm, there is no second derivative"
+        )
+    # Views: x may be made of the same weight, and what weight does there is no part of this norm.
+    x = x.view_as(x)
+    weight, bias = (None if vector is None else vector.view_as(vector) for vector in (weight, bias))
+    if constant:
+        variance = invstd.double().pow(-2).to(invstd.dtype) - eps
+        z = batch_norm(x, BatchNorm(weight, bias, mean, variance, False, 0.0, eps))
+    else:
+        z = batch_norm(x, BatchNorm(weight, bias, None, None, True, 0.0, eps))
+    dz = torch.where((z if out is None else out).detach() <= 0, 0, grad_out) if relu else grad_out
+    wanted = [t for t, needed in zip((x, weight, bias), need[:3], strict=True) if needed and t is not None]
+    found = iter(torch.autograd.grad(z, wanted, dz, create_graph=True) if wanted else ())
+    grad_x, grad_weight, grad_bias = (next(found) if needed else None for needed in need[:3])
+    return grad_x, grad_weight, grad_bias, dz if need[3] else None
