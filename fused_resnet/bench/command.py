@@ -70,7 +70,7 @@ def saved_table(saved: dict[str, float]) -> str:
 
 
 def _line(title: str, cells: list[str]) -> str:
-    return f"{title:26}" + "".join(f"{cell:>10}" for cell in cells)
+    return f"{title:26}" + "".join(f"{cell:>16}" for cell in cells)
 
 
 def _positive(text: str) -> int:

@@ -157,6 +157,10 @@ def _bn_grad_apply(call: Call) -> list[Pass]:
     return _once("normalise", *([] if needs_x else ["x"]))(call)
 
 
+def _bn_grad_apply_mask(call: Call) -> list[Pass]:
+    return _once("normalise", *(["x"] if call.arguments["sum_dz"] is None else []))(call)
+
+
 def _conv_grad_input(call: Call) -> list[Pass]:
     a = call.arguments
     unread = [name for name, needed in (("x", "mean"), ("y", "coefficients")) if a[needed] is None]
@@ -245,12 +249,19 @@ ROWS: dict[str, Row] = {
     "fused_resnet.bn_stats": _once("statistics", rewritten=_running),
     "fused_resnet.bn_apply": _once("normalise"),
     "fused_resnet.bn_apply_dual": _once("normalise"),
+    "fused_resnet.bn_apply_mask": _once("normalise"),
+    "fused_resnet.bn_apply_dual_mask": _once("normalise"),
+    "fused_resnet.bn_stats_apply": _once("normalise", rewritten=_running),
     "fused_resnet.bn_apply_pool": _once("normalise"),
     "fused_resnet.bn_grad_stats": _once("statistics"),
+    "fused_resnet.bn_grad_stats_mask": _once("statistics"),
     "fused_resnet.bn_pool_grad_stats": _once("statistics"),
     "fused_resnet.bn_pool_grad_apply": _once("normalise"),
     "fused_resnet.bn_grad_coefficients": _once("statistics"),
     "fused_resnet.bn_grad_apply": _bn_grad_apply,
+    "fused_resnet.bn_grad_apply_mask": _bn_grad_apply_mask,
+    "fused_resnet.stem": _once("convolution"),
+    "fused_resnet.avgpool": _once("pool"),
     "fused_resnet.conv_bn_act": _once("convolution"),
     "fused_resnet.conv_stats": _once("convolution", rewritten=_running),
     "fused_resnet.conv_grad_input": _conv_grad_input,

@@ -17,14 +17,19 @@ from fused_resnet.bench.contenders import build
 from fused_resnet.bench.dry_run import DryRun
 from fused_resnet.bench.ledger import Ledger, ledger
 from fused_resnet.bench.saved_bytes import saved_bytes
+from fused_resnet.ops.backend import keeping_masks
 from fused_resnet.training.loop import MOMENTUM, WEIGHT_DECAY, autocast
 
 EAGER = "eager"
-LEVELS: tuple[int | str, ...] = (EAGER, 0, 1, 2, 3)
+MASKS = "level 3, masks"
+LEVELS: tuple[int | str, ...] = (EAGER, 0, 1, 2, 3, MASKS)
+"""The ways of ``training_ledger``. MASKS is level 3 where CUDA C++ runs the passes: the end of a block keeps a bit of each
+element for its ReLU's backward."""
 SAVED: dict[str, tuple[int | str, str]] = {
     EAGER: (EAGER, "default"),
     "level 0": (0, "default"),
     "level 3": (3, "default"),
+    MASKS: (MASKS, "default"),
     "level 3, memory efficient": (3, "efficient"),
 }
 """Whose saved bytes are told: the level and the ``memory`` of ``fused_resnet.fuse``."""
@@ -47,7 +52,8 @@ def training_ledger(
 
     Args:
         model_name: a builder, such as "resnet50".
-        level: "eager" for plain PyTorch (the network after ``unfuse``); 0, 1, 2 or 3; None for the automatic choice.
+        level: "eager" for plain PyTorch (the network after ``unfuse``); 0, 1, 2 or 3; "level 3, masks" for 3 with the
+            bit masks of the CUDA C++ passes; None for the automatic choice.
         batch_size: images of the step, at least 1.
         dtype: of activations and convolutions; parameters are float32, and another dtype is autocast's.
         image_size: pixels of an image's side.
@@ -95,9 +101,14 @@ def _dry_training(
 ) -> Iterator[tuple[nn.Module, Callable[[], Tensor]]]:
     """(a network in training mode, a function that gives its loss on a batch), in a `DryRun`."""
     if level not in (*LEVELS, None):
-        raise ValueError(f"level must be 'eager', 0, 1, 2, 3 or None; got {level!r}")
-    fused_level = None if isinstance(level, str) else level
-    with DryRun(), fused_resnet.use_backend("reference"), fused_resnet.ops.use_fusion_level(fused_level):
+        raise ValueError(f"level must be 'eager', 0, 1, 2, 3, {MASKS!r} or None; got {level!r}")
+    fused_level = {EAGER: None, MASKS: 3}[level] if isinstance(level, str) else level
+    with (
+        DryRun(),
+        fused_resnet.use_backend("reference"),
+        fused_resnet.ops.use_fusion_level(fused_level),
+        keeping_masks() if level == MASKS else contextlib.nullcontext(),
+    ):
         model = build(model_name)
         if level == EAGER:
             fused_resnet.unfuse(model)

@@ -117,15 +117,30 @@ def has_fused_backend(x: Tensor) -> bool:
 
 def keeps_masks(x: Tensor) -> bool:
     """True if a ReLU behind a residual keeps one bit of each element of x for backward, instead of its output."""
-    if torch.compiler.is_compiling() or _requested not in (AUTO, "cuda") or not _usable("cuda"):
+    if torch.compiler.is_compiling():
+        return False
+    if _keeping_masks:
+        return True
+    if _requested not in (AUTO, "cuda") or not _usable("cuda"):
         return False
     takes = x.dtype in FUSED_DTYPES and x.numel() > 0 and is_channels_last_once_dense(x)
     return takes and not module("cuda").why_not_device(x.device)
 
 
+@contextlib.contextmanager
+def keeping_masks() -> Iterator[None]:
+    """Masks are kept on every backend: for counting what that moves, where there is no GPU."""
+    global _keeping_masks
+    before, _keeping_masks = _keeping_masks, True
+    try:
+        yield
+    finally:
+        _keeping_masks = before
+
+
 def takes_one_launch(x: Tensor) -> bool:
     """True if the statistics of x and what is made of them are one launch, ``bn_stats_apply``."""
-    return keeps_masks(x) and module("cuda").fits_on_chip(x)
+    return not _keeping_masks and keeps_masks(x) and module("cuda").fits_on_chip(x)
 
 
 def is_transformed() -> bool:
@@ -169,6 +184,7 @@ def _refusal(backend: str, op: str, reasons: list[str]) -> str:
 
 
 # One for the process, not for the thread: autograd runs backward in threads of its own.
+_keeping_masks = False
 _requested: str = _known(os.environ.get(ENVIRONMENT_VARIABLE) or AUTO, ENVIRONMENT_VARIABLE)
 
 

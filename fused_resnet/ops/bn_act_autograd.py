@@ -114,7 +114,7 @@ class BNActDual(torch.autograd.Function):
         norm2 = Normalization(weight2, bias2, mean2, invstd2, share2, *ctx.settings2)
         need, need2 = ctx.needs_input_grad[:3], ctx.needs_input_grad[6:9]
         grads2: list[Tensor | None] = [None, None, None]
-        if passed is not None and _is_mask(passed):  # which both read: nobody needs to write dz
+        if passed is not None and is_mask(passed):  # which both read: nobody needs to write dz
             *grads, _ = _backward(grad_out, x, passed, norm, True, (*need, False))
             if any(need2):
                 *grads2, _ = _backward(grad_out, x2, passed, norm2, True, (*need2, False))
@@ -126,7 +126,7 @@ class BNActDual(torch.autograd.Function):
         return (*grads, None, None, None, *grads2, None, None, None, None, None, None)
 
 
-def _is_mask(passed: Tensor) -> bool:
+def is_mask(passed: Tensor) -> bool:
     return passed.dtype == torch.uint8
 
 
@@ -138,7 +138,7 @@ def _backward(
     grad_out: Tensor, x: Tensor, passed: Tensor | None, norm: Normalization, relu: bool, need: tuple[bool, ...]
 ) -> Gradients:
     """None for the gradients that are not in ``need``; no pass for what nobody asked for."""
-    masked = passed is not None and _is_mask(passed)
+    masked = passed is not None and is_mask(passed)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
         sign = unpack_mask(passed, x).to(x.dtype) if passed is not None and masked else passed
         return _differentiable_backward(grad_out, x, sign, norm, relu, need)
@@ -148,7 +148,7 @@ def _backward(
     need_sums = need_weight or need_bias or (need_x and not constant)
     if passed is not None and masked:
         if need_sums:
-            sum_dz, sum_dz_xhat = _ops.bn_grad_stats_mask(grad_out, x, passed, mean, invstd)
+            sum_dz, sum_dz_xhat, _ = _ops.bn_grad_stats_mask(grad_out, x, passed, mean, invstd, False)
     elif need_sums or passed is not None:
         sum_dz, sum_dz_xhat, written = _ops.bn_grad_stats(grad_out, x, passed, mean, invstd, weight, bias, relu)
         if passed is not None:

@@ -131,9 +131,12 @@ def bn_grad_stats(
 
 
 def bn_grad_stats_mask(
-    grad_out: Tensor, x: Tensor, mask: Tensor, mean: Tensor, invstd: Tensor
-) -> tuple[Tensor, Tensor]:
-    return _grad_stats(grad_out, channels_last(x), None, mask, (mean, invstd, None, None), True, None)
+    grad_out: Tensor, x: Tensor, mask: Tensor, mean: Tensor, invstd: Tensor, with_dz: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = channels_last(x)
+    dz = torch.empty_like(x) if with_dz else None
+    sums = _grad_stats(grad_out, x, None, mask, (mean, invstd, None, None), True, dz)
+    return (*sums, x.new_empty(0) if dz is None else dz)
 
 
 def bn_grad_apply(

@@ -69,11 +69,13 @@ def bn_stats_apply(
 
 
 def bn_grad_stats_mask(
-    grad_out: Tensor, x: Tensor, mask: Tensor, mean: Tensor, invstd: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(sum of dz, sum of dz * xhat), dz being grad_out where the mask lets it pass. Reads 2T and a bit an element."""
-    dz = torch.where(unpack_mask(mask, x), grad_out, 0)
-    return bn_grad_stats(dz, x, None, mean, invstd, None, None, False)[:2]
+    grad_out: Tensor, x: Tensor, mask: Tensor, mean: Tensor, invstd: Tensor, with_dz: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum of dz, sum of dz * xhat, dz), dz being grad_out where the mask lets it pass; it is written ``with_dz``, else
+    empty. Reads 2T and a bit an element, and writes 1T with dz."""
+    dz = _passed(grad_out, mask, x)
+    sums = bn_grad_stats(dz, x, None, mean, invstd, None, None, False)[:2]
+    return (*sums, dz if with_dz else x.new_empty(0))
 
 
 def bn_grad_apply_mask(
@@ -89,8 +91,7 @@ def bn_grad_apply_mask(
 ) -> tuple[Tensor, Tensor]:
     """(grad_x, dz): ``bn_grad_apply`` of dz, grad_out where the mask lets it pass; dz, the gradient of the residual, is
     written ``with_dz``, else empty. Reads 2T and a bit an element, writes 1T (2T with dz)."""
-    x = dense(x)
-    dz = torch.empty_like(x).copy_(torch.where(unpack_mask(mask, x), grad_out, 0))
+    dz = _passed(grad_out, mask, x)
     grad_x = bn_grad_apply(dz, x, mean, invstd, weight, None, sum_dz, sum_dz_xhat, False)
     return grad_x, dz if with_dz else x.new_empty(0)
 
@@ -114,6 +115,11 @@ def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
     images, channels, height, width = x.shape
     bits = (mask[:, :, None] >> torch.arange(8, device=mask.device, dtype=torch.uint8)) & 1
     return bits.flatten(1)[:, :channels].bool().reshape(images, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _passed(grad_out: Tensor, mask: Tensor, x: Tensor) -> Tensor:
+    """dz, in x's dtype and strides."""
+    return torch.empty_like(dense(x)).copy_(torch.where(unpack_mask(mask, x), grad_out, 0))
 
 
 def _relu(x: Tensor, z: Tensor) -> Tensor:

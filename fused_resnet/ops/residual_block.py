@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_resnet.ops import checks
-from fused_resnet.ops.backend import has_fused_backend
+from fused_resnet.ops.backend import has_fused_backend, keeps_masks
 from fused_resnet.ops.bn_act import BatchNorm, bn_act, bn_act_dual, wants_gradient
 from fused_resnet.ops.conv_norm import (
     KEPT_OF_A_LINK,
@@ -197,17 +197,26 @@ def _bn_act(y: Tensor, link: ConvNorm, residual: Tensor | None) -> Tensor:
     return bn_act(y, *vectors, residual, training=training, momentum=momentum, eps=eps, process_group=group)
 
 
-def _forward(x: Tensor, chain: Sequence[ConvNorm], shortcut: ConvNorm | None) -> tuple[Tensor, list[Done], Done | None]:
-    """(the block's result, what each link of the chain left, what the shortcut left)."""
+def _forward(
+    x: Tensor, chain: Sequence[ConvNorm], shortcut: ConvNorm | None, differentiable: bool = False
+) -> tuple[Tensor, Tensor, list[Done], Done | None]:
+    """(the block's result, itself or a mask of one bit an element for its ReLU's backward, what each link of the chain
+    left, what the shortcut left)."""
     before, links = Raw(x), []
     for link in chain:
         links.append(forward_link(before, link, level_of(before.tensor, link)))
         before = Raw(links[-1].y, links[-1].vectors)
-    last = links[-1]
-    if shortcut is None:
-        return _ops.bn_apply(last.y, *last.vectors, x, True), links, None
-    projection = forward_link(Raw(x), shortcut, level_of(x, shortcut))
-    return _ops.bn_apply_dual(last.y, *last.vectors, projection.y, *projection.vectors, True), links, projection
+    last, projection, added = links[-1], None, (x,)
+    if shortcut is not None:
+        projection = forward_link(Raw(x), shortcut, level_of(x, shortcut))
+        added = (projection.y, *projection.vectors)  # type: ignore[assignment]
+    apply, apply_mask = (
+        (_ops.bn_apply, _ops.bn_apply_mask) if projection is None else (_ops.bn_apply_dual, _ops.bn_apply_dual_mask)
+    )
+    if differentiable and keeps_masks(last.y):
+        return (*apply_mask(last.y, *last.vectors, *added), links, projection)
+    out = apply(last.y, *last.vectors, *added, True)
+    return out, out, links, projection
 
 
 class _Block(NamedTuple):
@@ -219,20 +228,20 @@ class _Block(NamedTuple):
 class _ResidualBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, block: _Block, *parameters: Tensor | None) -> Tensor:
-        out, links, projection = _forward(x, block.chain, block.shortcut)
+        out, passed, links, projection = _forward(x, block.chain, block.shortcut, differentiable=True)
         links += [] if projection is None else [projection]
         kept: list[Tensor | None] = []
         for index, done in enumerate(links):
             recomputed = block.efficient and index == len(block.chain) - 1
             kept += keep(done, parameters[3 * index : 3 * index + 3], without_y=recomputed)
-        ctx.save_for_backward(x, out, *kept)
+        ctx.save_for_backward(x, passed, *kept)
         ctx.links = [(without_tensors(done.link), done.level) for done in links]
         ctx.has_shortcut = projection is not None
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, out, *kept = ctx.saved_tensors
+        x, passed, *kept = ctx.saved_tensors
         links = [
             restored(link, level, kept[KEPT_OF_A_LINK * index : KEPT_OF_A_LINK * (index + 1)])
             for index, (link, level) in enumerate(ctx.links)
@@ -242,5 +251,5 @@ class _ResidualBlock(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             grad_x, grads = differentiable_gradients(grad_out, x, links, shortcut, need_x, need)
         else:
-            grad_x, grads = block_gradients(grad_out, x, out, links, shortcut, need_x, need)
+            grad_x, grads = block_gradients(grad_out, x, passed, links, shortcut, need_x, need)
         return (grad_x, None, *grads)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_resnet.ops.bn_act_autograd import is_mask
 from fused_resnet.ops.conv_norm import Done, Raw, Upstream, backward_link, convolve, sums_for_convolution
 
 _ops = torch.ops.fused_resnet
@@ -18,18 +19,24 @@ NO_SECOND_DERIVATIVE = "a second derivative through statistics of several ranks 
 def block_gradients(
     grad_out: Tensor,
     x: Tensor,
-    out: Tensor,
+    passed: Tensor,
     links: list[Done],
     shortcut: Done | None,
     need_x: bool,
     need: Sequence[bool],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """(the gradient of x, those of each link's three parameters); no pass for what nobody asked for."""
+    """(the gradient of x, those of each link's three parameters); no pass for what nobody asked for.
+
+    ``passed``: the block's output, or the mask of its ReLU (``ops/bn_act_autograd.py``).
+    """
     befores = [Raw(x), *(Raw(done.y, done.vectors) for done in links[:-1])]
     last = links[-1]
     if last.y is None:
         links[-1] = last = last._replace(y=convolve(befores[-1], last.link, last.level))
-    sum_dz, sum_dz_xhat, dz = _ops.bn_grad_stats(grad_out, last.y, out, *last.vectors, True)
+    if is_mask(passed):
+        sum_dz, sum_dz_xhat, dz = _ops.bn_grad_stats_mask(grad_out, last.y, passed, *last.vectors[:2], True)
+    else:
+        sum_dz, sum_dz_xhat, dz = _ops.bn_grad_stats(grad_out, last.y, passed, *last.vectors, True)
     grads: list[Tensor | None] = [None] * len(need)
 
     # Over the ranks in the order of their norms in forward, which is also that of norms run one by one.

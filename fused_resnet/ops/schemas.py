@@ -30,7 +30,8 @@ SCHEMAS = {
     " Tensor x2, Tensor mean2, Tensor invstd2, Tensor? weight2, Tensor? bias2) -> (Tensor, Tensor)",
     "bn_stats_apply": "(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, float eps,"
     " Tensor? weight, Tensor? bias, Tensor? residual, bool relu, bool with_mask) -> (Tensor, Tensor, Tensor, Tensor)",
-    "bn_grad_stats_mask": "(Tensor grad_out, Tensor x, Tensor mask, Tensor mean, Tensor invstd) -> (Tensor, Tensor)",
+    "bn_grad_stats_mask": "(Tensor grad_out, Tensor x, Tensor mask, Tensor mean, Tensor invstd, bool with_dz)"
+    " -> (Tensor, Tensor, Tensor)",
     "bn_grad_apply_mask": "(Tensor grad_out, Tensor x, Tensor mask, Tensor mean, Tensor invstd, Tensor? weight,"
     " Tensor? sum_dz, Tensor? sum_dz_xhat, bool with_dz) -> (Tensor, Tensor)",
     "stem": "(Tensor x, Tensor conv_weight, Tensor? scale, Tensor? shift, float[]? pixel_scale, float[]? pixel_shift)"
@@ -109,8 +110,8 @@ def _(x, running_mean, running_var, momentum, eps, weight, bias, residual, relu,
 
 
 @_shape_of("bn_grad_stats_mask")
-def _(grad_out, x, mask, mean, invstd):
-    return _channel_vector(x), _channel_vector(x)
+def _(grad_out, x, mask, mean, invstd, with_dz):
+    return _channel_vector(x), _channel_vector(x), torch.empty_like(dense(x)) if with_dz else x.new_empty(0)
 
 
 @_shape_of("bn_grad_apply_mask")

@@ -31,6 +31,9 @@ SHAPES = [
 ]
 SMALL = [SHAPES[0], SHAPES[4], SHAPES[5], SHAPES[6]]
 
+host_only = pytest.mark.parametrize("device", ["host"], indirect=True)
+"""Of a test that sets up the machine, which a real one does not allow."""
+
 _FIRST_DEVICE = 40  # of the small machines: properties_of (csrc/cuda/launch.h) asks once, so each has its own number
 
 

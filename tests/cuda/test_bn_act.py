@@ -19,6 +19,7 @@ from tests.cuda.cases import (
     call,
     channels_last,
     check,
+    host_only,
     image,
     mask_bits,
     misaligned,
@@ -67,13 +68,12 @@ def test_apply_dual(shape: tuple[int, ...], dtype: torch.dtype, device) -> None:
     assert_same_bits(out, call("bn_apply_dual", *first, *second, True), x, "with and without mask")
 
 
+@host_only
 @pytest.mark.parametrize("multiprocessors", [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels", [64, 13, 12, 520])
 def test_more_tiles_than_parts(channels: int, dtype: torch.dtype, multiprocessors: int, device, host, monkeypatch):
     """Blocks go round the matrix several times, not all of them as often; the last tile is short."""
-    if device.type != "cpu":
-        pytest.skip("a device of so few multiprocessors is on the host only")
     use_small_machine(host, monkeypatch, multiprocessors)
     shape = (1, channels, 97, 61) if channels < 64 else (1, channels, 37, 31) if channels == 64 else (1, 520, 17, 19)
     x, residual = (image(shape, dtype, device) for _ in range(2))
