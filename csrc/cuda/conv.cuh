@@ -145,10 +145,14 @@ __global__ __launch_bounds__(Tile::kThreads) void conv_bn_act_kernel(const T* __
     }
   };
 
-  // The first filters need not wait for what is in front of this launch: that makes activations, not weights.
-  Steps ahead(shape, first_step), filters_ahead = ahead;
-  for (int stage = 0; stage < Tile::kStages - 1 && stage < steps; ++stage, filters_ahead.next(shape)) {
-    copy_filters(filters_ahead, stage);
+  // While the launch in front of this one drains, the first filters come as near as the L2 cache. No nearer: it may be
+  // what wrote them.
+  Steps ahead(shape, first_step), coming = ahead;
+  for (int stage = 0; stage < Tile::kStages - 1 && stage < steps; ++stage, coming.next(shape)) {
+    const int64_t from = int64_t{coming.row * shape.kernel_width + coming.column} * shape.channels + coming.channel;
+    for (int row = threadIdx.x; row < Tile::kFilters && first_filter + row < shape.filters; row += Tile::kThreads) {
+      prefetch(weight + int64_t{first_filter + row} * taps * shape.channels + from);
+    }
   }
   for (int row = threadIdx.x; row < Tile::kPixels; row += Tile::kThreads) {
     const int64_t pixel = first_pixel + row;
@@ -164,7 +168,10 @@ __global__ __launch_bounds__(Tile::kThreads) void conv_bn_act_kernel(const T* __
   wait_for_previous_grid();
   __syncthreads();
   for (int stage = 0; stage < Tile::kStages - 1; ++stage) {
-    if (stage < steps) copy_patches(ahead, stage);
+    if (stage < steps) {
+      copy_filters(ahead, stage);
+      copy_patches(ahead, stage);
+    }
     ahead.next(shape);
     commit_copies();
   }

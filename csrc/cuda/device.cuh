@@ -130,6 +130,9 @@ __device__ __forceinline__ uint32_t narrow_2<BFloat16>(float low, float high) {
 // The larger of each of two unsigned 16-bit numbers.
 __device__ __forceinline__ uint32_t max_u16x2(uint32_t a, uint32_t b) { return __vmaxu2(a, b); }
 
+// The line of memory at this address is on its way to the L2 cache.
+__device__ __forceinline__ void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
+
 // A load of what nobody reads again soon: it need not push anything else out of the caches.
 template <typename V>
 __device__ __forceinline__ V load_once(const V* address) {

@@ -55,6 +55,7 @@ __global__ __launch_bounds__(stem::kThreads, 2) void stem_kernel(const Input* __
   using namespace stem;
   auto& shared = *static_cast<Shared*>(dynamic_shared_memory());
   const int first_filter = blockIdx.y * kFilters;
+  wait_for_previous_grid();
   for (int index = threadIdx.x; index < kFilters * kTaps * (kTaps + 1); index += kThreads) {
     const int filter = index / (kTaps * (kTaps + 1)), tap = index % (kTaps * (kTaps + 1));
     const int row = tap / (kTaps + 1), column = tap % (kTaps + 1);
@@ -65,7 +66,6 @@ __global__ __launch_bounds__(stem::kThreads, 2) void stem_kernel(const Input* __
     }
     *reinterpret_cast<Pixel*>(&shared.filters[filter][tap * 4]) = pixel;
   }
-  wait_for_previous_grid();
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int tiles_across = (shape.out_width + kOutColumns - 1) / kOutColumns;

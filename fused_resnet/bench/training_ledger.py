@@ -23,8 +23,8 @@ from fused_resnet.training.loop import MOMENTUM, WEIGHT_DECAY, autocast
 EAGER = "eager"
 MASKS = "level 3, masks"
 LEVELS: tuple[int | str, ...] = (EAGER, 0, 1, 2, 3, MASKS)
-"""The ways of ``training_ledger``. MASKS is level 3 where CUDA C++ runs the passes: the end of a block keeps a bit of each
-element for its ReLU's backward."""
+"""The ways of ``training_ledger``. MASKS is level 3 where CUDA C++ runs the passes: the end of a block keeps one bit of
+each element for its ReLU's backward."""
 SAVED: dict[str, tuple[int | str, str]] = {
     EAGER: (EAGER, "default"),
     "level 0": (0, "default"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from fused_resnet.modules.bn_act import has_global_hooks, is_intercepted
 from fused_resnet.modules.bottleneck import Bottleneck
 from fused_resnet.modules.conv_bn_act import ConvBNAct2d, why_not_fold
 from fused_resnet.modules.frozen import FrozenBlock, FrozenConvAct, FrozenStage
-from fused_resnet.ops.checks import DTYPES, check_image
+from fused_resnet.modules.frozen_ends import FrozenAvgPool, FrozenStem, is_stem, normalized, pixel_scale_and_shift
+from fused_resnet.ops.checks import DTYPES, check_bytes, check_image, check_number
 
 BLOCK_FORWARDS = (BasicBlock.forward, Bottleneck.forward, PlainBlock.forward)
 STEM_FORWARDS = (ResNet.forward, CIFARResNet.forward)
@@ -27,9 +29,12 @@ class FrozenModel(nn.Module):
 
     _like: Tensor
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(
+        self, module: nn.Module, dtype: torch.dtype, normalize: tuple[Sequence[float], Sequence[float]] | None = None
+    ) -> None:
         super().__init__()
         self.module = module
+        self._pixels = None if normalize is None else pixel_scale_and_shift(*normalize)
         self.register_buffer("_like", torch.empty(0, dtype=dtype), persistent=False)
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -41,10 +46,15 @@ class FrozenModel(nn.Module):
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """The model's output in the frozen dtype. x: (N, C, H, W) of any floating dtype and memory format, on the
-        model's device; with a CUDA graph, of the example's shape (ValueError otherwise)."""
-        check_image("x", x)
+        model's device, or uint8 if it was frozen with ``normalize``; with a CUDA graph, of the example's shape
+        (ValueError otherwise) and, if one of the two is uint8, of its dtype (TypeError)."""
+        self._check(x)
         if self._graph is None:
-            return self.module(x.to(self.dtype, memory_format=torch.channels_last))
+            return self.module(self._as_module_takes(x))
+        if (x.dtype == torch.uint8) != (self._graph_input.dtype == torch.uint8):
+            raise TypeError(
+                f"x must have the dtype the CUDA graph was captured with, {self._graph_input.dtype}; got {x.dtype}"
+            )
         if x.shape != self._graph_input.shape:
             raise ValueError(
                 f"x must have the shape the CUDA graph was captured with, {tuple(self._graph_input.shape)}; "
@@ -54,11 +64,27 @@ class FrozenModel(nn.Module):
         self._graph.replay()
         return self._graph_output.clone()
 
+    def _check(self, x: Tensor) -> None:
+        if isinstance(x, Tensor) and x.dtype == torch.uint8:
+            if self._pixels is None:
+                raise TypeError("x must be floating point, or the model frozen with normalize; got torch.uint8")
+            check_bytes("x", x, len(self._pixels[0]))
+        else:
+            check_image("x", x)
+
+    def _as_module_takes(self, x: Tensor) -> Tensor:
+        """A stem reads images as they lie, and bytes; whatever else comes first gets them as numbers, channels_last."""
+        if type(getattr(self.module, "conv1", None)) is FrozenStem:
+            return x if x.dtype in (torch.uint8, self.dtype) else x.to(self.dtype)
+        if x.dtype == torch.uint8 and self._pixels is not None:
+            return normalized(x, *self._pixels, self.dtype)
+        return x.to(self.dtype, memory_format=torch.channels_last)
+
     @torch.inference_mode(False)  # the static input is written to by every later call, wherever that is made
     @torch.no_grad()
     def capture(self, x: Tensor) -> None:
         """Records the kernels of one call as a CUDA graph, which every later call replays."""
-        self._graph_input = x.to(self.dtype, memory_format=torch.channels_last, copy=True)
+        self._graph_input = self._as_module_takes(x).clone()
         stream = torch.cuda.Stream(x.device)
         stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(stream):
@@ -87,7 +113,12 @@ class FrozenModel(nn.Module):
 
 
 def freeze(
-    model: nn.Module, example_input: Tensor, *, dtype: torch.dtype | None = None, cuda_graph: bool = False
+    model: nn.Module,
+    example_input: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    cuda_graph: bool = False,
+    normalize: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> FrozenModel:
     """A copy of ``model`` for inference: BatchNorm folded, weights laid out for the device, one kernel a convolution.
 
@@ -100,15 +131,21 @@ def freeze(
         example_input: (N, C, H, W) on the model's device; it is run once, and chooses layouts. Other sizes work too.
         dtype: float32, float16 or bfloat16 (float64 too, unfused) for weights and activations; the model's if None.
         cuda_graph: capture the whole model as one CUDA graph, for inputs of exactly the example's shape.
+        normalize: (mean, std) of each channel. The model then takes images of bytes too, uint8, and computes with
+            (x / 255 - mean) / std; in the kernel that reads them, where that is ours.
 
     Returns:
         A module from (N, C, H, W), any floating dtype, to the model's output in ``dtype``.
 
     Raises:
-        TypeError: model is not an ``nn.Module``, example_input not a floating-point Tensor, or dtype not floating.
-        ValueError: example_input is not 4D or not on the model's device, or cuda_graph without a CUDA device.
+        TypeError: model is not an ``nn.Module``, example_input not a floating-point Tensor (with normalize: or uint8),
+            or dtype not floating.
+        ValueError: example_input is not 4D or not on the model's device, cuda_graph without a CUDA device, or normalize
+            not one number for each channel, or an std of 0.
     """
-    check_image("example_input", example_input)
+    check_normalize(normalize, example_input)
+    if normalize is None or example_input.dtype != torch.uint8:
+        check_image("example_input", example_input)
     if dtype not in (None, *DTYPES):
         raise TypeError(f"dtype must be one of {', '.join(map(str, DTYPES))}, or None; got {dtype!r}")
     frozen = fuse(copy.deepcopy(model)).eval().requires_grad_(False)
@@ -119,14 +156,15 @@ def freeze(
         raise ValueError(f"cuda_graph must be False for a model on {like.device}; it takes CUDA devices")
     dtype = like.dtype if dtype is None else dtype
 
-    folded = {name: part for name, module in frozen.named_modules() if (part := _fold(module, dtype)) is not None}
+    parts = ((name, _fold(module, dtype, normalize)) for name, module in frozen.named_modules())
+    folded = {name: part for name, part in parts if part is not None}
     frozen = frozen.to(dtype=dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for name, part in folded.items():
         frozen = _replace(frozen, name, part)
     for module in frozen.modules():
         if type(module) is nn.Sequential and all(type(child) is FrozenBlock for child in module):
             module.__class__ = FrozenStage
-    result = FrozenModel(frozen, dtype)
+    result = FrozenModel(frozen, dtype, normalize)
     result.eval()
     result(example_input)
     if cuda_graph:
@@ -134,8 +172,28 @@ def freeze(
     return result
 
 
-def _fold(module: nn.Module, dtype: torch.dtype) -> nn.Module | dict[str, nn.Module] | None:
-    """What takes this module's place, or (for a stem) the places of its children; None where it stays as it is."""
+def check_normalize(normalize: Any, images: Any) -> None:
+    """Refuses what is not (mean, std) with a number for each channel of the images, no std of 0."""
+    if normalize is None:
+        return
+    if not isinstance(normalize, (tuple, list)) or len(normalize) != 2:
+        raise TypeError(f"normalize must be (mean, std), each a number for every channel, or None; got {normalize!r}")
+    for name, vector in zip(("mean", "std"), normalize, strict=True):
+        for number in vector:
+            check_number(f"normalize's {name}", number)
+    if 0 in normalize[1]:
+        raise ValueError(f"normalize's std must not be 0; got {normalize[1]!r}")
+    channels = len(normalize[0])
+    if len(normalize[1]) != channels:
+        raise ValueError(f"normalize's mean and std must be of the same length; got {channels} and {len(normalize[1])}")
+    if isinstance(images, Tensor) and images.dtype == torch.uint8:
+        check_bytes("example_input", images, channels)
+
+
+def _fold(
+    module: nn.Module, dtype: torch.dtype, normalize: tuple[Sequence[float], Sequence[float]] | None
+) -> nn.Module | dict[str, nn.Module] | None:
+    """What takes this module's place, or (for a network) the places of its children; None where it stays as it is."""
     if is_intercepted(module) or has_global_hooks():
         return None
     forward = type(module).forward
@@ -143,7 +201,16 @@ def _fold(module: nn.Module, dtype: torch.dtype) -> nn.Module | dict[str, nn.Mod
         return _fold_conv(module.conv, module.bn, module.act, dtype)
     if forward in STEM_FORWARDS:
         conv = _fold_conv(module.conv1, module.bn1, module.relu, dtype)
-        return None if conv is None else {"conv1": conv, "bn1": nn.Identity(), "relu": nn.Identity()}
+        ends: dict[str, nn.Module] = {}
+        if conv is not None:
+            ends = {"conv1": conv, "bn1": nn.Identity(), "relu": nn.Identity()}
+            pool = getattr(module, "maxpool", None)
+            if pool is not None and is_stem(conv, pool) and not is_intercepted(pool):
+                ends |= {"conv1": FrozenStem(conv, pool, normalize), "maxpool": nn.Identity()}
+        average = getattr(module, "avgpool", None)
+        if type(average) is nn.AdaptiveAvgPool2d and average.output_size in (1, (1, 1)) and not is_intercepted(average):
+            ends["avgpool"] = FrozenAvgPool()
+        return ends or None
     if forward in BLOCK_FORWARDS:
         return _fold_block(module, dtype)
     return None

@@ -115,6 +115,13 @@ def has_fused_backend(x: Tensor) -> bool:
     return x.device.type == "cpu" and _usable("native")
 
 
+def runs_in_cuda(op: str, args: tuple[Any, ...]) -> bool:
+    """True if the CUDA C++ kernels run ``op`` on these arguments, automatically or asked for."""
+    if torch.compiler.is_compiling() or _requested not in (AUTO, "cuda") or not _usable("cuda"):
+        return False
+    return not reasons_against("cuda", op, args)
+
+
 def keeps_masks(x: Tensor) -> bool:
     """True if a ReLU behind a residual keeps one bit of each element of x for backward, instead of its output."""
     if torch.compiler.is_compiling():

@@ -34,6 +34,12 @@ def check_image(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must have at least one channel; got shape {tuple(x.shape)}")
 
 
+def check_bytes(name: str, x: Tensor, channels: int) -> None:
+    """Images of bytes: (N, channels, H, W), uint8."""
+    if x.dim() != 4 or x.shape[1] != channels:
+        raise ValueError(f"{name} must be (N, {channels}, H, W); got shape {tuple(x.shape)}")
+
+
 def check_channel_vector(name: str, vector: Tensor | None, x: Tensor, channels: int) -> None:
     if vector is None:
         return

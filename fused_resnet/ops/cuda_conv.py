@@ -152,7 +152,7 @@ def stem(
     pixel_scale: list[float] | None,
     pixel_shift: list[float] | None,
 ) -> Tensor:
-    conv_weight = channels_last(conv_weight)
+    conv_weight, scale, shift = channels_last(conv_weight), vector_of(scale), vector_of(shift)
     pixels = None
     if pixel_scale is not None and pixel_shift is not None:
         pixels = kernels().PixelScale(pixel_scale, pixel_shift)
@@ -163,7 +163,7 @@ def stem(
         (images, filters, *size), dtype=conv_weight.dtype, device=x.device, memory_format=torch.channels_last
     )
     place = kernels().Place(images, channels, height, width, dtype_of(out.dtype), x.device.index or 0, stream_of(x))
-    vectors = addresses(conv_weight, vector_of(scale), vector_of(shift))
+    vectors = addresses(conv_weight, scale, shift)
     kernels().stem(place, x.stride(), filters, x.data_ptr(), pixels, *vectors, out.data_ptr())
     return out
 

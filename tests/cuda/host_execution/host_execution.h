@@ -102,6 +102,8 @@ inline uint32_t max_u16x2(uint32_t a, uint32_t b) {
   return low | max(a >> 16, b >> 16) << 16;
 }
 
+inline void prefetch(const void*) {}
+
 template <typename V>
 inline V load_once(const V* address) {
   host_execution::check_aligned(address, alignof(V), "load_once");

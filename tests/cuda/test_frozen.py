@@ -1,0 +1,83 @@
+"""Whole networks, frozen, on the CUDA kernels: stem, convolutions and pooling as a user meets them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fused_resnet
+from fused_resnet import use_backend
+from fused_resnet.modules.frozen_ends import FrozenAvgPool, FrozenStem
+from tests.cuda.on_host import Host
+
+pytestmark = pytest.mark.xdist_group("cuda_on_host")
+
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+def trained(name: str) -> nn.Module:
+    """A network whose norms have statistics and parameters of their own."""
+    model = getattr(fused_resnet, name)(num_classes=10).train()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.uniform_(-0.2, 0.2)
+                module.momentum = None
+        for _ in range(2):
+            model(torch.randn(8, 3, 64, 64))
+    return model.eval()
+
+
+def assert_nearly_exact(actual: Tensor, model: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
+    """By the accuracy of the dtype: a network in it, computed by PyTorch, is as far from float64."""
+    exact = copy.deepcopy(model).double()(x.double())
+    with use_backend("reference"):
+        baseline = fused_resnet.freeze(model, x[:1], dtype=dtype)(x)
+    error, baseline_error = ((tensor.double() - exact).abs().max().item() for tensor in (actual, baseline))
+    assert error <= 2 * baseline_error + torch.finfo(dtype).eps * exact.abs().max().item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@torch.no_grad()
+def test_a_frozen_network(host: Host, name: str, dtype: torch.dtype):
+    model, x = trained(name), torch.randn(1, 3, 64, 64)
+    frozen = fused_resnet.freeze(model, x, dtype=dtype)
+    host.launches()
+    with use_backend("cuda"):
+        actual = frozen(x)
+    assert_nearly_exact(actual, model, x, dtype)
+    # One for the stem, one or (where the sum is split) two for every other convolution, one for the pooling.
+    convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    assert convolutions + 1 <= len(host.launches()) <= 2 * convolutions
+
+
+@torch.no_grad()
+def test_images_of_bytes(host: Host):
+    model, x = trained("resnet18"), torch.randint(0, 256, (1, 3, 48, 56), dtype=torch.uint8)
+    numbers = (x / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    frozen = fused_resnet.freeze(model, x, dtype=torch.float16, normalize=(MEAN, STD))
+    with use_backend("cuda"):
+        actual = frozen(x)
+        of_numbers = frozen(numbers)
+    assert_nearly_exact(actual, model, numbers, torch.float16)
+    assert_nearly_exact(of_numbers, model, numbers, torch.float16)
+    with pytest.raises(ValueError, match=r"x must be \(N, 3, H, W\); got shape \(1, 4, 8, 8\)"):
+        frozen(torch.zeros(1, 4, 8, 8, dtype=torch.uint8))
+
+
+def test_which_ends_are_replaced():
+    frozen = fused_resnet.freeze(trained("resnet18"), torch.randn(1, 3, 32, 32)).module
+    assert type(frozen.conv1) is FrozenStem and type(frozen.maxpool) is nn.Identity
+    assert type(frozen.avgpool) is FrozenAvgPool
+    other = fused_resnet.resnet18()
+    other.maxpool = nn.MaxPool2d(2)
+    other.avgpool = nn.AdaptiveAvgPool2d((2, 2))
+    other.fc = nn.Linear(4 * 512, 10)
+    frozen = fused_resnet.freeze(other.eval(), torch.randn(1, 3, 64, 64)).module
+    assert type(frozen.conv1) is not FrozenStem and type(frozen.maxpool) is nn.MaxPool2d
+    assert type(frozen.avgpool) is nn.AdaptiveAvgPool2d
