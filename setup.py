@@ -79,22 +79,35 @@ def find_toolchain(choice: str) -> tuple[Toolchain | None, str]:
         missing.append(f"a C++ compiler (no {cxx[0]!r}; CXX names another)")
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         missing.append("Python.h (Debian's python3-dev)")
-    nvcc = find_nvcc() if choice != "cpu" else None
+    nvcc, complaint = find_nvcc(cxx) if choice != "cpu" and not missing else (None, "")
     if choice == "cuda" and nvcc is None:
-        missing.append("nvcc (looked in CUDA_HOME, PATH and /usr/local/cuda)")
-    if choice == "cuda" and not cuda_sources():
-        missing.append("a .cu file in csrc/cuda")
+        missing.append(complaint or "nvcc")
     if not missing:
-        return Toolchain(cxx, nvcc if cuda_sources() else None), ""
+        if nvcc is None and choice == "auto":
+            print(f"fused_resnet: without CUDA kernels, missing: {complaint}", file=sys.stderr)
+        return Toolchain(cxx, nvcc), ""
     if choice == "auto":
         return None, "missing: " + "; ".join(missing)
     sys.exit(f"FUSED_RESNET_BUILD={choice} cannot be done, missing: " + "; ".join(missing))
 
 
-def find_nvcc() -> str | None:
+def find_nvcc(cxx: list[str]) -> tuple[str | None, str]:
+    """An nvcc that works with this C++ compiler and knows every target, or None and what is missing."""
     home = os.environ.get("CUDA_HOME")
     candidates = [*([f"{home}/bin/nvcc"] if home else []), "nvcc", "/usr/local/cuda/bin/nvcc"]
-    return next(filter(None, map(shutil.which, candidates)), None)
+    nvcc = next(filter(None, map(shutil.which, candidates)), None)
+    if nvcc is None:
+        return None, "nvcc (looked in CUDA_HOME, PATH and /usr/local/cuda)"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cu")
+        source.write_text("#include <cuda_runtime.h>\n#include <string>\n__global__ void probe() {}\n")
+        command = [nvcc, *nvcc_flags(cxx), "-c", str(source), "-o", str(Path(folder, "probe.o"))]
+        probe = subprocess.run(command, capture_output=True, text=True)
+    if probe.returncode == 0:
+        return nvcc, ""
+    says = (probe.stderr or probe.stdout).strip().splitlines() or ["nothing"]
+    complaint = f"an nvcc that compiles for {', '.join(CUDA_TARGETS)} with {cxx[-1]}"
+    return None, f"{complaint} ({nvcc} says: {says[-1]})"
 
 
 def cuda_sources() -> list[Path]:

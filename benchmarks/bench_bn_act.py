@@ -291,7 +291,7 @@ PASS_CASES = [
 @pytest.mark.parametrize("contender", CONTENDERS)
 def test_pass(benchmark, norm_pass: NormPass, site: Site, contender: str, batch: int, dtype: torch.dtype) -> None:
     norm = norm_at(site, batch, dtype)
-    measure_on_device(benchmark, lambda: pass_work(norm_pass, norm, contender), norm, f"{norm_pass} {site}")
+    measure_on_device(benchmark, lambda: pass_work(norm_pass, norm, contender), f"{norm_pass} {site}", batch, dtype)
 
 
 @gpu_only
@@ -304,7 +304,7 @@ def test_stats_apply(benchmark, site: Site, contender: str, batch: int, dtype: t
     norm = norm_at(site, batch, dtype)
     if contender == TRITON:
         pytest.skip("triton has no bn_stats_apply; its two launches are triton-two-ops")
-    measure_on_device(benchmark, lambda: pass_work(STATS_APPLY, norm, contender), norm, f"{STATS_APPLY} {site}")
+    measure_on_device(benchmark, lambda: pass_work(STATS_APPLY, norm, contender), f"{STATS_APPLY} {site}", batch, dtype)
 
 
 @gpu_only
@@ -315,7 +315,7 @@ def test_stats_apply(benchmark, site: Site, contender: str, batch: int, dtype: t
 @pytest.mark.parametrize("contender", CONTENDERS)
 def test_step(benchmark, site: Site, contender: str, batch: int, dtype: torch.dtype) -> None:
     norm = norm_at(site, batch, dtype)
-    measure_on_device(benchmark, lambda: step_work(norm, contender), norm, f"step {site}")
+    measure_on_device(benchmark, lambda: step_work(norm, contender), f"step {site}", batch, dtype)
 
 
 def norm_at(site: Site, batch: int, dtype: torch.dtype) -> Norm:
@@ -323,23 +323,25 @@ def norm_at(site: Site, batch: int, dtype: torch.dtype) -> Norm:
     return Norm((batch, site.channels, site.size, site.size), dtype, DEVICE)
 
 
-def measure_on_device(benchmark, make: Callable[[], Work], norm: Norm, title: str) -> None:
+def measure_on_device(
+    benchmark, make: Callable[[], Work], title: str, batch: int, dtype: torch.dtype, **extra: object
+) -> None:
+    """The device's time of some work, with what it moves and whether it is right; skipped if a backend refuses."""
     try:
         work = make()
         wrong = work.why_wrong(work.run())
     except BackendError as refusal:
         pytest.skip(str(refusal))
-    flush, batch = norm.shape[0] >= FLUSHED_FROM, norm.shape[0]
-    benchmark.group = f"{title} x {batch} {norm.dtype}"
-    prepare = before_each_round(norm.device, flush)
-    benchmark.pedantic(work.run, setup=prepare, rounds=ROUNDS, warmup_rounds=10)
-    note(benchmark, work.moved, copy_bandwidth(norm.dtype))
+    flush = batch >= FLUSHED_FROM
+    benchmark.group = f"{title} x {batch} {dtype}"
+    benchmark.pedantic(work.run, setup=before_each_round(DEVICE, flush), rounds=ROUNDS, warmup_rounds=10)
+    note(benchmark, work.moved, copy_bandwidth(dtype))
     benchmark.extra_info.update(
         batch_size=batch,
-        shape=list(norm.shape),
         l2_cache="flushed" if flush else "warm",
         accuracy="right" if wrong is None else f"wrong: {wrong}",
         machine=facts(),
+        **extra,
     )
 
 

@@ -15,10 +15,10 @@ struct ConvShape {
 
 struct StemShape {
   int images, height, width;
-  int conv_height, conv_width;    // of the convolution's output
-  int out_height, out_width;      // of the pooling's
-  int filters;                    // a multiple of 64
-  int64_t strides[4];             // of x, in elements: image, channel, row, column
+  int conv_height, conv_width;  // of the convolution's output
+  int out_height, out_width;    // of the pooling's
+  int filters;                  // a multiple of 64
+  int64_t strides[4];           // of x, in elements: image, channel, row, column
 };
 
 // What makes a number in the range that the network was trained on of a byte: byte * scale + shift for each channel.

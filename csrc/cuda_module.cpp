@@ -45,15 +45,22 @@ void bn_stats(const Place& place, Address x, Address mean, Address invstd, Addre
                  pointer<float>(running_mean), pointer<float>(running_var), momentum, eps, pointer(workspace));
 }
 
-void bn_apply(const Place& place, Address x, const Norm& norm, Address residual, bool relu, Address out, Address mask) {
-  cuda::bn_apply({"bn_apply", place}, matrix(place), pointer(x), norm, pointer(residual), relu, pointer(out),
-                 pointer<uint8_t>(mask));
+// Addresses one by one and no objects of them: each object would cost a call as much as the rest of it.
+Norm norm_of(Address mean, Address invstd, Address weight, Address bias) {
+  return {pointer<float>(mean), pointer<float>(invstd), pointer<float>(weight), pointer<float>(bias)};
 }
 
-void bn_apply_dual(const Place& place, Address x, const Norm& norm, Address x2, const Norm& norm2, bool relu,
-                   Address out, Address mask) {
-  cuda::bn_apply_dual({"bn_apply_dual", place}, matrix(place), pointer(x), norm, pointer(x2), norm2, relu, pointer(out),
-                      pointer<uint8_t>(mask));
+void bn_apply(const Place& place, Address x, Address mean, Address invstd, Address weight, Address bias,
+              Address residual, bool relu, Address out, Address mask) {
+  cuda::bn_apply({"bn_apply", place}, matrix(place), pointer(x), norm_of(mean, invstd, weight, bias), pointer(residual),
+                 relu, pointer(out), pointer<uint8_t>(mask));
+}
+
+void bn_apply_dual(const Place& place, Address x, Address mean, Address invstd, Address weight, Address bias,
+                   Address x2, Address mean2, Address invstd2, Address weight2, Address bias2, bool relu, Address out,
+                   Address mask) {
+  cuda::bn_apply_dual({"bn_apply_dual", place}, matrix(place), pointer(x), norm_of(mean, invstd, weight, bias),
+                      pointer(x2), norm_of(mean2, invstd2, weight2, bias2), relu, pointer(out), pointer<uint8_t>(mask));
 }
 
 void bn_stats_apply(const Place& place, Address x, Address residual, Address weight, Address bias, Address mean,
@@ -65,17 +72,20 @@ void bn_stats_apply(const Place& place, Address x, Address residual, Address wei
                        pointer(workspace));
 }
 
-void bn_grad_stats(const Place& place, Address grad_out, Address x, Address out, Address mask, const Norm& norm,
-                   bool relu, Address dz, Address sum_dz, Address sum_dz_xhat, Address workspace) {
+void bn_grad_stats(const Place& place, Address grad_out, Address x, Address out, Address mask, Address mean,
+                   Address invstd, Address weight, Address bias, bool relu, Address dz, Address sum_dz,
+                   Address sum_dz_xhat, Address workspace) {
   cuda::bn_grad_stats({"bn_grad_stats", place}, matrix(place), pointer(grad_out), pointer(x), pointer(out),
-                      pointer<uint8_t>(mask), norm, relu, pointer(dz), pointer<float>(sum_dz),
-                      pointer<float>(sum_dz_xhat), pointer(workspace));
+                      pointer<uint8_t>(mask), norm_of(mean, invstd, weight, bias), relu, pointer(dz),
+                      pointer<float>(sum_dz), pointer<float>(sum_dz_xhat), pointer(workspace));
 }
 
-void bn_grad_apply(const Place& place, Address grad_out, Address x, Address mask, const Norm& norm, Address sum_dz,
-                   Address sum_dz_xhat, bool relu, Address dz, Address grad_x) {
+void bn_grad_apply(const Place& place, Address grad_out, Address x, Address mask, Address mean, Address invstd,
+                   Address weight, Address bias, Address sum_dz, Address sum_dz_xhat, bool relu, Address dz,
+                   Address grad_x) {
   cuda::bn_grad_apply({"bn_grad_apply", place}, matrix(place), pointer(grad_out), pointer(x), pointer<uint8_t>(mask),
-                      norm, pointer<float>(sum_dz), pointer<float>(sum_dz_xhat), relu, pointer(dz), pointer(grad_x));
+                      norm_of(mean, invstd, weight, bias), pointer<float>(sum_dz), pointer<float>(sum_dz_xhat), relu,
+                      pointer(dz), pointer(grad_x));
 }
 
 ConvShape conv_shape(const Place& x, int filters, const Pair& kernel_size, const Pair& stride, const Pair& padding,
@@ -145,8 +155,9 @@ void avgpool(const Place& place, Address x, Address out) {
 
 void define_cuda(py::module_& parent) {
   py::module_ m = parent.def_submodule("cuda", "The CUDA kernels. Private: use fused_resnet.ops.");
-  py::class_<Place>(m, "Place", py::module_local()).def(py::init(&place_of), py::arg("images"), py::arg("channels"), py::arg("height"),
-                                    py::arg("width"), py::arg("dtype"), py::arg("device"), py::arg("stream"));
+  py::class_<Place>(m, "Place", py::module_local())
+      .def(py::init(&place_of), py::arg("images"), py::arg("channels"), py::arg("height"), py::arg("width"),
+           py::arg("dtype"), py::arg("device"), py::arg("stream"));
   py::class_<ConvShape>(m, "ConvShape", py::module_local())
       .def(py::init(&conv_shape), py::arg("x"), py::arg("filters"), py::arg("kernel_size"), py::arg("stride"),
            py::arg("padding"), py::arg("dilation"))

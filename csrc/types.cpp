@@ -23,8 +23,8 @@ void define_types(py::module_& m) {
       .value("float32", DType::float32)
       .value("float16", DType::float16)
       .value("bfloat16", DType::bfloat16);
-  py::class_<Norm>(m, "Norm", py::module_local()).def(py::init(&norm_of), py::arg("mean"), py::arg("invstd"), py::arg("weight"),
-                                  py::arg("bias"));
+  py::class_<Norm>(m, "Norm", py::module_local())
+      .def(py::init(&norm_of), py::arg("mean"), py::arg("invstd"), py::arg("weight"), py::arg("bias"));
 }
 
 }  // namespace fused_resnet

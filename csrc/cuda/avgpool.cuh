@@ -8,11 +8,12 @@ namespace fused_resnet {
 // Row blockIdx.y of out, (images, channels), for the block's channels: the mean over an image's `shape.rows` pixels,
 // added up in float32 in an order that the shape alone decides. Reads 1T.
 template <typename T, int kCount>
-__global__ __launch_bounds__(kThreads, kBlocksPerMultiprocessor) void avgpool_kernel(const T* __restrict__ x, Rows shape,
-                                                                                     int images, T* __restrict__ out) {
+__global__ __launch_bounds__(kThreads, kBlocksPerMultiprocessor) void avgpool_kernel(const T* __restrict__ x,
+                                                                                     Rows shape, int images,
+                                                                                     T* __restrict__ out) {
   wait_for_previous_grid();
   const Position<kCount> place(shape);
-  auto& shared = *static_cast<float(*)[kThreads][kCount]>(dynamic_shared_memory());
+  auto& shared = *static_cast<float (*)[kThreads][kCount]>(dynamic_shared_memory());
   for (int image = blockIdx.y; image < images; image += gridDim.y) {
     float sums[kCount] = {};
     const T* const from = x + int64_t{image} * shape.rows * shape.channels + place.channel;

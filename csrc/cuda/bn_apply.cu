@@ -13,9 +13,9 @@ template <Residual kResidual>
 void apply(const Call& call, const Matrix& shape, const void* x, const Norm& norm, const void* residual,
            const Norm& norm2, bool relu, void* out, uint8_t* mask) {
   const DeviceGuard guard(call);
-  const bool vectors =
-      vectors_fit(shape, mask == nullptr ? kApplyCount : 8, {x, residual, out, norm.mean, norm.invstd, norm.weight, norm.bias}) &&
-      aligned({norm2.mean, norm2.invstd, norm2.weight, norm2.bias});
+  const bool vectors = vectors_fit(shape, mask == nullptr ? kApplyCount : 8,
+                                   {x, residual, out, norm.mean, norm.invstd, norm.weight, norm.bias}) &&
+                       aligned({norm2.mean, norm2.invstd, norm2.weight, norm2.bias});
   with_vector<kApplyCount>(shape.dtype, vectors, [&](auto type, auto vector) {
     using T = typename decltype(type)::Element;
     constexpr int kCount = decltype(vector)::value;

@@ -66,9 +66,11 @@ constexpr int kApplyRows = sizeof(T) == sizeof(float) ? 2 : 4;
 // out = act(norm(x) + residual), the residual normalised by `norm2` or not. Reads 1T or 2T, writes 1T, and T / 16 (of
 // 16-bit elements) for the mask, if `mask.bits` is not null. Tiles are taken from the end of the matrix.
 template <typename T, int kCount, Residual kResidual>
-__global__ __launch_bounds__(kThreads, kBlocksPerMultiprocessor) void bn_apply_kernel(
-    const T* __restrict__ x, Norm norm, const T* __restrict__ residual, Norm norm2, Rows shape, bool relu,
-    T* __restrict__ out, BitMask mask) {
+__global__ __launch_bounds__(kThreads,
+                             kBlocksPerMultiprocessor) void bn_apply_kernel(const T* __restrict__ x, Norm norm,
+                                                                            const T* __restrict__ residual, Norm norm2,
+                                                                            Rows shape, bool relu, T* __restrict__ out,
+                                                                            BitMask mask) {
   wait_for_previous_grid();
   const Position<kCount> place(shape);
   const int channel = place.inside ? place.channel : 0;

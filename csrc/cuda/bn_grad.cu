@@ -33,8 +33,9 @@ template <Mask kMask>
 void grad_apply(const Call& call, const Matrix& shape, const void* grad_out, const void* x, const uint8_t* mask,
                 const Norm& norm, const float* sum_dz, const float* sum_dz_xhat, void* dz, void* grad_x) {
   const DeviceGuard guard(call);
-  const bool vectors = vectors_fit(shape, mask == nullptr ? kApplyCount : 8, {grad_out, x, dz, grad_x, norm.mean, norm.invstd}) &&
-                       aligned({norm.weight, norm.bias, sum_dz, sum_dz_xhat});
+  const bool vectors =
+      vectors_fit(shape, mask == nullptr ? kApplyCount : 8, {grad_out, x, dz, grad_x, norm.mean, norm.invstd}) &&
+      aligned({norm.weight, norm.bias, sum_dz, sum_dz_xhat});
   with_vector<kApplyCount>(shape.dtype, vectors, [&](auto type, auto vector) {
     using T = typename decltype(type)::Element;
     constexpr int kCount = decltype(vector)::value;
@@ -61,11 +62,8 @@ void bn_grad_stats(const Call& call, const Matrix& shape, const void* grad_out, 
 }
 
 void bn_grad_apply(const Call& call, const Matrix& shape, const void* grad_out, const void* x, const uint8_t* mask,
-                   const Norm& norm, const float* sum_dz, const float* sum_dz_xhat, bool relu, void* dz,
-                   void* grad_x) {
-  const auto of_mask = [&](auto pass) {
-    pass(call, shape, grad_out, x, mask, norm, sum_dz, sum_dz_xhat, dz, grad_x);
-  };
+                   const Norm& norm, const float* sum_dz, const float* sum_dz_xhat, bool relu, void* dz, void* grad_x) {
+  const auto of_mask = [&](auto pass) { pass(call, shape, grad_out, x, mask, norm, sum_dz, sum_dz_xhat, dz, grad_x); };
   if (mask != nullptr) return of_mask(grad_apply<Mask::kBits>);
   if (relu) return of_mask(grad_apply<Mask::kOfX>);
   of_mask(grad_apply<Mask::kNone>);

@@ -10,10 +10,10 @@ namespace fused_resnet {
 
 // How dz is made of the gradient of the output.
 enum class Mask {
-  kNone,     // no activation: dz is grad_out
-  kOfX,      // by the sign of the recomputed xhat * weight + bias
-  kOfOut,    // by the sign of the output
-  kBits      // by the bits that forward wrote
+  kNone,   // no activation: dz is grad_out
+  kOfX,    // by the sign of the recomputed xhat * weight + bias
+  kOfOut,  // by the sign of the output
+  kBits    // by the bits that forward wrote
 };
 
 // sum(dz) and sum(dz * xhat): row blockIdx.y of the two matrices of partial sums, for the block's channels. Reads 2T
@@ -71,7 +71,7 @@ __global__ __launch_bounds__(kThreads, kBlocksPerMultiprocessor) void bn_grad_st
       sum_dz_distance[i] += __shfl_xor_sync(~0u, sum_dz_distance[i], apart);
     }
   }
-  auto& shared = *static_cast<float(*)[2][kWarps][32 * kCount]>(dynamic_shared_memory());
+  auto& shared = *static_cast<float (*)[2][kWarps][32 * kCount]>(dynamic_shared_memory());
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (lane < shape.lanes) {
 #pragma unroll
@@ -96,11 +96,10 @@ __global__ __launch_bounds__(kThreads, kBlocksPerMultiprocessor) void bn_grad_st
 
 // Adds (2, parts, channels) partial sums over the parts; blockIdx.y is the kind of sum.
 __global__ __launch_bounds__(kThreads) void bn_finalize_sums_kernel(const float* __restrict__ partial_sums,
-                                                                    int channels, int parts,
-                                                                    float* __restrict__ sum_dz,
+                                                                    int channels, int parts, float* __restrict__ sum_dz,
                                                                     float* __restrict__ sum_dz_xhat) {
   wait_for_previous_grid();
-  auto& shared = *static_cast<double(*)[kMergeLanes][kMergeChannels]>(dynamic_shared_memory());
+  auto& shared = *static_cast<double (*)[kMergeLanes][kMergeChannels]>(dynamic_shared_memory());
   const int channel = blockIdx.x * kMergeChannels + threadIdx.x % kMergeChannels;
   const int lane = threadIdx.x / kMergeChannels;
   const float* const from = partial_sums + int64_t{blockIdx.y} * parts * channels;

@@ -62,17 +62,19 @@ std::size_t bn_workspace_bytes(const Matrix& shape, int device) {
 void bn_stats(const Call& call, const Matrix& shape, const void* x, float* mean, float* invstd, float* running_mean,
               float* running_var, double momentum, double eps, void* workspace) {
   const DeviceGuard guard(call);
-  with_vector<kStatsCount>(shape.dtype, vectors_fit(shape, 16 / element_size(shape.dtype), {x}), [&](auto type, auto vector) {
-    using T = typename decltype(type)::Element;
-    constexpr int kCount = decltype(vector)::value;
-    const Cover chosen = cover(shape, kCount, kStatsRows, 1, call.place.device);
-    const Partials partials(workspace, chosen.parts, shape.channels);
-    launch(call, {dim3(chosen.slices, chosen.parts), kThreads, sizeof(MomentsOfWarps<kCount, kThreads / 32>)},
-           bn_stats_kernel<T, kCount>, static_cast<const T*>(x), chosen.rows, partials.means, partials.m2s);
-    launch(call, {dim3(ceil_div(shape.channels, kMergeChannels)), kThreads, sizeof(double) * kThreads},
-           bn_finalize_kernel, partials.means, partials.m2s, shape.channels,
-           Deal::of(shape.rows, chosen.rows.layer * kStatsRows, chosen.parts), static_cast<double>(shape.rows), Statistics{mean, invstd, running_mean, running_var, momentum, eps});
-  });
+  with_vector<kStatsCount>(
+      shape.dtype, vectors_fit(shape, 16 / element_size(shape.dtype), {x}), [&](auto type, auto vector) {
+        using T = typename decltype(type)::Element;
+        constexpr int kCount = decltype(vector)::value;
+        const Cover chosen = cover(shape, kCount, kStatsRows, 1, call.place.device);
+        const Partials partials(workspace, chosen.parts, shape.channels);
+        launch(call, {dim3(chosen.slices, chosen.parts), kThreads, sizeof(MomentsOfWarps<kCount, kThreads / 32>)},
+               bn_stats_kernel<T, kCount>, static_cast<const T*>(x), chosen.rows, partials.means, partials.m2s);
+        launch(call, {dim3(ceil_div(shape.channels, kMergeChannels)), kThreads, sizeof(double) * kThreads},
+               bn_finalize_kernel, partials.means, partials.m2s, shape.channels,
+               Deal::of(shape.rows, chosen.rows.layer * kStatsRows, chosen.parts), static_cast<double>(shape.rows),
+               Statistics{mean, invstd, running_mean, running_var, momentum, eps});
+      });
 }
 
 bool fits_on_chip(const Matrix& shape, int device) {

@@ -183,10 +183,10 @@ struct Statistics {
 
 // Merges the partial results of each part: first the mean of all, then the deviations from it.
 __global__ __launch_bounds__(kThreads) void bn_finalize_kernel(const double* __restrict__ means,
-                                                               const float* __restrict__ m2s, int channels,
-                                                               Deal deal, double rows, Statistics statistics) {
+                                                               const float* __restrict__ m2s, int channels, Deal deal,
+                                                               double rows, Statistics statistics) {
   wait_for_previous_grid();
-  auto& shared = *static_cast<double(*)[kMergeLanes][kMergeChannels]>(dynamic_shared_memory());
+  auto& shared = *static_cast<double (*)[kMergeLanes][kMergeChannels]>(dynamic_shared_memory());
   const int channel = blockIdx.x * kMergeChannels + threadIdx.x % kMergeChannels;
   const int lane = threadIdx.x / kMergeChannels;
   const bool inside = channel < channels;

@@ -37,13 +37,13 @@ __device__ __forceinline__ double sum_of_parts(const Rows& shape, int parts, dou
 }
 
 // out = act(batch_norm(x) + residual), and the statistics. A cooperative launch: block (i, j) owns the i-th slice of
-// channels and, of its layers of rows, j, j + gridDim.y, ...; `layers` is the most that a block has. The partial results
-// are (gridDim.y, channels). Reads 1T (2T with a residual), writes 1T, and the mask if `mask.bits` is not null.
+// channels and, of its layers of rows, j, j + gridDim.y, ...; `layers` is the most that a block has. The partial
+// results are (gridDim.y, channels). Reads 1T (2T with a residual), writes 1T, and the mask if `mask.bits` is not null.
 template <typename T, int kCount>
 __global__ __launch_bounds__(kResidentThreads) void bn_stats_apply_kernel(
     const T* __restrict__ x, const T* __restrict__ residual, const float* __restrict__ weight,
-    const float* __restrict__ bias, Rows shape, Deal deal, int layers, double* means, float* m2s, Statistics statistics, bool relu,
-    T* __restrict__ out, BitMask mask) {
+    const float* __restrict__ bias, Rows shape, Deal deal, int layers, double* means, float* m2s, Statistics statistics,
+    bool relu, T* __restrict__ out, BitMask mask) {
   auto& shared = *static_cast<Resident<kCount>*>(dynamic_shared_memory());
   auto* const kept = reinterpret_cast<Vector<T, kCount>*>(&shared + 1) + threadIdx.x;
   const Position<kCount> place(shape);

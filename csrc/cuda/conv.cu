@@ -35,15 +35,16 @@ constexpr double kLaunchCycles = 3000.0;     // one more launch
 double predicted_cycles(const ConvShape& shape, const Candidate& tile, int steps, int splits, int device) {
   const DeviceProperties& properties = properties_of(device);
   const int steps_of_split = static_cast<int>(ceil_div(steps, splits));
-  const double blocks = static_cast<double>(ceil_div(shape.pixels, tile.pixels)) * ceil_div(shape.filters, tile.filters) *
-                        ceil_div(steps, steps_of_split);
+  const double blocks = static_cast<double>(ceil_div(shape.pixels, tile.pixels)) *
+                        ceil_div(shape.filters, tile.filters) * ceil_div(steps, steps_of_split);
   const double resident = std::max<int>(1, properties.shared_memory / static_cast<int>(tile.shared_bytes));
   const double a_block = tile.pixels * tile.filters * static_cast<double>(kConvDepth) / kProductsPerCycle;
   const double busiest = std::ceil(blocks / properties.multiprocessors);  // blocks that one multiprocessor runs
   const double rounds = std::ceil(busiest / resident);
   const double cycles = std::max(busiest * steps_of_split * a_block, rounds * steps_of_split * kStepLatency);
   const double outputs = static_cast<double>(shape.pixels) * shape.filters;
-  const double partials = splits > 1 ? 2.0 * 4.0 * splits * outputs / (kBytesPerCycle * properties.multiprocessors) : 0.0;
+  const double partials =
+      splits > 1 ? 2.0 * 4.0 * splits * outputs / (kBytesPerCycle * properties.multiprocessors) : 0.0;
   return cycles + rounds * kBlockLatency + partials + (splits > 1 ? kLaunchCycles : 0.0);
 }
 
@@ -79,8 +80,8 @@ void conv(const Call& call, const ConvShape& shape, const ConvChoice& choice, co
   }
   if (splits == 1) return;
   const int64_t blocks = ceil_div(shape.pixels * (shape.filters / 8), 256);
-  launch(call, {dim3(static_cast<unsigned>(blocks)), 256}, conv_finish_kernel<T>, static_cast<float*>(workspace), splits,
-         shape.pixels, shape.filters, epilogue);
+  launch(call, {dim3(static_cast<unsigned>(blocks)), 256}, conv_finish_kernel<T>, static_cast<float*>(workspace),
+         splits, shape.pixels, shape.filters, epilogue);
 }
 
 }  // namespace

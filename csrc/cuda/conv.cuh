@@ -36,12 +36,14 @@ struct Epilogue {
   }
 };
 
-constexpr int kConvDepth = 64;                    // channels of a step of the sum: 128 bytes, all banks once
-constexpr int kConvChunks = kConvDepth / 8;       // of 16 bytes
+constexpr int kConvDepth = 64;               // channels of a step of the sum: 128 bytes, all banks once
+constexpr int kConvChunks = kConvDepth / 8;  // of 16 bytes
 
 // Where a 16-byte chunk of a row lies in shared memory. The chunks of a row are permuted by its number, so that the 8
 // rows that one matrix instruction reads, and that one warp writes, lie in different banks.
-__device__ __forceinline__ int swizzled(int row, int chunk) { return row * kConvChunks + (chunk ^ (row % kConvChunks)); }
+__device__ __forceinline__ int swizzled(int row, int chunk) {
+  return row * kConvChunks + (chunk ^ (row % kConvChunks));
+}
 
 struct Chunk {
   uint32_t words[4];

@@ -40,7 +40,8 @@ __device__ __forceinline__ void allow_next_grid() {
 #endif
 }
 
-// 16 bytes global -> shared, both addresses multiples of 16, not waited for; zeros, and `global` not read, if not inside.
+// 16 bytes global -> shared, both addresses multiples of 16, not waited for; zeros, and `global` not read, if not
+// inside.
 __device__ __forceinline__ void copy_async_16(void* shared, const void* global, bool inside) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   const int bytes = inside ? 16 : 0;

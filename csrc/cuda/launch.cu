@@ -41,7 +41,8 @@ bool executed_on_host() {
 const DeviceProperties& properties_of(int device) {
   static std::array<std::once_flag, kMostDevices> asked;
   static std::array<DeviceProperties, kMostDevices> properties;
-  if (device < 0 || device >= kMostDevices) throw std::runtime_error("device " + std::to_string(device) + " is unknown");
+  if (device < 0 || device >= kMostDevices)
+    throw std::runtime_error("device " + std::to_string(device) + " is unknown");
   std::call_once(asked[device], [&] { properties[device] = ask(device); });
   return properties[device];
 }

@@ -68,8 +68,7 @@ void bn_grad_stats(const Call& call, const Matrix& shape, const void* grad_out, 
 // grad_x; null sums mean constant statistics. dz may be null. The mask is `mask`, else, with relu, recomputed of x.
 // Reads 2T, writes 1T, and 1T of dz.
 void bn_grad_apply(const Call& call, const Matrix& shape, const void* grad_out, const void* x, const uint8_t* mask,
-                   const Norm& norm, const float* sum_dz, const float* sum_dz_xhat, bool relu, void* dz,
-                   void* grad_x);
+                   const Norm& norm, const float* sum_dz, const float* sum_dz_xhat, bool relu, void* dz, void* grad_x);
 
 // A tile (by its number) and the shares into which the sum over taps and channels is split.
 struct ConvChoice {
@@ -83,16 +82,16 @@ int conv_steps(const ConvShape& shape);  // the most splits that there can be
 ConvChoice choose_conv(const ConvShape& shape, int device);
 std::size_t conv_workspace_bytes(const ConvShape& shape, const ConvChoice& choice);
 
-// out = act(conv(x, weight) * scale + shift + residual); scale, shift and residual may be null. float16 or bfloat16, sums
-// in float32; channels and filters are multiples of 8, every address of 16 bytes; weight is (filters, R, S, channels).
-// Reads x, weight and residual, writes out; one launch, or two where the sum is split.
+// out = act(conv(x, weight) * scale + shift + residual); scale, shift and residual may be null. float16 or bfloat16,
+// sums in float32; channels and filters are multiples of 8, every address of 16 bytes; weight is (filters, R, S,
+// channels). Reads x, weight and residual, writes out; one launch, or two where the sum is split.
 void conv_bn_act(const Call& call, const ConvShape& shape, DType dtype, const ConvChoice& choice, const void* x,
                  const void* weight, const float* scale, const float* shift, const void* residual, bool relu, void* out,
                  void* workspace);
 
 // The first layers of a ResNet: out = max_pool(relu(conv(x, weight) * scale + shift)), 7x7 of stride 2 and padding 3,
-// then 3x3 of stride 2 and padding 1. float16 or bfloat16; weight is (filters, 7, 7, 3), filters a multiple of 64. x has
-// any strides; with a `pixel_scale` it is bytes. out is NHWC. Reads x and weight, writes out.
+// then 3x3 of stride 2 and padding 1. float16 or bfloat16; weight is (filters, 7, 7, 3), filters a multiple of 64. x
+// has any strides; with a `pixel_scale` it is bytes. out is NHWC. Reads x and weight, writes out.
 void stem(const Call& call, const StemShape& shape, DType dtype, const void* x, const PixelScale* pixel_scale,
           const void* weight, const float* scale, const float* shift, void* out);
 

@@ -1,9 +1,9 @@
 // How a grid covers an NHWC activation, seen as a row-major matrix of rows x channels.
 //
 // Of a block's threads `lanes` stand side by side along the channels, each with one Vector of a row, and the others in
-// the rows below: `layer` rows at once. A tile is one or several layers. Block (i, j) owns the i-th slice of channels and, of its
-// tiles, j, j + gridDim.y, ...: the grid sweeps the matrix from one end to the other, so that the next pass, which
-// sweeps it the other way, finds in the L2 cache what this one touched last.
+// the rows below: `layer` rows at once. A tile is one or several layers. Block (i, j) owns the i-th slice of channels
+// and, of its tiles, j, j + gridDim.y, ...: the grid sweeps the matrix from one end to the other, so that the next
+// pass, which sweeps it the other way, finds in the L2 cache what this one touched last.
 #pragma once
 
 #include "vector.cuh"
@@ -36,10 +36,10 @@ struct Position {
 // How the rows are dealt out to the blocks of a slice: what each has, without a division on the device.
 struct Deal {
   int parts;
-  int longer;     // the parts below this have one tile more than the others
+  int longer;  // the parts below this have one tile more than the others
   int tile_rows;
-  int last;       // the part that has the last tile,
-  int missing;    // which lacks as many rows
+  int last;         // the part that has the last tile,
+  int missing;      // which lacks as many rows
   int64_t shorter;  // rows of the parts that have a tile less
 
   static Deal of(int64_t rows, int tile_rows, int parts) {

@@ -32,7 +32,7 @@ void with_vector(DType dtype, bool vectors, const Body& body) {
   const auto of_type = [&](auto type) {
     constexpr int kMost = 16 / sizeof(typename decltype(type)::Element);
     if (vectors) {
-      body(type, std::integral_constant<int, kVector < kMost ? kVector : kMost>());
+      body(type, std::integral_constant < int, kVector<kMost ? kVector : kMost>());
     } else {
       body(type, std::integral_constant<int, 1>());
     }

@@ -16,12 +16,12 @@ namespace stem {
 
 constexpr int kThreads = 256;
 constexpr int kFilters = 64, kTaps = 7;
-constexpr int kOutRows = 7, kOutColumns = 8;                                        // of a tile
-constexpr int kConvRows = 2 * kOutRows + 1, kConvColumns = 2 * kOutColumns + 1;     // 15 x 17: 255 pixels, 16 x 16
+constexpr int kOutRows = 7, kOutColumns = 8;                                     // of a tile
+constexpr int kConvRows = 2 * kOutRows + 1, kConvColumns = 2 * kOutColumns + 1;  // 15 x 17: 255 pixels, 16 x 16
 constexpr int kConvPixels = kConvRows * kConvColumns;
-constexpr int kRows = 2 * (kConvRows - 1) + kTaps;                                  // of the image
+constexpr int kRows = 2 * (kConvRows - 1) + kTaps;  // of the image
 constexpr int kColumns = 2 * (kConvColumns - 1) + kTaps + 1;
-constexpr int kRowDepth = (kTaps + 1) * 4;                                          // of the sum: a row of a filter
+constexpr int kRowDepth = (kTaps + 1) * 4;  // of the sum: a row of a filter
 static_assert(kConvPixels <= kThreads / 32 * 32, "each of 8 warps multiplies 32 patches");
 
 struct Pixel {
@@ -44,8 +44,8 @@ __device__ __forceinline__ Pixel pixel_of(T first, T second, T third) {
 }  // namespace stem
 
 // `weight` is (filters, 7, 7, 3), scale and shift are null or of `filters`. x is (images, 3, height, width) with any
-// strides, of T or of bytes, which `pixel_scale` maps to numbers; the padding is 0 after that. out is NHWC. Blocks (i, j)
-// take tiles i, i + gridDim.x, ... for filters 64 * j and so on. Reads x and the weights, writes out.
+// strides, of T or of bytes, which `pixel_scale` maps to numbers; the padding is 0 after that. out is NHWC. Blocks (i,
+// j) take tiles i, i + gridDim.x, ... for filters 64 * j and so on. Reads x and the weights, writes out.
 template <typename T, typename Input>
 __global__ __launch_bounds__(stem::kThreads, 2) void stem_kernel(const Input* __restrict__ x, PixelScale pixel_scale,
                                                                  const T* __restrict__ weight,
@@ -142,8 +142,8 @@ __global__ __launch_bounds__(stem::kThreads, 2) void stem_kernel(const Input* __
         const bool inside = static_cast<unsigned>(down) < static_cast<unsigned>(shape.conv_height) &&
                             static_cast<unsigned>(right) < static_cast<unsigned>(shape.conv_width);
         const float* const pair = &sums[i / 2][j][i % 2 * 2];
-        const uint32_t stored = narrow_2<T>(relu_of(pair[0] * scales[0] + shifts[0]),
-                                            relu_of(pair[1] * scales[1] + shifts[1]));
+        const uint32_t stored =
+            narrow_2<T>(relu_of(pair[0] * scales[0] + shifts[0]), relu_of(pair[1] * scales[1] + shifts[1]));
         *reinterpret_cast<uint32_t*>(&shared.conv[patch][filter]) = inside ? stored : 0u;
       }
     }

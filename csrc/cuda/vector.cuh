@@ -88,7 +88,8 @@ __device__ __forceinline__ void store_vector(T* address, const Vector<T, kCount>
 // kCount consecutive float32 values of a per-channel vector, `missing` where there is none. `channel` is a multiple of
 // kCount, the vector aligned to 16 bytes where kCount > 1.
 template <int kCount>
-__device__ __forceinline__ void load_channels(const float* vector, int channel, float missing, float (&values)[kCount]) {
+__device__ __forceinline__ void load_channels(const float* vector, int channel, float missing,
+                                              float (&values)[kCount]) {
   if (vector == nullptr) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) values[i] = missing;

@@ -122,16 +122,26 @@ def runs_in_cuda(op: str, args: tuple[Any, ...]) -> bool:
     return not reasons_against("cuda", op, args)
 
 
+def passes_for(x: Tensor) -> Any:
+    """Whose functions run the passes over x that the caller has checked: the ops of PyTorch's dispatcher, which choose
+    for every call; or the cuda backend itself, where that is the choice and nobody listens at the dispatcher. The way
+    through it and the choice would cost as much again as all else that Python does for a launch."""
+    if _cuda_takes(x) and torch._C._len_torch_dispatch_stack() == 0:
+        return module("cuda")
+    return torch.ops.fused_resnet
+
+
 def keeps_masks(x: Tensor) -> bool:
     """True if a ReLU behind a residual keeps one bit of each element of x for backward, instead of its output."""
-    if torch.compiler.is_compiling():
+    return _cuda_takes(x) or (_keeping_masks and not torch.compiler.is_compiling())
+
+
+def _cuda_takes(x: Tensor) -> bool:
+    """True if the cuda backend runs passes over x, automatically or asked for."""
+    if torch.compiler.is_compiling() or _requested not in (AUTO, "cuda") or unavailable("cuda"):
         return False
-    if _keeping_masks:
-        return True
-    if _requested not in (AUTO, "cuda") or not _usable("cuda"):
-        return False
-    takes = x.dtype in FUSED_DTYPES and x.numel() > 0 and is_channels_last_once_dense(x)
-    return takes and not module("cuda").why_not_device(x.device)
+    takes = x.dtype in FUSED_DTYPES and type(x) in (Tensor, Parameter) and is_channels_last_once_dense(x)
+    return takes and x.numel() > 0 and module("cuda").takes_device(x.device)
 
 
 @contextlib.contextmanager
@@ -147,7 +157,7 @@ def keeping_masks() -> Iterator[None]:
 
 def takes_one_launch(x: Tensor) -> bool:
     """True if the statistics of x and what is made of them are one launch, ``bn_stats_apply``."""
-    return not _keeping_masks and keeps_masks(x) and module("cuda").fits_on_chip(x)
+    return _cuda_takes(x) and module("cuda").fits_on_chip(x)
 
 
 def is_transformed() -> bool:

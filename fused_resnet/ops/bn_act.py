@@ -25,13 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_resnet.ops import checks
-from fused_resnet.ops.backend import has_fused_backend, takes_one_launch
+from fused_resnet.ops.backend import has_fused_backend, passes_for, takes_one_launch
 from fused_resnet.ops.batch_norm import BatchNorm, batch_norm
 from fused_resnet.ops.bn_act_autograd import BNAct, BNActDual
 from fused_resnet.ops.reference import statistics_dtype
 from fused_resnet.ops.synchronize import group_to_share, statistics_over_ranks
-
-_ops = torch.ops.fused_resnet
 
 
 def bn_act(
@@ -118,7 +116,7 @@ def bn_act_dual(x: Tensor, norm: BatchNorm, x2: Tensor, norm2: BatchNorm, *, act
     mean2, invstd2, share2 = _statistics(x2, norm2)
     if not wants_gradient(x, norm.weight, norm.bias, x2, norm2.weight, norm2.bias):
         first, second = (x, mean, invstd, norm.weight, norm.bias), (x2, mean2, invstd2, norm2.weight, norm2.bias)
-        return _ops.bn_apply_dual(*first, *second, relu)
+        return passes_for(x).bn_apply_dual(*first, *second, relu)
     return BNActDual.apply(
         *(x, norm.weight, norm.bias, mean, invstd, share),
         *(x2, norm2.weight, norm2.bias, mean2, invstd2, share2),
@@ -151,7 +149,7 @@ def _bn_act(x: Tensor, norm: BatchNorm, residual: Tensor | None, relu: bool) -> 
         with_mask = differentiable and relu and residual is not None
         moved = (norm.running_mean, norm.running_var, norm.momentum, norm.eps)
         with torch.no_grad():
-            made = _ops.bn_stats_apply(x, *moved, norm.weight, norm.bias, residual, relu, with_mask)
+            made = passes_for(x).bn_stats_apply(x, *moved, norm.weight, norm.bias, residual, relu, with_mask)
         out, mask, mean, invstd = made
         if not differentiable:
             return out
@@ -159,7 +157,7 @@ def _bn_act(x: Tensor, norm: BatchNorm, residual: Tensor | None, relu: bool) -> 
         return BNAct.apply(x, norm.weight, norm.bias, residual, mean, invstd, None, settings, relu, done)
     mean, invstd, share = _statistics(x, norm)
     if not differentiable:
-        return _ops.bn_apply(x, mean, invstd, norm.weight, norm.bias, residual, relu)
+        return passes_for(x).bn_apply(x, mean, invstd, norm.weight, norm.bias, residual, relu)
     return BNAct.apply(x, norm.weight, norm.bias, residual, mean, invstd, share, settings, relu, None)
 
 
@@ -172,12 +170,12 @@ def _statistics(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor, Tensor | No
     with torch.no_grad():
         if norm.process_group is not None:
             if x.numel() > 0:
-                mean, invstd = _ops.bn_stats(x, None, None, 0.0, 0.0)
+                mean, invstd = passes_for(x).bn_stats(x, None, None, 0.0, 0.0)
             else:
                 mean = invstd = x.new_zeros(x.shape[1], dtype=statistics_dtype(x))
             return statistics_over_ranks(mean, invstd, x.numel() // x.shape[1], norm)
         if norm.training:
-            return (*_ops.bn_stats(x, norm.running_mean, norm.running_var, norm.momentum, norm.eps), None)
+            return (*passes_for(x).bn_stats(x, norm.running_mean, norm.running_var, norm.momentum, norm.eps), None)
         assert norm.running_mean is not None and norm.running_var is not None
         dtype = statistics_dtype(x)
         mean = norm.running_mean.to(dtype, copy=grad_mode)  # a copy: backward needs it as it is now

@@ -11,12 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_resnet.ops.backend import keeps_masks
+from fused_resnet.ops.backend import keeps_masks, passes_for
 from fused_resnet.ops.batch_norm import BatchNorm, batch_norm
 from fused_resnet.ops.reference import unpack_mask
 from fused_resnet.ops.synchronize import sums_over_ranks
-
-_ops = torch.ops.fused_resnet
 
 
 class Normalization(NamedTuple):
@@ -51,16 +49,16 @@ class BNAct(torch.autograd.Function):
         done: tuple[Tensor, Tensor | None] | None,
     ) -> Tensor:
         """``done``: the result and its mask, if they are there already."""
-        arguments = (x, mean, invstd, weight, bias, residual)
+        passes, arguments = passes_for(x), (x, mean, invstd, weight, bias, residual)
         passed = None
         if done is not None:
             out, passed = done
         elif not relu or residual is None:
-            out = _ops.bn_apply(*arguments, relu)
+            out = passes.bn_apply(*arguments, relu)
         elif keeps_masks(x):
-            out, passed = _ops.bn_apply_mask(*arguments)
+            out, passed = passes.bn_apply_mask(*arguments)
         else:
-            passed = out = _ops.bn_apply(*arguments, relu)
+            passed = out = passes.bn_apply(*arguments, relu)
         ctx.save_for_backward(x, weight, bias, mean, invstd, share, passed)
         ctx.settings, ctx.relu = settings, relu
         return out
@@ -95,12 +93,12 @@ class BNActDual(torch.autograd.Function):
         settings2: tuple[bool, float, Any],
         relu: bool,
     ) -> Tensor:
-        arguments = (x, mean, invstd, weight, bias, x2, mean2, invstd2, weight2, bias2)
+        passes, arguments = passes_for(x), (x, mean, invstd, weight, bias, x2, mean2, invstd2, weight2, bias2)
         passed = None
         if relu and keeps_masks(x):
-            out, passed = _ops.bn_apply_dual_mask(*arguments)
+            out, passed = passes.bn_apply_dual_mask(*arguments)
         else:
-            out = _ops.bn_apply_dual(*arguments, relu)
+            out = passes.bn_apply_dual(*arguments, relu)
             passed = out if relu else None
         saved = (x, weight, bias, mean, invstd, share, x2, weight2, bias2, mean2, invstd2, share2)
         ctx.save_for_backward(*saved, passed)
@@ -144,13 +142,13 @@ def _backward(
         return _differentiable_backward(grad_out, x, sign, norm, relu, need)
     need_x, need_weight, need_bias, need_residual = need
     weight, bias, mean, invstd, share, constant, _, process_group = norm
-    dz, sum_dz, sum_dz_xhat = grad_out, None, None
+    passes, dz, sum_dz, sum_dz_xhat = passes_for(x), grad_out, None, None
     need_sums = need_weight or need_bias or (need_x and not constant)
     if passed is not None and masked:
         if need_sums:
-            sum_dz, sum_dz_xhat, _ = _ops.bn_grad_stats_mask(grad_out, x, passed, mean, invstd, False)
+            sum_dz, sum_dz_xhat, _ = passes.bn_grad_stats_mask(grad_out, x, passed, mean, invstd, False)
     elif need_sums or passed is not None:
-        sum_dz, sum_dz_xhat, written = _ops.bn_grad_stats(grad_out, x, passed, mean, invstd, weight, bias, relu)
+        sum_dz, sum_dz_xhat, written = passes.bn_grad_stats(grad_out, x, passed, mean, invstd, weight, bias, relu)
         if passed is not None:
             dz, relu = written, False
     grad_x = None
@@ -160,9 +158,9 @@ def _backward(
             assert sum_dz is not None and sum_dz_xhat is not None
             sums = sums_over_ranks(sum_dz, sum_dz_xhat, share, process_group)
         if passed is not None and masked:
-            grad_x, dz = _ops.bn_grad_apply_mask(grad_out, x, passed, mean, invstd, weight, *sums, need_residual)
+            grad_x, dz = passes.bn_grad_apply_mask(grad_out, x, passed, mean, invstd, weight, *sums, need_residual)
         else:
-            grad_x = _ops.bn_grad_apply(dz, x, mean, invstd, weight, bias, *sums, relu)
+            grad_x = passes.bn_grad_apply(dz, x, mean, invstd, weight, bias, *sums, relu)
     elif need_residual and passed is not None and masked:
         dz = torch.where(unpack_mask(passed, x), grad_out, 0)
     return (

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_resnet.ops.backend import passes_for
 from fused_resnet.ops.bn_act import BatchNorm
 from fused_resnet.ops.plan import training_level
 from fused_resnet.ops.reference import statistics_dtype
@@ -55,7 +56,9 @@ class Raw(NamedTuple):
 
     def activation(self) -> Tensor:
         """The activation itself; written, unless it is the input. Reads 1T and writes 1T."""
-        return self.tensor if self.vectors is None else _ops.bn_apply(self.tensor, *self.vectors, None, True)
+        if self.vectors is None:
+            return self.tensor
+        return passes_for(self.tensor).bn_apply(self.tensor, *self.vectors, None, True)
 
 
 class Done(NamedTuple):
@@ -119,7 +122,7 @@ def forward_link(before: Raw, link: ConvNorm, level: int) -> Done:
     moving = (norm.running_mean, norm.running_var, norm.momentum, norm.eps) if alone else (None, None, 0.0, 0.0)
     if level == 0:
         y = convolve(before, link, level)
-        mean, invstd = _ops.bn_stats(y, *moving)
+        mean, invstd = passes_for(y).bn_stats(y, *moving)
     else:
         if level == 1:
             before = Raw(before.activation())
@@ -169,7 +172,7 @@ def backward_link(
         raw = y if done.link.norm.training else None
         coefficients = _ops.bn_grad_coefficients(*sums, *done.vectors[:3], values_per_channel(y))
     else:
-        dz = _ops.bn_grad_apply(dz, y, *done.vectors, *sums, not upstream.masked)
+        dz = passes_for(y).bn_grad_apply(dz, y, *done.vectors, *sums, not upstream.masked)
     return convolution_gradients(dz, raw, coefficients, done, before, need_weight, need_input, residual)
 
 

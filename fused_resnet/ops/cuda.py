@@ -48,6 +48,7 @@ __all__ = [
     "conv_bn_act",
     "fits_on_chip",
     "stem",
+    "takes_device",
     "why_not_conv",
     "why_not_device",
     "why_not_stem",
@@ -61,9 +62,34 @@ def why_unavailable() -> list[str]:
     """The reasons why no kernel of this backend can run in this process."""
     if not hasattr(cuda_launch.extension, "cuda"):
         return ["fused_resnet._C was built without CUDA kernels (there was no nvcc; FUSED_RESNET_BUILD=cuda insists)"]
-    if executed_on_host() or torch.cuda.is_available():
+    if executed_on_host():
         return []
-    return ["no CUDA device is usable"]
+    if not torch.cuda.is_available():
+        return ["no CUDA device is usable"]
+    return _first_kernel_fails()
+
+
+def _first_kernel_fails() -> list[str]:
+    """The driver may be older than the toolkit that built the kernels, and the device than all that they were built
+    for."""
+    if why_not := why_not_device(torch.device("cuda", torch.cuda.current_device())):
+        return why_not
+    x, vector = torch.zeros(1, 8, 1, 1, device="cuda"), torch.zeros(8, device="cuda")
+    try:
+        bn_apply(x, vector, vector, None, None, None, True)
+    except RuntimeError as error:
+        return [f"a first kernel could not be launched ({error})"]
+    return []
+
+
+def takes_device(device: torch.device) -> bool:
+    """``not why_not_device(device)``, remembered."""
+    return _takes_device(device, kernels())
+
+
+@functools.lru_cache(maxsize=256)
+def _takes_device(device: torch.device, _kernels: Any) -> bool:
+    return not why_not_device(device)
 
 
 def why_not_device(device: torch.device) -> list[str]:

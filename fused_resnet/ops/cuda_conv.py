@@ -10,14 +10,14 @@ from torch import Tensor
 
 from fused_resnet.ops import cuda_launch
 from fused_resnet.ops.cuda_launch import (
-    addresses,
+    address,
     channels_last,
+    current_stream,
     dtype_of,
     empty_workspace,
     kernels,
     like,
     place_of,
-    stream_of,
     vector_of,
 )
 from fused_resnet.ops.layout import conv_memory_format, conv_output_size
@@ -119,10 +119,10 @@ def conv_bn_act(
         device=x.device,
         memory_format=torch.channels_last,
     )
-    residual = _aligned(like(residual, out))
+    residual = None if residual is None else _aligned(like(residual, out))
     workspace = empty_workspace(x, workspace_bytes) if workspace_bytes else None
-    tensors = addresses(x, conv_weight, scale, shift, residual)
-    kernels().conv_bn_act(place, shape, choice, *tensors, relu, *addresses(out, workspace))
+    read = (x.data_ptr(), conv_weight.data_ptr(), address(scale), address(shift), address(residual))
+    kernels().conv_bn_act(place, shape, choice, *read, relu, out.data_ptr(), address(workspace))
     return out
 
 
@@ -162,8 +162,10 @@ def stem(
     out = torch.empty(
         (images, filters, *size), dtype=conv_weight.dtype, device=x.device, memory_format=torch.channels_last
     )
-    place = kernels().Place(images, channels, height, width, dtype_of(out.dtype), x.device.index or 0, stream_of(x))
-    vectors = addresses(conv_weight, scale, shift)
+    index = x.device.index
+    dtype, stream = dtype_of(out.dtype), current_stream(index)
+    place = kernels().Place(images, channels, height, width, dtype, index or 0, stream)
+    vectors = (conv_weight.data_ptr(), address(scale), address(shift))
     kernels().stem(place, x.stride(), filters, x.data_ptr(), pixels, *vectors, out.data_ptr())
     return out
 
@@ -171,7 +173,7 @@ def stem(
 def avgpool(x: Tensor) -> Tensor:
     x = channels_last(x)
     out = torch.empty((*x.shape[:2], 1, 1), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    kernels().avgpool(place_of(x), *addresses(x, out))
+    kernels().avgpool(place_of(x), x.data_ptr(), out.data_ptr())
     return out
 
 

@@ -1,4 +1,8 @@
-"""What every function of the ``cuda`` backend needs: where it runs, and tensors as the kernels take them."""
+"""What every function of the ``cuda`` backend needs: where it runs, and tensors as the kernels take them.
+
+Written to be called a hundred times in a step: the launch of a small kernel costs about as much as two attributes of a
+tensor and an allocation (benchmarks/bench_launch.py counts them).
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,9 @@ except ImportError:  # ops/reasons.py says so
     extension = None
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_FLOAT32, _NHWC = torch.float32, torch.channels_last
+_MOST_PLACES = 4096
+_places: dict[tuple[Any, ...], Any] = {}
 
 
 def kernels() -> Any:
@@ -25,54 +32,51 @@ def executed_on_host() -> bool:
     return kernels().EXECUTED_ON_HOST
 
 
-class Moved:
-    """The running statistics as contiguous float32 for a kernel that moves them, themselves where they are that."""
+def place_of(x: Tensor) -> Any:
+    """``_C.cuda.Place`` of an activation: its sizes and dtype, its device and the current stream there."""
+    index = x.device.index
+    key = (x.shape, x.dtype, index, current_stream(index))
+    place = _places.get(key)
+    if place is None:
+        if len(_places) >= _MOST_PLACES:
+            _places.clear()
+        place = _places[key] = kernels().Place(*x.shape, dtype_of(x.dtype), index or 0, key[-1])
+    return place
 
-    def __init__(self, *running: Tensor | None) -> None:
-        self.running = running
-        self.vectors = [vector_of(vector) for vector in running]
 
-    def write_back(self) -> None:
-        for running, moved in zip(self.running, self.vectors, strict=True):
-            if running is not None and moved is not None and moved is not running:
-                running.copy_(moved)
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """x itself if it lies densely as NHWC, else a copy."""
-    return x.contiguous(memory_format=torch.channels_last)
+def current_stream(device: int | None) -> int:
+    """PyTorch's current stream on a CUDA device, as a ``cudaStream_t``; 0 for the CPU, which has no number."""
+    return 0 if device is None else torch._C._cuda_getCurrentRawStream(device)
 
 
 def dtype_of(dtype: torch.dtype) -> Any:
     return getattr(extension.DType, _DTYPES[dtype])
 
 
-def stream_of(x: Tensor) -> int:
-    return torch._C._cuda_getCurrentRawStream(x.device.index) if x.is_cuda else 0
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
-def place_of(x: Tensor) -> Any:
-    return kernels().Place(*x.shape, dtype_of(x.dtype), x.device.index or 0, stream_of(x))
+def channels_last(x: Tensor) -> Tensor:
+    """x itself if it lies densely as NHWC, else a copy."""
+    return x if x.is_contiguous(memory_format=_NHWC) else x.contiguous(memory_format=_NHWC)
 
 
-def norm_of(vectors: list[Tensor | None]) -> Any:
-    """``_C.Norm`` of vectors that the caller keeps alive."""
-    return extension.Norm(*addresses(*vectors))
-
-
-def addresses(*tensors: Tensor | None) -> list[int]:
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+def like(tensor: Tensor, x: Tensor) -> Tensor:
+    """The tensor in x's dtype, channels_last."""
+    return channels_last(tensor if tensor.dtype == x.dtype else tensor.to(x.dtype))
 
 
 def vector_of(vector: Tensor | None) -> Tensor | None:
     """A per-channel vector as contiguous float32; itself if it is that already."""
-    if vector is None or (vector.dtype == torch.float32 and vector.is_contiguous()):
+    if vector is None or (vector.dtype is _FLOAT32 and vector.is_contiguous()):
         return vector
-    return vector.to(torch.float32).contiguous()
+    return vector.to(_FLOAT32).contiguous()
 
 
-def empty_vector(x: Tensor) -> Tensor:
-    return torch.empty(x.shape[1], dtype=torch.float32, device=x.device)
+def empty_vectors(x: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    device = x.device
+    return torch.empty(channels, dtype=_FLOAT32, device=device), torch.empty(channels, dtype=_FLOAT32, device=device)
 
 
 def empty_workspace(x: Tensor, size: int) -> Tensor:
@@ -81,9 +85,22 @@ def empty_workspace(x: Tensor, size: int) -> Tensor:
 
 def empty_mask(x: Tensor) -> Tensor:
     """Of a ReLU: a row of bits for every pixel, as ``ops/reference_mask.py`` lays them out."""
-    rows = x.shape[0] * x.shape[2] * x.shape[3]
-    return torch.empty((rows, kernels().mask_stride(x.shape[1])), dtype=torch.uint8, device=x.device)
+    images, channels, height, width = x.shape
+    shape = (images * height * width, (channels + 31) // 32 * 4)
+    return torch.empty(shape, dtype=torch.uint8, device=x.device)
 
 
-def like(tensor: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if tensor is None else channels_last(tensor.to(x.dtype))
+class Moved:
+    """The running statistics as contiguous float32 for a kernel that moves them, themselves where they are that."""
+
+    def __init__(self, running_mean: Tensor | None, running_var: Tensor | None) -> None:
+        self.running = running_mean, running_var
+        self.vectors = vector_of(running_mean), vector_of(running_var)
+
+    def addresses(self) -> tuple[int, int]:
+        return address(self.vectors[0]), address(self.vectors[1])
+
+    def write_back(self) -> None:
+        for running, moved in zip(self.running, self.vectors, strict=True):
+            if running is not None and moved is not None and moved is not running:
+                running.copy_(moved)

@@ -7,14 +7,13 @@ from torch import Tensor
 
 from fused_resnet.ops.cuda_launch import (
     Moved,
-    addresses,
+    address,
     channels_last,
     empty_mask,
-    empty_vector,
+    empty_vectors,
     empty_workspace,
     kernels,
     like,
-    norm_of,
     place_of,
     vector_of,
 )
@@ -23,12 +22,13 @@ from fused_resnet.ops.cuda_launch import (
 def bn_stats(
     x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float, eps: float
 ) -> tuple[Tensor, Tensor]:
-    x = channels_last(x)
+    x, module = channels_last(x), kernels()
     place = place_of(x)
-    mean, invstd = empty_vector(x), empty_vector(x)
+    mean, invstd = empty_vectors(x, x.shape[1])
     moved = Moved(running_mean, running_var)
-    workspace = empty_workspace(x, kernels().bn_workspace_bytes(place))
-    kernels().bn_stats(place, *addresses(x, mean, invstd, *moved.vectors), momentum, eps, workspace.data_ptr())
+    workspace = empty_workspace(x, module.bn_workspace_bytes(place))
+    vectors = (mean.data_ptr(), invstd.data_ptr(), *moved.addresses())
+    module.bn_stats(place, x.data_ptr(), *vectors, momentum, eps, workspace.data_ptr())
     moved.write_back()
     return mean, invstd
 
@@ -42,7 +42,7 @@ def bn_apply(
     residual: Tensor | None,
     relu: bool,
 ) -> Tensor:
-    return _apply(x, (mean, invstd, weight, bias), residual, relu, None)
+    return _apply(x, _Norm(mean, invstd, weight, bias), residual, relu, None)
 
 
 def bn_apply_mask(
@@ -54,7 +54,7 @@ def bn_apply_mask(
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     mask = empty_mask(x)
-    return _apply(x, (mean, invstd, weight, bias), residual, True, mask), mask
+    return _apply(x, _Norm(mean, invstd, weight, bias), residual, True, mask), mask
 
 
 def bn_apply_dual(
@@ -70,7 +70,7 @@ def bn_apply_dual(
     bias2: Tensor | None,
     relu: bool,
 ) -> Tensor:
-    return _apply_dual(x, (mean, invstd, weight, bias), x2, (mean2, invstd2, weight2, bias2), relu, None)
+    return _apply_dual(x, _Norm(mean, invstd, weight, bias), x2, _Norm(mean2, invstd2, weight2, bias2), relu, None)
 
 
 def bn_apply_dual_mask(
@@ -86,7 +86,8 @@ def bn_apply_dual_mask(
     bias2: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     mask = empty_mask(x)
-    return _apply_dual(x, (mean, invstd, weight, bias), x2, (mean2, invstd2, weight2, bias2), True, mask), mask
+    norm, norm2 = _Norm(mean, invstd, weight, bias), _Norm(mean2, invstd2, weight2, bias2)
+    return _apply_dual(x, norm, x2, norm2, True, mask), mask
 
 
 def bn_stats_apply(
@@ -101,17 +102,20 @@ def bn_stats_apply(
     relu: bool,
     with_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, residual = channels_last(x), like(residual, x)
+    x, module = channels_last(x), kernels()
+    residual = None if residual is None else like(residual, x)
     place = place_of(x)
-    mean, invstd, out = empty_vector(x), empty_vector(x), torch.empty_like(x)
-    mask = empty_mask(x) if with_mask else None
+    mean, invstd = empty_vectors(x, x.shape[1])
+    out = torch.empty_like(x)
+    mask = empty_mask(x) if with_mask else x.new_empty(0, dtype=torch.uint8)
     weight, bias = vector_of(weight), vector_of(bias)
     moved = Moved(running_mean, running_var)
-    workspace = empty_workspace(x, kernels().bn_workspace_bytes(place))
-    vectors = addresses(x, residual, weight, bias, mean, invstd, *moved.vectors)
-    kernels().bn_stats_apply(place, *vectors, momentum, eps, relu, *addresses(out, mask, workspace))
+    workspace = empty_workspace(x, module.bn_workspace_bytes(place))
+    vectors = (address(weight), address(bias), mean.data_ptr(), invstd.data_ptr(), *moved.addresses())
+    written = (out.data_ptr(), mask.data_ptr() if with_mask else 0, workspace.data_ptr())
+    module.bn_stats_apply(place, x.data_ptr(), address(residual), *vectors, momentum, eps, relu, *written)
     moved.write_back()
-    return out, x.new_empty(0, dtype=torch.uint8) if mask is None else mask, mean, invstd
+    return out, mask, mean, invstd
 
 
 def bn_grad_stats(
@@ -124,19 +128,13 @@ def bn_grad_stats(
     bias: Tensor | None,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x = channels_last(x)
-    dz = None if out is None else torch.empty_like(x)
-    sum_dz, sum_dz_xhat = _grad_stats(grad_out, x, out, None, (mean, invstd, weight, bias), relu, dz)
-    return sum_dz, sum_dz_xhat, x.new_empty(0) if dz is None else dz
+    return _grad_stats(grad_out, x, out, None, _Norm(mean, invstd, weight, bias), relu, out is not None)
 
 
 def bn_grad_stats_mask(
     grad_out: Tensor, x: Tensor, mask: Tensor, mean: Tensor, invstd: Tensor, with_dz: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x = channels_last(x)
-    dz = torch.empty_like(x) if with_dz else None
-    sums = _grad_stats(grad_out, x, None, mask, (mean, invstd, None, None), True, dz)
-    return (*sums, x.new_empty(0) if dz is None else dz)
+    return _grad_stats(grad_out, x, None, mask, _Norm(mean, invstd, None, None), True, with_dz)
 
 
 def bn_grad_apply(
@@ -150,7 +148,8 @@ def bn_grad_apply(
     sum_dz_xhat: Tensor | None,
     relu: bool,
 ) -> Tensor:
-    return _grad_apply(grad_out, channels_last(x), None, (mean, invstd, weight, bias), sum_dz, sum_dz_xhat, relu, None)
+    x = channels_last(x)
+    return _grad_apply(grad_out, x, None, _Norm(mean, invstd, weight, bias), sum_dz, sum_dz_xhat, relu, None)
 
 
 def bn_grad_apply_mask(
@@ -166,63 +165,67 @@ def bn_grad_apply_mask(
 ) -> tuple[Tensor, Tensor]:
     x = channels_last(x)
     dz = torch.empty_like(x) if with_dz else None
-    norm = (mean, invstd, weight, None)
-    grad_x = _grad_apply(grad_out, x, mask, norm, sum_dz, sum_dz_xhat, True, dz)
+    grad_x = _grad_apply(grad_out, x, mask, _Norm(mean, invstd, weight, None), sum_dz, sum_dz_xhat, True, dz)
     return grad_x, x.new_empty(0) if dz is None else dz
 
 
-Vectors = tuple[Tensor | None, ...]
-"""mean, invstd, weight, bias."""
+class _Norm:
+    """Vectors as the kernels take them, kept alive, and their addresses."""
+
+    __slots__ = ("addresses", "vectors")
+
+    def __init__(self, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+        self.vectors = vectors = (vector_of(mean), vector_of(invstd), vector_of(weight), vector_of(bias))
+        self.addresses = [0 if vector is None else vector.data_ptr() for vector in vectors]
 
 
-def _apply(x: Tensor, norm: Vectors, residual: Tensor | None, relu: bool, mask: Tensor | None) -> Tensor:
-    x, residual = channels_last(x), like(residual, x)
+def _apply(x: Tensor, norm: _Norm, residual: Tensor | None, relu: bool, mask: Tensor | None) -> Tensor:
+    x = channels_last(x)
+    residual = None if residual is None else like(residual, x)
     out = torch.empty_like(x)
-    vectors = [*map(vector_of, norm)]
-    kernels().bn_apply(place_of(x), x.data_ptr(), norm_of(vectors), *addresses(residual), relu, *addresses(out, mask))
+    written = (out.data_ptr(), address(mask))
+    kernels().bn_apply(place_of(x), x.data_ptr(), *norm.addresses, address(residual), relu, *written)
     return out
 
 
-def _apply_dual(x: Tensor, norm: Vectors, x2: Tensor, norm2: Vectors, relu: bool, mask: Tensor | None) -> Tensor:
-    x, x2 = channels_last(x), channels_last(x2.to(x.dtype))
-    out = torch.empty_like(x)
-    vectors, vectors2 = [*map(vector_of, norm)], [*map(vector_of, norm2)]
-    first, second = (x.data_ptr(), norm_of(vectors)), (x2.data_ptr(), norm_of(vectors2))
-    kernels().bn_apply_dual(place_of(x), *first, *second, relu, *addresses(out, mask))
+def _apply_dual(x: Tensor, norm: _Norm, x2: Tensor, norm2: _Norm, relu: bool, mask: Tensor | None) -> Tensor:
+    x = channels_last(x)
+    x2, out = like(x2, x), torch.empty_like(x)
+    first, second = (x.data_ptr(), *norm.addresses), (x2.data_ptr(), *norm2.addresses)
+    kernels().bn_apply_dual(place_of(x), *first, *second, relu, out.data_ptr(), address(mask))
     return out
 
 
 def _grad_stats(
-    grad_out: Tensor, x: Tensor, out: Tensor | None, mask: Tensor | None, norm: Vectors, relu: bool, dz: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    place = place_of(x)
-    grad_out, out = channels_last(grad_out.to(x.dtype)), like(out, x)
-    vectors = [*map(vector_of, norm)]
-    sum_dz, sum_dz_xhat = empty_vector(x), empty_vector(x)
-    workspace = empty_workspace(x, kernels().bn_workspace_bytes(place))
-    tensors, results = addresses(grad_out, x, out, mask), addresses(dz, sum_dz, sum_dz_xhat, workspace)
-    kernels().bn_grad_stats(place, *tensors, norm_of(vectors), relu, *results)
-    return sum_dz, sum_dz_xhat
+    grad_out: Tensor, x: Tensor, out: Tensor | None, mask: Tensor | None, norm: _Norm, relu: bool, with_dz: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, module = channels_last(x), kernels()
+    place, grad_out = place_of(x), like(grad_out, x)
+    out = None if out is None else like(out, x)
+    dz = torch.empty_like(x) if with_dz else x.new_empty(0)
+    sum_dz, sum_dz_xhat = empty_vectors(x, x.shape[1])
+    workspace = empty_workspace(x, module.bn_workspace_bytes(place))
+    read = (grad_out.data_ptr(), x.data_ptr(), address(out), address(mask))
+    written = (dz.data_ptr() if with_dz else 0, sum_dz.data_ptr(), sum_dz_xhat.data_ptr(), workspace.data_ptr())
+    module.bn_grad_stats(place, *read, *norm.addresses, relu, *written)
+    return sum_dz, sum_dz_xhat, dz
 
 
 def _grad_apply(
     grad_out: Tensor,
     x: Tensor,
     mask: Tensor | None,
-    norm: Vectors,
+    norm: _Norm,
     sum_dz: Tensor | None,
     sum_dz_xhat: Tensor | None,
     relu: bool,
     dz: Tensor | None,
 ) -> Tensor:
-    grad_out = channels_last(grad_out.to(x.dtype))
-    vectors = [*map(vector_of, norm)]
+    grad_out = like(grad_out, x)
     if sum_dz is None or sum_dz_xhat is None:
         sum_dz = sum_dz_xhat = None
     sum_dz, sum_dz_xhat = vector_of(sum_dz), vector_of(sum_dz_xhat)
     grad_x = torch.empty_like(x)
-    sums = addresses(sum_dz, sum_dz_xhat)
-    kernels().bn_grad_apply(
-        place_of(x), *addresses(grad_out, x, mask), norm_of(vectors), *sums, relu, *addresses(dz, grad_x)
-    )
+    read = (grad_out.data_ptr(), x.data_ptr(), address(mask), *norm.addresses, address(sum_dz), address(sum_dz_xhat))
+    kernels().bn_grad_apply(place_of(x), *read, relu, address(dz), grad_x.data_ptr())
     return grad_x

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_resnet.ops import checks
-from fused_resnet.ops.backend import has_fused_backend, keeps_masks
+from fused_resnet.ops.backend import has_fused_backend, keeps_masks, passes_for
 from fused_resnet.ops.bn_act import BatchNorm, bn_act, bn_act_dual, wants_gradient
 from fused_resnet.ops.conv_norm import (
     KEPT_OF_A_LINK,
@@ -48,8 +48,6 @@ from fused_resnet.ops.layout import conv_output_size, dense
 from fused_resnet.ops.plan import training_level
 from fused_resnet.ops.residual_block_grad import block_gradients, differentiable_gradients
 from fused_resnet.ops.synchronize import group_to_share
-
-_ops = torch.ops.fused_resnet
 
 MEMORY_MODES = ("default", "efficient")
 
@@ -207,11 +205,14 @@ def _forward(
         links.append(forward_link(before, link, level_of(before.tensor, link)))
         before = Raw(links[-1].y, links[-1].vectors)
     last, projection, added = links[-1], None, (x,)
+    passes = passes_for(last.y)
     if shortcut is not None:
         projection = forward_link(Raw(x), shortcut, level_of(x, shortcut))
         added = (projection.y, *projection.vectors)  # type: ignore[assignment]
     apply, apply_mask = (
-        (_ops.bn_apply, _ops.bn_apply_mask) if projection is None else (_ops.bn_apply_dual, _ops.bn_apply_dual_mask)
+        (passes.bn_apply, passes.bn_apply_mask)
+        if projection is None
+        else (passes.bn_apply_dual, passes.bn_apply_dual_mask)
     )
     if differentiable and keeps_masks(last.y):
         return (*apply_mask(last.y, *last.vectors, *added), links, projection)

@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_resnet.ops.backend import passes_for
 from fused_resnet.ops.bn_act_autograd import is_mask
 from fused_resnet.ops.conv_norm import Done, Raw, Upstream, backward_link, convolve, sums_for_convolution
-
-_ops = torch.ops.fused_resnet
 
 NO_SECOND_DERIVATIVE = "a second derivative through statistics of several ranks is not implemented"
 
@@ -33,10 +32,11 @@ def block_gradients(
     last = links[-1]
     if last.y is None:
         links[-1] = last = last._replace(y=convolve(befores[-1], last.link, last.level))
+    passes = passes_for(last.y)
     if is_mask(passed):
-        sum_dz, sum_dz_xhat, dz = _ops.bn_grad_stats_mask(grad_out, last.y, passed, *last.vectors[:2], True)
+        sum_dz, sum_dz_xhat, dz = passes.bn_grad_stats_mask(grad_out, last.y, passed, *last.vectors[:2], True)
     else:
-        sum_dz, sum_dz_xhat, dz = _ops.bn_grad_stats(grad_out, last.y, passed, *last.vectors, True)
+        sum_dz, sum_dz_xhat, dz = passes.bn_grad_stats(grad_out, last.y, passed, *last.vectors, True)
     grads: list[Tensor | None] = [None] * len(need)
 
     # Over the ranks in the order of their norms in forward, which is also that of norms run one by one.
@@ -73,7 +73,7 @@ def _with_sums(upstream: Upstream, done: Done, need: Sequence[bool], need_input:
     if upstream.sum_dz is not None or not (need_weight or need_bias or of_statistics):
         return upstream
     grad, masked, *_ = upstream
-    return Upstream(grad, masked, *_ops.bn_grad_stats(grad, done.y, None, *done.vectors, not masked)[:2])
+    return Upstream(grad, masked, *passes_for(done.y).bn_grad_stats(grad, done.y, None, *done.vectors, not masked)[:2])
 
 
 def _sums(upstream: Upstream | None, done: Done, needed: bool) -> tuple[Tensor | None, Tensor | None]:

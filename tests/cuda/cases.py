@@ -69,14 +69,18 @@ def misaligned(tensor: Tensor, elements: int = 1) -> Tensor:
     return view.permute(0, 3, 1, 2) if tensor.dim() == 4 else view
 
 
-def copies(args: tuple[Any, ...]) -> list[Any]:
-    """Tensors of one's own with the same strides, for ops that write their arguments."""
-    return [each.clone() if isinstance(each, Tensor) and 0 not in each.stride() else each for each in args]
+def with_own_running(op: str, args: tuple[Any, ...]) -> list[Any]:
+    """Copies of the running statistics, which the op writes; all else as it lies, misaligned where it is."""
+    written = (1, 2) if op in ("bn_stats", "bn_stats_apply") else ()
+    return [each.clone() if index in written and each is not None else each for index, each in enumerate(args)]
 
 
 def widened(args: tuple[Any, ...]) -> list[Any]:
-    floating = (each.double() if isinstance(each, Tensor) and each.is_floating_point() else each for each in args)
-    return list(floating)
+    """Copies in float64."""
+    return [
+        each.to(torch.float64, copy=True) if isinstance(each, Tensor) and each.is_floating_point() else each
+        for each in args
+    ]
 
 
 def check(op: str, *args: Any, terms: int = 1, magnitude: float | None = None) -> Any:
@@ -85,7 +89,8 @@ def check(op: str, *args: Any, terms: int = 1, magnitude: float | None = None) -
     A uint8 output is a mask, whose bits must be those of the reference in the same dtype; an empty one must be empty.
     `magnitude` is that of the first output. Means are small sums of large numbers: theirs is the largest |x|.
     """
-    ours, theirs, wide = copies(args), copies(args), widened(tuple(copies(args)))
+    before = [each.clone() if isinstance(each, Tensor) else each for each in args]
+    ours, theirs, wide = with_own_running(op, args), with_own_running(op, args), widened(args)
     of_reference = getattr(reference, op)
     actual, baseline, exact = call(op, *ours), of_reference(*theirs), of_reference(*wide)
     as_tuples = (actual, baseline, exact) if isinstance(actual, tuple) else ((actual,), (baseline,), (exact,))
@@ -101,16 +106,25 @@ def check(op: str, *args: Any, terms: int = 1, magnitude: float | None = None) -
             different = reference.unpack_mask(a, x) != reference.unpack_mask(b, x)
             assert not different.any(), f"{what}: {int(different.sum())} bits differ"
             continue
-        assert a.stride() == b.stride(), f"{what}: strides {a.stride()}, not {b.stride()}"
+        assert strides(a) == strides(b), f"{what}: strides {a.stride()}, not {b.stride()}"
         size = largest if index == means else magnitude if index == 0 else None
         assert_at_most_twice(a, b, e, what=what, terms=terms, magnitude=size)
     for index, (a, b, e) in enumerate(zip(ours, theirs, wide, strict=True)):
-        if isinstance(a, Tensor) and a.is_floating_point():
-            if a.dtype == torch.float64:  # of running statistics only float32's digits are promised
-                a, b = a.float(), b.float()
-            size = largest if op.startswith("bn_stats") and index == 1 else None
-            assert_at_most_twice(a, b, e, what=f"{op}: argument {index} afterwards", magnitude=size)
+        if not isinstance(a, Tensor):
+            continue
+        if a is args[index]:
+            assert same_bits(a, before[index]), f"{op} wrote argument {index}"
+            continue
+        if a.dtype == torch.float64:  # only float32's digits are promised
+            a, b = a.float(), b.float()
+        size = largest if index == 1 else None
+        assert_at_most_twice(a, b, e, what=f"{op}: argument {index} afterwards", magnitude=size)
     return actual
+
+
+def strides(tensor: Tensor) -> list[int]:
+    """Those that say where an element is."""
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
 
 
 def convolution(
@@ -159,7 +173,7 @@ def every_call(
         "bn_grad_stats": ("bn_grad_stats", [grad, x, None, mean, invstd, weight, bias, False]),
         "bn_grad_stats of x": ("bn_grad_stats", [grad, x, None, mean, invstd, weight, bias, True]),
         "bn_grad_stats of out": ("bn_grad_stats", [grad, x, out, mean, invstd, weight, bias, True]),
-        "bn_grad_stats_mask": ("bn_grad_stats_mask", [grad, x, mask, mean, invstd]),
+        "bn_grad_stats_mask": ("bn_grad_stats_mask", [grad, x, mask, mean, invstd, True]),
         "bn_grad_apply": ("bn_grad_apply", [grad, x, mean, invstd, weight, bias, *sums, False]),
         "bn_grad_apply of x": ("bn_grad_apply", [grad, x, mean, invstd, weight, bias, *sums, True]),
         "bn_grad_apply_mask": ("bn_grad_apply_mask", [grad, x, mask, mean, invstd, weight, *sums, True]),
@@ -184,13 +198,9 @@ def outputs(result: Any) -> list[Tensor]:
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """NaN in the same places with the same bits, and zeros of the same sign."""
-    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[a.element_size()]
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(dense(a).view(integer), dense(b).view(integer))
-
-
-def dense(tensor: Tensor) -> Tensor:
-    """Bytes that can be looked at as another type."""
-    return tensor.contiguous()
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    equal_kind = a.shape == b.shape and a.dtype == b.dtype
+    return equal_kind and torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))
 
 
 def mask_bits(mask: Tensor, x: Tensor) -> Tensor:

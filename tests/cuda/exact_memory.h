@@ -91,6 +91,19 @@ inline Elements random_floats(std::mt19937& random, std::size_t count, double lo
   return random_elements(random, DType::float32, count, low, high);
 }
 
+// The four vectors of a batch norm.
+struct Vectors {
+  Elements mean, invstd, weight, bias;
+
+  Vectors(std::mt19937& random, std::size_t channels)
+      : mean(random_floats(random, channels, -0.5, 0.5)),
+        invstd(random_floats(random, channels, 0.5, 1.5)),
+        weight(random_floats(random, channels, -1.5, 1.5)),
+        bias(random_floats(random, channels, -0.5, 0.5)) {}
+  Norm addresses() const { return {mean.floats(), invstd.floats(), weight.floats(), bias.floats()}; }
+  plain::Norm plain() const { return {mean.numbers(), invstd.numbers(), weight.numbers(), bias.numbers()}; }
+};
+
 struct Tolerance {
   double relative, absolute;
 };
@@ -105,7 +118,7 @@ inline void expect_near(const std::string& what, const Numbers& actual, const Nu
   if (actual.size() != expected.size()) throw std::runtime_error(what + " has another size");
   for (std::size_t i = 0; i < actual.size(); ++i) {
     const double allowed = tolerance.relative * std::fabs(expected[i]) + tolerance.absolute;
-    if (std::fabs(actual[i] - expected[i]) <= allowed) continue;  // not so of a NaN
+    if (actual[i] == expected[i] || std::fabs(actual[i] - expected[i]) <= allowed) continue;  // not so of a NaN
     throw std::runtime_error("mismatch: " + what + "[" + std::to_string(i) + "] is " + std::to_string(actual[i]) +
                              ", but has to be " + std::to_string(expected[i]));
   }

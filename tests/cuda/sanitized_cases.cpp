@@ -52,19 +52,6 @@ static Elements activation(std::mt19937& random, const Shape& shape, double low 
   return random_elements(random, shape.dtype, shape.size(), low, high, shape.skipped);
 }
 
-// The four vectors of a batch norm.
-struct Vectors {
-  Elements mean, invstd, weight, bias;
-
-  Vectors(std::mt19937& random, std::size_t channels)
-      : mean(random_floats(random, channels, -0.5, 0.5)),
-        invstd(random_floats(random, channels, 0.5, 1.5)),
-        weight(random_floats(random, channels, -1.5, 1.5)),
-        bias(random_floats(random, channels, -0.5, 0.5)) {}
-  Norm addresses() const { return {mean.floats(), invstd.floats(), weight.floats(), bias.floats()}; }
-  plain::Norm plain() const { return {mean.numbers(), invstd.numbers(), weight.numbers(), bias.numbers()}; }
-};
-
 static void expect_mask(const Bytes& mask, const Shape& shape, const Numbers& z) {
   for (std::size_t i = 0; i < z.size(); ++i) {
     const std::size_t row = i / shape.channels, channel = i % shape.channels;
@@ -80,27 +67,33 @@ static std::size_t mask_bytes(const Shape& shape) {
   return shape.rows * static_cast<std::size_t>(cuda::mask_stride(shape.matrix().channels));
 }
 
-static void expect_statistics(const plain::Statistics& expected, const Elements& mean, const Elements& invstd,
-                              const Elements& running_mean, const Elements& running_var) {
-  expect_near("mean", mean.numbers(), expected.mean, {1e-6, 1e-6});
-  expect_near("invstd", invstd.numbers(), expected.invstd, {1e-5, 0.0});
-  // From 1, with a momentum of 0.1.
-  expect_near("running_mean", running_mean.numbers(), plain::scaled(expected.mean, {0.1}, {0.9}), {1e-6, 1e-6});
-  expect_near("running_var", running_var.numbers(), plain::scaled(expected.unbiased_variance, {0.1}, {0.9}),
-              {1e-5, 0.0});
-}
+// What comes of statistics. Running ones begin with 1.
+struct Found {
+  Elements mean, invstd, running_mean, running_var;
+
+  explicit Found(std::size_t channels)
+      : mean(DType::float32, channels),
+        invstd(DType::float32, channels),
+        running_mean(DType::float32, Numbers(channels, 1.0)),
+        running_var(DType::float32, Numbers(channels, 1.0)) {}
+  void expect(const plain::Statistics& expected) const {
+    expect_near("mean", mean.numbers(), expected.mean, {1e-6, 1e-6});
+    expect_near("invstd", invstd.numbers(), expected.invstd, {1e-5, 0.0});
+    expect_near("running_mean", running_mean.numbers(), plain::scaled(expected.mean, {0.1}, {0.9}), {1e-6, 1e-6});
+    const Numbers variance = plain::scaled(expected.unbiased_variance, {0.1}, {0.9});
+    expect_near("running_var", running_var.numbers(), variance, {1e-5, 0.0});
+  }
+};
 
 static void bn_stats(std::mt19937& random) {
   for_each_shape([&](const Shape& shape) {
     const bool large_mean = shape.dtype == DType::float32;  // 3,000 times the standard deviation
     const Elements x = activation(random, shape, large_mean ? 3000.0 : -1.5, large_mean ? 3003.5 : 2.0);
-    const Elements mean(DType::float32, shape.channels), invstd(DType::float32, shape.channels);
-    const Elements running_mean(DType::float32, Numbers(shape.channels, 1.0));
-    const Elements running_var(DType::float32, Numbers(shape.channels, 1.0));
+    const Found found(shape.channels);
     const Bytes workspace = bytes(cuda::bn_workspace_bytes(shape.matrix(), 0));
-    cuda::bn_stats(shape.call("bn_stats"), shape.matrix(), x.address(), mean.floats(), invstd.floats(),
-                   running_mean.floats(), running_var.floats(), 0.1, 1e-5, workspace.get());
-    expect_statistics(plain::statistics(x.numbers(), shape.channels, 1e-5), mean, invstd, running_mean, running_var);
+    cuda::bn_stats(shape.call("bn_stats"), shape.matrix(), x.address(), found.mean.floats(), found.invstd.floats(),
+                   found.running_mean.floats(), found.running_var.floats(), 0.1, 1e-5, workspace.get());
+    found.expect(plain::statistics(x.numbers(), shape.channels, 1e-5));
   });
 }
 
@@ -110,16 +103,14 @@ static void bn_stats_apply(std::mt19937& random) {
       const Elements x = activation(random, shape), residual = activation(random, shape), out = shape.nothing();
       const Elements weight = random_floats(random, shape.channels, -1.5, 1.5);
       const Elements bias = random_floats(random, shape.channels, -0.5, 0.5);
-      const Elements mean(DType::float32, shape.channels), invstd(DType::float32, shape.channels);
-      const Elements running_mean(DType::float32, Numbers(shape.channels, 1.0));
-      const Elements running_var(DType::float32, Numbers(shape.channels, 1.0));
+      const Found found(shape.channels);
       const Bytes workspace = bytes(cuda::bn_workspace_bytes(shape.matrix(), 0)), mask = bytes(mask_bytes(shape));
       cuda::bn_stats_apply(shape.call("bn_stats_apply"), shape.matrix(), x.address(),
-                           masked ? residual.address() : nullptr, weight.floats(), bias.floats(), mean.floats(),
-                           invstd.floats(), running_mean.floats(), running_var.floats(), 0.1, 1e-5, masked,
-                           out.address(), masked ? mask.get() : nullptr, workspace.get());
+                           masked ? residual.address() : nullptr, weight.floats(), bias.floats(), found.mean.floats(),
+                           found.invstd.floats(), found.running_mean.floats(), found.running_var.floats(), 0.1, 1e-5,
+                           masked, out.address(), masked ? mask.get() : nullptr, workspace.get());
       const plain::Statistics statistics = plain::statistics(x.numbers(), shape.channels, 1e-5);
-      expect_statistics(statistics, mean, invstd, running_mean, running_var);
+      found.expect(statistics);
       const Numbers z =
           plain::normalized(x.numbers(), {statistics.mean, statistics.invstd, weight.numbers(), bias.numbers()});
       const Numbers sum = masked ? plain::added(z, residual.numbers()) : z;
@@ -129,19 +120,17 @@ static void bn_stats_apply(std::mt19937& random) {
   });
 }
 
-// Nothing added, a residual, or (dual) another norm.
+// With a residual, a ReLU and its mask; and without.
 static void bn_apply(std::mt19937& random) {
   for_each_shape([&](const Shape& shape) {
-    for (const int operands : {1, 2}) {
-      const bool masked = operands == 2;
+    for (const bool masked : {true, false}) {
       const Elements x = activation(random, shape), residual = activation(random, shape), out = shape.nothing();
       const Vectors norm(random, shape.channels);
       const Bytes mask = bytes(mask_bytes(shape));
       cuda::bn_apply(shape.call("bn_apply"), shape.matrix(), x.address(), norm.addresses(),
-                     operands == 2 ? residual.address() : nullptr, masked, out.address(),
-                     masked ? mask.get() : nullptr);
+                     masked ? residual.address() : nullptr, masked, out.address(), masked ? mask.get() : nullptr);
       Numbers z = plain::normalized(x.numbers(), norm.plain());
-      if (operands == 2) z = plain::added(z, residual.numbers());
+      if (masked) z = plain::added(z, residual.numbers());
       expect_near("out", out.numbers(), plain::rectified(z, masked), tolerance_of(shape.dtype));
       if (masked) expect_mask(mask, shape, z);
     }
@@ -293,11 +282,14 @@ static void stem(std::mt19937& random) {
   StemShape shape{images, height, width, 19, 18, 10, 9, filters, {3 * height * width, height * width, width, 1}};
   if (kOfBytes) shape.strides[1] = 1, shape.strides[2] = 3 * width, shape.strides[3] = 3;
   const std::size_t size = std::size_t{3} * images * height * width;
-  const Elements x = random_elements(random, dtype, size, -1.0, 1.0);
+  Numbers given = random_numbers(random, size, -1.0, 1.0);
+  given[20 * width + 20] = INFINITY;  // in the patches of some pixels, and just beside those of others
+  const Elements x(dtype, given);
   const Bytes raw = bytes(size);
   const PixelScale pixel_scale{{0.015625f, 0.0078125f, 0.03125f}, {-1.0f, -0.5f, -2.0f}};  // sums are exact
 
-  Numbers pixels = x.numbers(), nhwc(size);
+  const Numbers pixels = x.numbers();
+  Numbers nhwc(size);
   for (std::size_t i = 0; i < size; ++i) {
     const int64_t channel = i % 3, place = i / 3, image = place / (height * width);
     const int64_t from = image * shape.strides[0] + channel * shape.strides[1] +

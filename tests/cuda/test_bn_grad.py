@@ -52,7 +52,10 @@ def test_sums(shape: tuple[int, ...], dtype: torch.dtype, device) -> None:
     assert same_bits(dz, grad)
     sums = check_sums("bn_grad_stats", grad, x, out, *norm, True)
     assert torch.equal(sums[2], torch.where(out <= 0, 0, grad))
-    check_sums("bn_grad_stats_mask", grad, x, mask, *norm[:2])
+    alone = check_sums("bn_grad_stats_mask", grad, x, mask, *norm[:2], False)
+    beside = check_sums("bn_grad_stats_mask", grad, x, mask, *norm[:2], True)
+    assert alone[2].numel() == 0 and all(same_bits(a, b) for a, b in zip(alone[:2], beside[:2], strict=True))
+    assert torch.equal(beside[2], torch.where(reference.unpack_mask(mask, x), grad, 0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -65,7 +68,7 @@ def test_gradients(shape: tuple[int, ...], dtype: torch.dtype, constant: bool, d
     for relu in (False, True):
         sums = [None, None] if constant else reference.bn_grad_stats(grad, x, None, *norm, relu)[:2]
         check("bn_grad_apply", grad, x, *norm, *sums, relu)
-    sums = [None, None] if constant else reference.bn_grad_stats_mask(grad, x, mask, *norm[:2])
+    sums = [None, None] if constant else reference.bn_grad_stats_mask(grad, x, mask, *norm[:2], False)[:2]
     alone, _ = check("bn_grad_apply_mask", grad, x, mask, *norm[:3], *sums, False)
     beside, dz = check("bn_grad_apply_mask", grad, x, mask, *norm[:3], *sums, True)
     assert same_bits(alone, beside)
@@ -81,7 +84,8 @@ def test_bits_give_what_the_sign_of_the_output_gives(shape: tuple[int, ...], dty
     out, mask = call("bn_apply_mask", x, *norm, residual)
     assert torch.equal(reference.unpack_mask(mask, x), out > 0)
     sum_dz, sum_dz_xhat, dz = call("bn_grad_stats", grad, x, out, *norm, True)
-    of_bits = call("bn_grad_stats_mask", grad, x, mask, *norm[:2])
+    of_bits = call("bn_grad_stats_mask", grad, x, mask, *norm[:2], True)
+    assert same_bits(of_bits[2], dz)
     if shape[1] % 8 == 0 or shape[1] % 4:  # else bits take one element at a time and out four: another order
         assert same_bits(of_bits[0], sum_dz) and same_bits(of_bits[1], sum_dz_xhat)
     sums = (sum_dz, sum_dz_xhat)
@@ -98,7 +102,7 @@ def test_bits_give_what_x_gives(shape: tuple[int, ...], dtype: torch.dtype, devi
     norm = (*statistics(x), *vectors(shape[1], device))
     mask = call("bn_apply_mask", x, *norm, None)[1]
     sums = call("bn_grad_stats", grad, x, None, *norm, True)[:2]
-    of_bits = call("bn_grad_stats_mask", grad, x, mask, *norm[:2])
+    of_bits = call("bn_grad_stats_mask", grad, x, mask, *norm[:2], False)[:2]
     if shape[1] % 8 == 0 or shape[1] % 4:
         assert all(same_bits(a, b) for a, b in zip(sums, of_bits, strict=True))
     grad_x = call("bn_grad_apply", grad, x, *norm, *sums, True)
@@ -116,7 +120,7 @@ def test_more_tiles_than_parts(channels: int, dtype: torch.dtype, multiprocessor
     norm = (*statistics(x), *vectors(channels, device))
     out, mask = reference.bn_apply_mask(x, *norm, residual)
     *sums, dz = check_sums("bn_grad_stats", grad, x, out, *norm, True)
-    check_sums("bn_grad_stats_mask", grad, x, mask, *norm[:2])
+    check_sums("bn_grad_stats_mask", grad, x, mask, *norm[:2], True)
     check("bn_grad_apply", dz, x, *norm, *sums, False)
     check("bn_grad_apply", grad, x, *norm, *sums, True)
     check("bn_grad_apply_mask", grad, x, mask, *norm[:3], *sums, True)
@@ -132,7 +136,7 @@ def test_large_and_small_gradients(size: float, dtype: torch.dtype, device) -> N
     sums = check_sums("bn_grad_stats", grad, x, None, *norm, True)[:2]
     check("bn_grad_apply", grad, x, *norm, *sums, True)
     mask = reference.bn_apply_mask(x, *norm, None)[1]
-    check_sums("bn_grad_stats_mask", grad, x, mask, *norm[:2])
+    check_sums("bn_grad_stats_mask", grad, x, mask, *norm[:2], True)
     _, dz = check("bn_grad_apply_mask", grad, x, mask, *norm[:3], *sums, True)
     assert torch.equal(dz, torch.where(reference.unpack_mask(mask, x), grad, 0))
 
@@ -183,7 +187,7 @@ def test_nan_lets_the_gradient_pass(channels: int, dtype: torch.dtype, device) -
     for sums in (
         call("bn_grad_stats", grad, x, None, mean, invstd, None, None, True)[:2],
         call("bn_grad_stats", grad, x, out, mean, invstd, None, None, True)[:2],
-        call("bn_grad_stats_mask", grad, x, mask, mean, invstd),
+        call("bn_grad_stats_mask", grad, x, mask, mean, invstd, False)[:2],
     ):
         assert torch.equal(sums[0], expected.float().sum((0, 2, 3)))
         # dz * xhat of an x that is NaN or infinite: only its own channel notices, also where dz is 0 (0 * inf).
@@ -200,7 +204,7 @@ def test_gradient_at_zero_is_zero(channels: int, device) -> None:
     for sums in (
         call("bn_grad_stats", grad, x, x, zero, one, None, None, True)[:2],
         call("bn_grad_stats", grad, x, None, zero, one, None, None, True)[:2],
-        call("bn_grad_stats_mask", grad, x, mask, zero, one),
+        call("bn_grad_stats_mask", grad, x, mask, zero, one, False)[:2],
     ):
         assert not torch.stack(sums).any()
     assert not call("bn_grad_apply", grad, x, zero, one, None, None, None, None, True).any()
@@ -244,9 +248,9 @@ def test_a_mask_that_is_not_dense(shape: tuple[int, ...], device) -> None:
     wide = torch.full((mask.shape[0], mask.shape[1] + 5), 255, dtype=torch.uint8, device=device)
     slice_of_wide = wide[:, 2:-3].copy_(mask)
     for other in (misaligned(mask), slice_of_wide, mask.t().contiguous().t()):
-        sums = call("bn_grad_stats_mask", grad, x, mask, *norm[:2])
-        found = call("bn_grad_stats_mask", grad, x, other, *norm[:2])
-        assert all(same_bits(a, b) for a, b in zip(sums, found, strict=True)), other.stride()
+        *sums, dz = call("bn_grad_stats_mask", grad, x, mask, *norm[:2], True)
+        found = call("bn_grad_stats_mask", grad, x, other, *norm[:2], True)
+        assert all(same_bits(a, b) for a, b in zip((*sums, dz), found, strict=True)), other.stride()
         expected = call("bn_grad_apply_mask", grad, x, mask, *norm[:3], *sums, True)
         found = call("bn_grad_apply_mask", grad, x, other, *norm[:3], *sums, True)
         assert all(same_bits(a, b) for a, b in zip(expected, found, strict=True)), other.stride()
@@ -289,7 +293,7 @@ def test_any_shape(device, shape, dtype, offsets, affine, constant, with_dz) -> 
     check("bn_grad_apply", dz, x, *norm, *sums, False, magnitude=size)
     check("bn_grad_apply", grad, x, *norm, *sums, True, magnitude=size)
     mask = reference.bn_apply_mask(x, *norm, out)[1]
-    check_sums("bn_grad_stats_mask", grad, x, mask, *norm[:2])
+    check_sums("bn_grad_stats_mask", grad, x, mask, *norm[:2], True)
     check("bn_grad_apply_mask", grad, x, mask, *norm[:3], *sums, with_dz, magnitude=size)
 
 
@@ -317,15 +321,13 @@ def test_against_batch_norm_itself(dtype: torch.dtype, device) -> None:
         norm = (mean, invstd, weight, bias)
         if with_mask:
             out, mask = call("bn_apply_mask", x, *norm, residual)
-            sums = call("bn_grad_stats_mask", grad, x, mask, mean, invstd)
+            sums = call("bn_grad_stats_mask", grad, x, mask, mean, invstd, False)[:2]
             grad_x, dz = call("bn_grad_apply_mask", grad, x, mask, mean, invstd, weight, *sums, True)
         else:
             out = call("bn_apply", x, *norm, residual, True)
             *sums, dz = call("bn_grad_stats", grad, x, out, *norm, True)
             grad_x = call("bn_grad_apply", dz, x, *norm, *sums, False)
         return [out, grad_x, dz, sums[1], sums[0], running_mean, running_var]
-
-    from tests.accuracy import assert_at_most_twice
 
     names = ["out", "grad x", "grad residual", "grad weight", "grad bias", "running mean", "running var"]
     baseline, exact = eager(dtype), eager(torch.float64)

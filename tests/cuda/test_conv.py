@@ -144,8 +144,9 @@ def test_a_spoiled_filter_spoils_its_channel(splits: int, device, use_choice) ->
     use_choice(0, splits)
     args = convolution((1, 72, 5, 4), 136, (3, 3), torch.float16, device, padding=(1, 1), relu=False)
     args[1][131, 71, 2, 2] = float("nan")
-    out = check("conv_bn_act", *args)
-    assert out[0, 131, :4, :3].isnan().all() and out.isnan().sum() == 12
+    out = call("conv_bn_act", *args)
+    assert out[0, 131, :4, :3].isnan().all()  # elsewhere it meets the padding, and torch is of two minds about 0 * NaN
+    assert out[:, :131].isfinite().all() and out[:, 132:].isfinite().all()
 
 
 def test_nan_passes_the_relu_and_zero_has_no_sign(device) -> None:
@@ -175,6 +176,18 @@ def test_a_sum_that_float16_could_not_hold(device) -> None:
     scale = torch.full((8,), 0.5, device=device)
     out = call("conv_bn_act", x, weight, scale, None, None, [1, 1], [0, 0], [1, 1], 1, True)
     assert (out == 576 * 60).all()
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("splits", [1, 2])
+def test_sums_of_splits_are_not_rounded(splits: int, dtype: torch.dtype, device, use_choice) -> None:
+    """2048 + 1 in the first step, which 16 bits would round, and -2048 in the second."""
+    use_choice(2, splits)
+    x = channels_last(torch.zeros(1, 128, 3, 3, dtype=dtype, device=device))
+    x[:, 0], x[:, 1], x[:, 64] = 2048, 1, -2048
+    weight = torch.ones(8, 128, 1, 1, dtype=dtype, device=device)
+    out = call("conv_bn_act", x, weight, None, None, None, [1, 1], [0, 0], [1, 1], 1, False)
+    assert (out == 1).all()
 
 
 @pytest.mark.parametrize("elements", [1, 2, 4])

@@ -33,11 +33,14 @@ spec = importlib.util.spec_from_file_location("_C", sys.argv[1])
 extension = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(extension)
 status = ctypes.CDLL(sys.argv[1]).probe_launch(None, ctypes.c_int(0), None)
-print(json.dumps({"targets": extension.build_info()["cuda_targets"], "status": status}))
+print(json.dumps({"targets": extension.cuda_targets, "status": status}))
 """
 SMALL_MODULE = """
 #include <pybind11/pybind11.h>
-PYBIND11_MODULE(_C, m) { m.doc() = "nothing"; }
+#ifndef FUSED_RESNET_CUDA_TARGETS
+#define FUSED_RESNET_CUDA_TARGETS ""
+#endif
+PYBIND11_MODULE(_C, m) { m.attr("cuda_targets") = FUSED_RESNET_CUDA_TARGETS; }
 """
 
 
@@ -50,7 +53,7 @@ def nvcc() -> str | None:
     [
         ("gpu", "FUSED_RESNET_BUILD must be one of auto, cuda, cpu, none; got 'gpu'"),
         ("cpu", "FUSED_RESNET_BUILD=cpu cannot be done, missing: a C++ compiler"),
-        ("cuda", "a .cu file in csrc/cuda"),
+        ("cuda", "FUSED_RESNET_BUILD=cuda cannot be done, missing: a C++ compiler"),
     ],
 )
 def test_a_choice_that_cannot_be_met_is_an_error(choice, message, sources, run, tmp_path):
@@ -62,9 +65,25 @@ def test_a_choice_that_cannot_be_met_is_an_error(choice, message, sources, run, 
 
 def test_the_automatic_choice_says_what_is_missing(sources, run, tmp_path):
     shutil.copy(sources / "setup.py", tmp_path)
-    done = run([sys.executable, "setup.py", "--version"], tmp_path, CXX="/nonexistent/c++")
+    done = run([sys.executable, "setup.py", "--version"], tmp_path, FUSED_RESNET_BUILD="auto", CXX="/nonexistent/c++")
     assert done.returncode == 0, done.stderr
     assert "nothing is compiled (missing: a C++ compiler (no '/nonexistent/c++'; CXX names another))" in done.stderr
+
+
+def test_an_nvcc_that_does_not_work_is_no_nvcc(sources, run, tmp_path):
+    """One that is older than a target, or that refuses the C++ compiler: its own words are told."""
+    (tmp_path / "bin").mkdir()
+    broken = tmp_path / "bin" / "nvcc"
+    broken.write_text("#!/bin/sh\necho \"nvcc fatal : Unsupported gpu architecture 'compute_90a'\" >&2\nexit 1\n")
+    broken.chmod(0o755)
+    command = [sys.executable, "setup.py", "--version"]
+    done = run(command, sources, FUSED_RESNET_BUILD="auto", CUDA_HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "without CUDA kernels, missing: an nvcc that compiles for sm_80" in done.stderr
+    assert "Unsupported gpu architecture 'compute_90a'" in done.stderr
+    done = run(command, sources, FUSED_RESNET_BUILD="cuda", CUDA_HOME=str(tmp_path))
+    assert done.returncode != 0
+    assert "FUSED_RESNET_BUILD=cuda cannot be done, missing: an nvcc" in done.stderr
 
 
 def test_code_that_does_not_compile_is_an_error_with_a_way_out(copy_sources, run):
@@ -98,9 +117,12 @@ def compiled(build: subprocess.CompletedProcess[str]) -> list[str]:
 
 @pytest.mark.skipif(nvcc() is None, reason="no nvcc")
 def test_cuda_sources_are_compiled_for_every_target_and_linked(copy_sources, run):
+    """One small kernel in place of ours, which the build of the package itself compiles (tests/cuda/test_compiled)."""
     sources = copy_sources()
-    (sources / "csrc" / "cuda").mkdir(exist_ok=True)
+    shutil.rmtree(sources / "csrc")
+    (sources / "csrc" / "cuda").mkdir(parents=True)
     (sources / "csrc" / "cuda" / "probe.cu").write_text(CUDA_SOURCE)
+    (sources / "csrc" / "module.cpp").write_text(SMALL_MODULE)
     built = run(BUILD, sources, FUSED_RESNET_BUILD="cuda")
     assert built.returncode == 0, built.stdout + built.stderr
     (extension,) = (sources / "fused_resnet").glob("_C*.so")

@@ -1,0 +1,222 @@
+"""The passes of a norm and the stem as their benchmarks run them: bytes by hand, right and wrong results, dry runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import bench_bn_act, bench_stem
+from fused_resnet.bench import passes
+from fused_resnet.bench.passes import PASSES, STATS_APPLY, Moment, Norm, NormPass, before_each_round, why_wrong
+from fused_resnet.ops import reference, use_backend
+from tests.accuracy import assert_at_most_twice
+
+SHAPE = (3, 40, 2, 5)  # 1200 elements; a row of the mask is 8 bytes, 30 rows
+NAMED = {norm_pass.name: norm_pass for norm_pass in [*PASSES, STATS_APPLY]}
+BYTES = {  # in float16, T = 2400 and a mask 240
+    "bn_stats": 2400,
+    "bn_apply": 4800,
+    "bn_apply residual": 7200,
+    "bn_apply_mask residual": 7440,
+    "bn_apply_dual": 7200,
+    "bn_apply_dual_mask": 7440,
+    "bn_grad_stats no mask": 4800,
+    "bn_grad_stats recomputed": 4800,
+    "bn_grad_stats of out": 9600,
+    "bn_grad_stats of bits": 5040,
+    "bn_grad_stats of bits, with dz": 7440,
+    "bn_grad_apply no mask": 7200,
+    "bn_grad_apply recomputed": 7200,
+    "bn_grad_apply recomputed, constant statistics": 7200,
+    "bn_grad_apply of bits": 7440,
+    "bn_grad_apply of bits, with dz": 9840,
+    "bn_stats_apply residual": 7440,
+}
+
+
+def test_bytes_of_every_pass_by_hand():
+    assert {name: norm_pass.moved(SHAPE, torch.float16) for name, norm_pass in NAMED.items()} == BYTES
+    assert NAMED["bn_apply"].moved(SHAPE, torch.float32) == 2 * BYTES["bn_apply"]
+
+
+@pytest.mark.parametrize("norm_pass", NAMED.values(), ids=str)
+def test_bytes_are_those_of_the_tensors(norm_pass: NormPass):
+    """All but the vectors, each once."""
+    norm = Norm(SHAPE, torch.float16, "cpu")
+    with use_backend("reference"):
+        tensors = [*norm_pass.arguments(norm), *norm_pass.call(norm)()]
+    images = [tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.dim() > 1]
+    assert norm_pass.moved(SHAPE, torch.float16) == sum(image.nbytes for image in images)
+
+
+def test_bytes_of_a_step_by_hand():
+    work = {name: bench_bn_act.step_work(Norm(SHAPE, torch.float16, "cpu"), name, dry=True).moved for name in "abc"}
+    assert set(work.values()) == {(4 + 7) * 2400}
+    cuda = bench_bn_act.step_work(Norm(SHAPE, torch.float16, "cpu"), bench_bn_act.CUDA, dry=True)
+    assert cuda.moved == (1 + 3 + 2 + 4) * 2400 + 3 * 240  # statistics, apply, and both passes of backward
+
+
+def test_passes_are_where_the_network_has_them():
+    counts = {norm_pass.name: len(bench_bn_act.unique_shapes(norm_pass.endings)) for norm_pass in PASSES}
+    assert counts["bn_stats"] == 12
+    assert counts["bn_apply"] == 8
+    assert counts["bn_apply residual"] == counts["bn_apply_dual"] == 4
+
+
+@pytest.mark.parametrize("norm_pass", NAMED.values(), ids=str)
+def test_a_wrong_result_is_marked(norm_pass: NormPass):
+    norm = Norm(SHAPE, torch.float32, "cpu")
+    with use_backend("reference"):
+        right = norm_pass.call(norm)()
+    assert norm_pass.why_wrong(right, norm) is None
+    for index, result in enumerate(right):
+        if result is None or result.numel() == 0:
+            continue
+        wrong, first = result.clone(), (0,) * result.dim()
+        wrong[first] = ~wrong[first] if wrong.dtype == torch.uint8 else wrong[first] + 0.01
+        message = norm_pass.why_wrong([*right[:index], wrong, *right[index + 1 :]], norm)
+        assert message is not None
+        assert message.startswith(f"result {index}: ")
+
+
+def wrong_by_the_tests(actual: Tensor, baseline: Tensor, exact: Tensor, **settings: Any) -> bool:
+    try:
+        assert_at_most_twice(actual, baseline, exact, **settings)
+    except AssertionError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("terms", [1, 100])
+@pytest.mark.parametrize("theirs", [0.0, 1e-3])
+@pytest.mark.parametrize("error", [0.0, 1e-8, 3e-7, 1e-6, 1e-5, 1.9e-3, 2.1e-3, float("nan")])
+def test_the_rule_is_that_of_the_tests(error: float, theirs: float, terms: int):
+    exact = torch.linspace(-1, 1, 9, dtype=torch.float64)
+    actual, baseline = exact.float(), exact.float()
+    actual[2] += error
+    baseline[5] += theirs
+    for magnitude in (None, 10.0):
+        settings = {"terms": terms, "magnitude": magnitude}
+        found = why_wrong(actual, baseline, exact, **settings)
+        assert (found is not None) == wrong_by_the_tests(actual, baseline, exact, **settings)
+
+
+def test_gradients_come_where_rounding_does_not_decide():
+    norm = Norm(SHAPE, torch.bfloat16, "cpu")
+    z = reference.bn_apply(norm.x.double(), *(vector.double() for vector in norm.norm), None, False)
+    near = (z.abs() < passes.NEAR_ZERO / 2) | ((z + norm.residual).abs() < passes.NEAR_ZERO / 2)
+    assert near.any()
+    assert norm.grad_out[near].count_nonzero() == 0
+    assert norm.grad_out.count_nonzero() > norm.grad_out.numel() // 2
+
+
+def test_dry_runs_come_to_their_end_with_right_results(capsys):
+    assert bench_bn_act.main(["--dry"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 * (len(PASSES) * 4 + 5 + 4)
+    assert all(line.endswith("right") for line in lines)
+    assert bench_stem.main(["--dry"]) == 0
+    assert capsys.readouterr().out.count("right") == 3 * 2 * len(bench_stem.CONTENDERS)
+
+
+class Benchmark:
+    """What the benchmarks use of pytest-benchmark's fixture."""
+
+    def __init__(self) -> None:
+        self.group, self.extra_info = "", {}
+        self.stats = SimpleNamespace(stats=SimpleNamespace(median=0.002))
+
+    def pedantic(self, run: Callable[[], object], setup: Callable[[], None], rounds: int, warmup_rounds: int) -> None:
+        setup()
+        run()
+
+
+def test_what_a_measurement_says(monkeypatch):
+    """On the CPU, with a contender that is wrong."""
+    benchmark = Benchmark()
+    monkeypatch.setattr(bench_bn_act, "copy_bandwidth", lambda dtype: 1e9)
+    norm = Norm(SHAPE, torch.float16, "cpu")
+    work = bench_bn_act.pass_work(NAMED["bn_apply"], norm, bench_bn_act.CUDA, dry=True)
+    wrong = bench_bn_act.Work(lambda: [result + 1 for result in work.run()], work.why_wrong, work.moved)
+    bench_bn_act.measure_on_device(benchmark, lambda: wrong, "bn_apply here", 32, norm.dtype, layout="nhwc")
+    found = benchmark.extra_info
+    assert benchmark.group == "bn_apply here x 32 torch.float16"
+    assert found["accuracy"].startswith("wrong: result 0: its error is 1 ")
+    assert (found["bytes"], found["batch_size"], found["l2_cache"]) == (BYTES["bn_apply"], 32, "flushed")
+    assert found["layout"] == "nhwc"
+    assert "commit" in found["machine"]
+    assert found["gigabytes_per_second"] == pytest.approx(0.0024)  # 4800 bytes in 2 ms
+    assert found["percent_of_copy"] == pytest.approx(0.24)
+
+
+def test_what_a_backend_refuses_is_skipped_with_its_reasons():
+    norm = Norm(SHAPE, torch.float64, "cpu")
+    with pytest.raises(pytest.skip.Exception, match="float64|cannot run"):
+        work = bench_bn_act.pass_work(NAMED["bn_stats"], norm, "native")
+        bench_bn_act.measure_on_device(Benchmark(), lambda: work, "refused", 1, norm.dtype)
+
+
+def test_stem_by_hand():
+    stem = bench_stem.Stem(2, 224, "bytes", torch.bfloat16, "cpu")
+    x, weight, conv, out = 2 * 3 * 224 * 224, 64 * 3 * 49, 2 * 64 * 112 * 112, 2 * 64 * 56 * 56
+    assert stem.moved == x + 2 * weight + 2 * out
+    assert stem.flop == 2 * conv * 3 * 49 == 2 * 236_027_904
+    vectors = 3 * 4  # a float for each channel of the image
+    scaled = (x + 4 * x) + (8 * x + vectors) + (8 * x + vectors) + (4 * x + 2 * x)  # float, times, plus, to bfloat16
+    convolved = 2 * x + 2 * weight + 2 * 64 + 2 * conv
+    assert stem.eager_moved == scaled + convolved + 4 * conv + (2 * conv + 2 * out + 8 * out)  # the indices are int64
+
+
+@pytest.mark.parametrize("layout", bench_stem.LAYOUTS)
+def test_the_stem_is_marked_wrong_too(layout: str):
+    stem = bench_stem.Stem(1, 16, layout, torch.float16, "cpu")
+    (out,) = bench_stem.stem_work(stem, bench_stem.STEM, dry=True).run()
+    assert out is not None
+    assert stem.x.is_contiguous(memory_format=torch.contiguous_format) == (layout == "nchw")
+    assert stem.why_wrong([out]) is None
+    out[0, 5, 1, 1] += 0.1
+    assert "error" in (stem.why_wrong([out]) or "")
+
+
+def test_the_clock_of_the_device_counts_seconds(monkeypatch):
+    class Event:
+        now = 0.0  # milliseconds
+
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at, self.finished = Event.now, False
+
+        def synchronize(self) -> None:
+            self.finished = True
+
+        def elapsed_time(self, later: Event) -> float:
+            assert later.finished
+            return later.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    start = Moment()
+    Event.now += 2.5
+    assert Moment() - start == 0.0025
+
+
+def test_nothing_happens_in_front_of_a_round_on_the_cpu():
+    assert before_each_round("cpu", flush=True)() is None
+
+
+@pytest.mark.gpu
+def test_the_device_is_busy_until_the_work_is_launched():
+    x = torch.randn(1024, 1024, device="cuda")
+    prepare = before_each_round("cuda", flush=True)
+    for _ in range(3):
+        prepare()
+        start = Moment()
+        x.add_(1)
+        seconds = Moment() - start
+    assert 0 < seconds < 100e-6
