@@ -19,7 +19,7 @@ struct Resident {
 };
 
 // Of each channel of the block the sum of `term(part, channel)` over the parts, in a fixed order, in the threads below
-// lanes * kCount.
+// lanes * kCount. `shared` is used again only after a barrier.
 template <int kCount, typename Term>
 __device__ __forceinline__ double sum_of_parts(const Rows& shape, int parts, double (&shared)[kResidentThreads],
                                                const Term& term) {
@@ -28,7 +28,6 @@ __device__ __forceinline__ double sum_of_parts(const Rows& shape, int parts, dou
   const int channel = blockIdx.x * width + index;
   double sum = 0.0;
   for (int part = first; channel < shape.channels && part < parts; part += step) sum += term(part, channel, index);
-  __syncthreads();
   shared[threadIdx.x] = sum;
   __syncthreads();
   sum = 0.0;

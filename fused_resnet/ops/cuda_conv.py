@@ -11,6 +11,7 @@ from torch import Tensor
 from fused_resnet.ops import cuda_launch
 from fused_resnet.ops.cuda_launch import (
     address,
+    aligned,
     channels_last,
     current_stream,
     dtype_of,
@@ -106,8 +107,8 @@ def conv_bn_act(
     groups: int,
     relu: bool,
 ) -> Tensor:
-    x, conv_weight = _aligned(channels_last(x)), _aligned(channels_last(conv_weight))
-    scale, shift = _aligned(vector_of(scale)), _aligned(vector_of(shift))
+    x, conv_weight = aligned(channels_last(x)), aligned(channels_last(conv_weight))
+    scale, shift = aligned(vector_of(scale)), aligned(vector_of(shift))
     place = place_of(x)
     filters, _, *kernel_size = conv_weight.shape
     shape, choice, workspace_bytes = _conv_choice(
@@ -119,7 +120,7 @@ def conv_bn_act(
         device=x.device,
         memory_format=torch.channels_last,
     )
-    residual = None if residual is None else _aligned(like(residual, out))
+    residual = None if residual is None else aligned(like(residual, out))
     workspace = empty_workspace(x, workspace_bytes) if workspace_bytes else None
     read = (x.data_ptr(), conv_weight.data_ptr(), address(scale), address(shift), address(residual))
     kernels().conv_bn_act(place, shape, choice, *read, relu, out.data_ptr(), address(workspace))
@@ -175,8 +176,3 @@ def avgpool(x: Tensor) -> Tensor:
     out = torch.empty((*x.shape[:2], 1, 1), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     kernels().avgpool(place_of(x), x.data_ptr(), out.data_ptr())
     return out
-
-
-def _aligned(tensor: Any) -> Any:
-    """The tensor, or a copy where its first element is not at a multiple of 16 bytes (a slice of another)."""
-    return tensor if tensor is None or tensor.data_ptr() % 16 == 0 else tensor.clone()

@@ -67,6 +67,11 @@ def like(tensor: Tensor, x: Tensor) -> Tensor:
     return channels_last(tensor if tensor.dtype == x.dtype else tensor.to(x.dtype))
 
 
+def aligned(tensor: Any) -> Any:
+    """The tensor, or a copy where its first element is not at a multiple of 16 bytes (a slice of another)."""
+    return tensor if tensor is None or tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
 def vector_of(vector: Tensor | None) -> Tensor | None:
     """A per-channel vector as contiguous float32; itself if it is that already."""
     if vector is None or (vector.dtype is _FLOAT32 and vector.is_contiguous()):

@@ -8,6 +8,7 @@ from torch import Tensor
 from fused_resnet.ops.cuda_launch import (
     Moved,
     address,
+    aligned,
     channels_last,
     empty_mask,
     empty_vectors,
@@ -102,8 +103,8 @@ def bn_stats_apply(
     relu: bool,
     with_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, module = channels_last(x), kernels()
-    residual = None if residual is None else like(residual, x)
+    x, module = aligned(channels_last(x)), kernels()  # as fits_on_chip takes for granted
+    residual = None if residual is None else aligned(like(residual, x))
     place = place_of(x)
     mean, invstd = empty_vectors(x, x.shape[1])
     out = torch.empty_like(x)
@@ -134,7 +135,7 @@ def bn_grad_stats(
 def bn_grad_stats_mask(
     grad_out: Tensor, x: Tensor, mask: Tensor, mean: Tensor, invstd: Tensor, with_dz: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _grad_stats(grad_out, x, None, mask, _Norm(mean, invstd, None, None), True, with_dz)
+    return _grad_stats(grad_out, x, None, mask.contiguous(), _Norm(mean, invstd, None, None), True, with_dz)
 
 
 def bn_grad_apply(
@@ -165,6 +166,7 @@ def bn_grad_apply_mask(
 ) -> tuple[Tensor, Tensor]:
     x = channels_last(x)
     dz = torch.empty_like(x) if with_dz else None
+    mask = mask.contiguous()
     grad_x = _grad_apply(grad_out, x, mask, _Norm(mean, invstd, weight, None), sum_dz, sum_dz_xhat, True, dz)
     return grad_x, x.new_empty(0) if dz is None else dz
 

@@ -382,3 +382,46 @@ def test_cuda_graph():
     torch.testing.assert_close(copy.deepcopy(frozen)(x), expected, rtol=1e-3, atol=1e-3)
     assert frozen.to("cuda")._graph is not None
     assert frozen.half()(x).dtype == torch.float16
+
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_images_of_bytes_are_normalized(dtype):
+    """The numbers that bytes stand for, rounded to the dtype, are what is computed with; stem or not."""
+    images = torch.randint(0, 256, (2, 3, 40, 48), dtype=torch.uint8)
+    numbers = ((images / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]).to(dtype)
+    plain = cifar_resnet20().eval()
+    for model in (fused_resnet.resnet18(num_classes=10).eval(), plain):
+        frozen = fused_resnet.freeze(model, images, dtype=dtype, normalize=(MEAN, STD))
+        expected = fused_resnet.freeze(model, numbers, dtype=dtype)(numbers)
+        torch.testing.assert_close(frozen(images), expected, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-2)
+        assert torch.equal(frozen(numbers), expected)  # numbers are taken as before
+
+
+@pytest.mark.parametrize(
+    ("normalize", "error", "message"),
+    [
+        ((MEAN,), TypeError, r"normalize must be \(mean, std\)"),
+        (0.5, TypeError, r"normalize must be \(mean, std\)"),
+        ((("a", "b", "c"), STD), TypeError, "normalize's mean must be a float; got str"),
+        ((MEAN, (1.0, 0.0, 1.0)), ValueError, "normalize's std must not be 0"),
+        ((MEAN, (1.0, 1.0)), ValueError, "mean and std must be of the same length; got 3 and 2"),
+        (((0.5,), (0.5,)), ValueError, r"example_input must be \(N, 1, H, W\); got shape \(1, 3, 32, 32\)"),
+    ],
+)
+def test_normalize_of_nonsense(normalize, error, message):
+    images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    with pytest.raises(error, match=message):
+        fused_resnet.freeze(fused_resnet.resnet18(), images, normalize=normalize)
+
+
+def test_bytes_without_normalize_are_refused():
+    images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    with pytest.raises(TypeError, match="example_input must have dtype float64, float32"):
+        fused_resnet.freeze(fused_resnet.resnet18(), images)
+    frozen = fused_resnet.freeze(fused_resnet.resnet18().eval(), torch.zeros(1, 3, 32, 32))
+    with pytest.raises(TypeError, match="or the model frozen with normalize; got torch.uint8"):
+        frozen(images)

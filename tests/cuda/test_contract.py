@@ -101,7 +101,7 @@ def test_the_stream_reaches_every_launch(name: str, device, host, monkeypatch) -
     call(op, *args)
     assert {launch.stream for launch in host.launches()} == {0}
     for module in (cuda_launch, cuda_conv):
-        monkeypatch.setattr(module, "stream_of", lambda x: STREAM)
+        monkeypatch.setattr(module, "current_stream", lambda device: STREAM)
     call(op, *args)
     launches = host.launches()
     assert launches and {launch.stream for launch in launches} == {STREAM}
@@ -122,6 +122,7 @@ def on_second_device(monkeypatch: pytest.MonkeyPatch):
         kernels = Kernels()
         for module in (cuda_launch, cuda_conv):
             monkeypatch.setattr(module, "kernels", lambda: kernels)
+        monkeypatch.setattr(cuda_launch, "_places", {})  # those of device 0 are remembered
 
     return use
 
@@ -152,9 +153,9 @@ def test_a_second_device(name: str, device, host, on_second_device) -> None:
 def test_a_device_that_is_not_there(device, host) -> None:
     kernels, address = host.module.cuda, 4096
     place = kernels.Place(1, 8, 2, 2, host.module.DType.float32, 7, 0)
-    norm = host.module.Norm(address, address, 0, 0)
+    norm = (address, address, 0, 0)
     with pytest.raises(RuntimeError, match=r"bn_apply of \(1, 8, 2, 2\) float32 on CUDA device 7: cudaErrorInvalidDev"):
-        kernels.bn_apply(place, address, norm, 0, True, address, 0)
+        kernels.bn_apply(place, address, *norm, 0, True, address, 0)
     assert Runtime(host).pending_error() == 0 and Runtime(host).current_device() == 0
     for number in (-1, 64):
         with pytest.raises(RuntimeError, match=str(number)):
@@ -304,20 +305,20 @@ def test_workspaces_and_grids_are_large_enough(device, host, images, channels, s
     Nothing runs, so nothing is read."""
     kernels, address = host.module.cuda, 4096
     place = kernels.Place(images, channels, *size, getattr(host.module.DType, dtype), 0, 0)
-    norm = host.module.Norm(address, address, address, address)
+    norm = [address] * 4
     x, bits = address + 4 * offset, address if mask else 0
     available = kernels.bn_workspace_bytes(place)
     host.skip_launches(True)
     host.launches()
     kernels.bn_stats(place, x, address, address, 0, 0, 0.1, 1e-5, address)
-    kernels.bn_grad_stats(place, x, x, 0, bits, norm, True, 0, address, address, address)
+    kernels.bn_grad_stats(place, x, x, 0, bits, *norm, True, 0, address, address, address)
     if kernels.fits_on_chip(place) and not offset and (mask or channels % 8 == 0):
         kernels.bn_stats_apply(place, x, 0, 0, 0, *[address] * 4, 0.1, 1e-5, True, address, bits, address)
     for launch in host.launches()[::2]:  # bn_stats, bn_grad_stats, bn_stats_apply; not those that merge
         assert launch.grid[1] * channels * 12 <= available
-    kernels.bn_apply(place, x, norm, x, True, address, bits)
-    kernels.bn_apply_dual(place, x, norm, x, norm, True, address, bits)
-    kernels.bn_grad_apply(place, x, x, bits, norm, address, address, True, address, address)
+    kernels.bn_apply(place, x, *norm, x, True, address, bits)
+    kernels.bn_apply_dual(place, x, *norm, x, *norm, True, address, bits)
+    kernels.bn_grad_apply(place, x, x, bits, *norm, address, address, True, address, address)
     kernels.avgpool(place, x, address)
     assert len(host.launches()) == 4
 
