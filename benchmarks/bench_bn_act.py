@@ -30,18 +30,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.shapes import RESNET50_SITES, Site
+from fused_resnet.bench.device_clock import Moment, before_each_round
 from fused_resnet.bench.machine import machine_facts
-from fused_resnet.bench.passes import (
-    EPS,
-    PASSES,
-    STATS_APPLY,
-    Moment,
-    Norm,
-    NormPass,
-    Results,
-    before_each_round,
-    why_wrong,
-)
+from fused_resnet.bench.norm_inputs import EPS, Norm
+from fused_resnet.bench.passes import PASSES, STATS_APPLY, NormPass, Results, why_wrong
 from fused_resnet.bench.roofline import measure_ceilings
 from fused_resnet.ops import BackendError, BatchNorm, bn_act, bn_act_dual, use_backend
 from fused_resnet.ops.backend import takes_one_launch

@@ -37,7 +37,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_resnet.bench.machine import device_name, machine_facts
-from fused_resnet.bench.passes import EPS, PASSES, STATS_APPLY, Norm, NormPass
+from fused_resnet.bench.norm_inputs import EPS, Norm
+from fused_resnet.bench.passes import PASSES, STATS_APPLY, NormPass
 from fused_resnet.bench.timer import Timing, rotate
 from fused_resnet.ops import backend, cuda_launch, reasons, use_backend
 from fused_resnet.ops.schemas import SCHEMAS

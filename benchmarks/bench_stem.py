@@ -37,7 +37,8 @@ from benchmarks.bench_bn_act import (
     on_backend,
 )
 from fused_resnet.bench.ledger import ledger
-from fused_resnet.bench.passes import EPS, Results, why_wrong
+from fused_resnet.bench.norm_inputs import EPS
+from fused_resnet.bench.passes import Results, why_wrong
 from fused_resnet.ops import reference
 from fused_resnet.ops.conv_bn_act import fold
 

@@ -78,10 +78,13 @@ void bn_stats(const Call& call, const Matrix& shape, const void* x, float* mean,
 }
 
 bool fits_on_chip(const Matrix& shape, int device) {
-  bool answer = false;
-  with_vector<kStatsCount>(shape.dtype, vectors_fit(shape, 8, {}), [&](auto, auto vector) {
-    answer = fits(residence<decltype(vector)::value>(shape, true, device), device);
-  });
+  bool answer = true;
+  for (const bool mask : {false, true}) {  // they differ in their vectors, and so in slices and parts
+    const int elements = mask ? 8 : 16 / element_size(shape.dtype);
+    with_vector<kStatsCount>(shape.dtype, vectors_fit(shape, elements, {}), [&](auto, auto vector) {
+      answer = answer && fits(residence<decltype(vector)::value>(shape, mask, device), device);
+    });
+  }
   return answer;
 }
 

@@ -49,16 +49,17 @@ class BNAct(torch.autograd.Function):
         done: tuple[Tensor, Tensor | None] | None,
     ) -> Tensor:
         """``done``: the result and its mask, if they are there already."""
-        passes, arguments = passes_for(x), (x, mean, invstd, weight, bias, residual)
         passed = None
         if done is not None:
             out, passed = done
-        elif not relu or residual is None:
-            out = passes.bn_apply(*arguments, relu)
-        elif keeps_masks(x):
-            out, passed = passes.bn_apply_mask(*arguments)
         else:
-            passed = out = passes.bn_apply(*arguments, relu)
+            passes, arguments = passes_for(x), (x, mean, invstd, weight, bias, residual)
+            if not relu or residual is None:
+                out = passes.bn_apply(*arguments, relu)
+            elif keeps_masks(x):
+                out, passed = passes.bn_apply_mask(*arguments)
+            else:
+                passed = out = passes.bn_apply(*arguments, relu)
         ctx.save_for_backward(x, weight, bias, mean, invstd, share, passed)
         ctx.settings, ctx.relu = settings, relu
         return out

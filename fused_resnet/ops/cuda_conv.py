@@ -78,7 +78,8 @@ def why_not_stem(
     reasons = []
     if conv_weight.dtype not in _CONV_DTYPES:
         reasons.append(f"conv_weight is {conv_weight.dtype}; it takes float16 and bfloat16")
-    if conv_weight.dim() != 4 or tuple(conv_weight.shape[1:]) != (3, 7, 7) or conv_weight.shape[0] % 64:
+    filters = conv_weight.shape[0] if conv_weight.dim() > 0 else 0
+    if conv_weight.dim() != 4 or tuple(conv_weight.shape[1:]) != (3, 7, 7) or filters % 64 or filters == 0:
         reasons.append(f"conv_weight is {tuple(conv_weight.shape)}; it takes (K, 3, 7, 7), K a multiple of 64")
     if x.dim() != 4 or x.shape[1] != 3:
         reasons.append(f"x is {tuple(x.shape)}; it takes (N, 3, H, W)")
@@ -89,6 +90,8 @@ def why_not_stem(
         reasons.append("pixel_scale and pixel_shift must be three numbers each, or both None")
     if x.dtype != (torch.uint8 if pixels else conv_weight.dtype):
         reasons.append(f"x is {x.dtype}; it takes conv_weight's dtype or, with a pixel_scale, torch.uint8")
+    if conv_weight.device != x.device:
+        reasons.append(f"conv_weight is on {conv_weight.device} beside x on {x.device}")
     for vector in (scale, shift):
         if vector is not None and (vector.shape != conv_weight.shape[:1] or vector.device != x.device):
             reasons.append(f"a vector is {tuple(vector.shape)} on {vector.device} beside x on {x.device}")

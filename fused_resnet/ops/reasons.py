@@ -93,6 +93,7 @@ _PLACE_OF_X = {
     "conv_grad_input": 4,
     "conv_grad_weight": 3,
 }
+_VECTORS = ("mean", "invstd", "weight", "bias", "running_mean", "running_var", "sum_dz", "sum_dz_xhat")
 _WITH_MASK = ("bn_grad_stats_mask", "bn_grad_apply_mask")
 _TRAINING_CONVOLUTIONS = ("conv_stats", "conv_grad_input", "conv_grad_weight")
 
@@ -115,7 +116,7 @@ def _why_not_cuda(op: str, args: tuple[Any, ...]) -> list[str]:
         return reasons + backend.why_not_conv(*args)
     if op == "bn_stats_apply" and not reasons and not backend.fits_on_chip(x):
         reasons.append(f"x, {tuple(x.shape)} {x.dtype}, does not fit in the shared memory of {x.device}")
-    return reasons + _mismatches(x, args, mask=args[2] if op in _WITH_MASK else None)
+    return reasons + _mismatches(x, args, _which_are_vectors(op), args[2] if op in _WITH_MASK else None)
 
 
 def _why_not_triton(op: str, args: tuple[Any, ...]) -> list[str]:
@@ -130,14 +131,16 @@ def _why_not_triton(op: str, args: tuple[Any, ...]) -> list[str]:
     if x.numel() == 0:
         reasons.append("x is empty")
     if op == "bn_grad_coefficients":
-        return reasons + _mismatches(x, args)
+        return reasons + _mismatches(x, args, _which_are_vectors(op))
     if not is_channels_last_once_dense(x):
         reasons.append("x is not channels_last")
     if op == "conv_bn_act":
         return reasons + module("triton").why_not_conv(*args)
     if op in _TRAINING_CONVOLUTIONS:
         return reasons + _train_conv_mismatches(op, args)
-    return reasons + (_pool_mismatches(op, args) if "pool" in op else _mismatches(x, args))
+    if "pool" in op:
+        return reasons + _pool_mismatches(op, args)
+    return reasons + _mismatches(x, args, _which_are_vectors(op))
 
 
 def _why_not_native(op: str, args: tuple[Any, ...]) -> list[str]:
@@ -155,18 +158,25 @@ def _why_not_native(op: str, args: tuple[Any, ...]) -> list[str]:
         reasons.append(f"x is {x.dtype}; it takes float32, float16 and bfloat16")
     if x.numel() == 0:
         reasons.append("x is empty")
-    return reasons + _mismatches(x, args)
+    return reasons + _mismatches(x, args, _which_are_vectors(op))
 
 
-def _mismatches(x: Tensor, args: tuple[Any, ...], mask: Tensor | None = None) -> list[str]:
-    """What the public functions have refused already; an op called by itself must not read past the end either."""
-    vector, device = (x.shape[-3 if x.dim() == 4 else 0],), x.device
+@functools.cache
+def _which_are_vectors(op: str) -> tuple[bool, ...]:
+    return tuple(name.rstrip("2") in _VECTORS for name in argument_names(op))
+
+
+def _mismatches(x: Tensor, args: tuple[Any, ...], vectors: tuple[bool, ...], mask: Tensor | None = None) -> list[str]:
+    """What the public functions have refused already; an op called by itself must not read past the end either. Tensors
+    among the ``args`` that are not ``vectors`` of x's channels must have x's shape."""
+    shape, device = x.shape, x.device
+    channels = shape[-3 if x.dim() == 4 else 0 :][:1]
     reasons = [
-        f"a tensor is {tuple(tensor.shape)} on {tensor.device} beside x, {tuple(x.shape)} on {device}"
-        for tensor in args
+        f"a tensor is {tuple(tensor.shape)} on {tensor.device} beside x, {tuple(shape)} on {device}"
+        for tensor, vector in zip(args, vectors, strict=True)
         if isinstance(tensor, Tensor)
         and tensor is not mask
-        and (tensor.device != device or tensor.shape != (vector if tensor.dim() == 1 else x.shape))
+        and (tensor.shape != (channels if vector else shape) or tensor.device != device)
     ]
     if mask is not None:
         expected = mask_shape(tuple(x.shape))
@@ -180,7 +190,7 @@ def _pool_mismatches(op: str, args: tuple[Any, ...]) -> list[str]:
     """Of a pass with pooling: what ``_mismatches`` says of the vectors, the window, and the sizes of its outputs."""
     place = _PLACE_OF_X.get(op, 0)
     x, (kernel_size, stride, padding) = args[place], args[-3:]
-    reasons = _mismatches(x, args[place:-3])
+    reasons = _mismatches(x, args[place:-3], _which_are_vectors(op)[place:-3])
     if any(2 * padding[i] > kernel_size[i] for i in (0, 1)) or kernel_size[0] * kernel_size[1] > 256:
         reasons.append(f"the window is {kernel_size}, padded by {padding}; it takes 256 pixels, half of a side padded")
     size = tuple(conv_output_size(x.shape[i + 2], kernel_size[i], stride[i], padding[i], 1) for i in (0, 1))

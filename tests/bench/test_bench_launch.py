@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from benchmarks import bench_bn_act, bench_launch, bench_stem
-from fused_resnet.bench.passes import PASSES, STATS_APPLY, Norm, NormPass
+from fused_resnet.bench.norm_inputs import Norm
+from fused_resnet.bench.passes import PASSES, STATS_APPLY, NormPass
 from fused_resnet.ops import cuda_launch, reasons, schemas
 from tests.cuda import host_build
 

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import bench_bn_act, bench_stem
-from fused_resnet.bench import passes
-from fused_resnet.bench.passes import PASSES, STATS_APPLY, Moment, Norm, NormPass, before_each_round, why_wrong
+from fused_resnet.bench import norm_inputs
+from fused_resnet.bench.device_clock import Moment, before_each_round
+from fused_resnet.bench.norm_inputs import Norm
+from fused_resnet.bench.passes import PASSES, STATS_APPLY, NormPass, why_wrong
 from fused_resnet.ops import reference, use_backend
 from tests.accuracy import assert_at_most_twice
 
@@ -109,7 +111,7 @@ def test_the_rule_is_that_of_the_tests(error: float, theirs: float, terms: int):
 def test_gradients_come_where_rounding_does_not_decide():
     norm = Norm(SHAPE, torch.bfloat16, "cpu")
     z = reference.bn_apply(norm.x.double(), *(vector.double() for vector in norm.norm), None, False)
-    near = (z.abs() < passes.NEAR_ZERO / 2) | ((z + norm.residual).abs() < passes.NEAR_ZERO / 2)
+    near = (z.abs() < norm_inputs.NEAR_ZERO / 2) | ((z + norm.residual).abs() < norm_inputs.NEAR_ZERO / 2)
     assert near.any()
     assert norm.grad_out[near].count_nonzero() == 0
     assert norm.grad_out.count_nonzero() > norm.grad_out.numel() // 2

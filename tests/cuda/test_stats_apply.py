@@ -178,8 +178,6 @@ def test_misaligned(elements: int, shape: tuple[int, ...], device) -> None:
 FITTING = [
     ((1, 4232, 2, 2), torch.float16),  # 17 slices of vectors; 133 of single elements: more than multiprocessors
     ((1, 2304, 64, 64), torch.float16),
-    ((1, 324, 160, 125), torch.float32),  # without a mask vectors of 4, with it single elements
-    ((1, 2052, 56, 56), torch.float32),
     ((64, 256, 14, 14), torch.float16),  # layer3 of ResNet-18
     ((1, 13, 199, 501), torch.float32),
 ]
@@ -198,6 +196,13 @@ def test_what_fits_is_taken(shape: Any, dtype: torch.dtype, with_mask: bool, dev
     mask, statistics = address if with_mask else 0, (address, address, 0, 0)
     kernels.bn_stats_apply(place, address, 0, 0, 0, *statistics, 0.1, 1e-5, True, address, mask, address)
     assert len(host.launches()) == 1
+
+
+@host_only
+@pytest.mark.parametrize("shape", [(1, 324, 160, 125), (1, 2052, 56, 56)], ids=str)
+def test_what_fits_only_with_a_mask_is_refused(shape: tuple[int, ...], device, host) -> None:
+    """Single elements with a mask, without one vectors of 4, which are dealt out to fewer parts with larger shares."""
+    assert not cuda.fits_on_chip(torch.empty_strided(shape, (1, 1, 1, 1), dtype=torch.float32))
 
 
 def test_a_misaligned_slice_of_many_channels(device) -> None:
