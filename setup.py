@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -103,10 +104,12 @@ def find_nvcc(cxx: list[str]) -> tuple[str | None, str]:
         source.write_text("#include <cuda_runtime.h>\n#include <string>\n__global__ void probe() {}\n")
         command = [nvcc, *nvcc_flags(cxx), "-c", str(source), "-o", str(Path(folder, "probe.o"))]
         probe = subprocess.run(command, capture_output=True, text=True)
+    if probe.returncode == 0 and static_runtime(nvcc) is None:
+        return None, f"libcudart_static.a beside {nvcc}"
     if probe.returncode == 0:
         return nvcc, ""
     says = (probe.stderr or probe.stdout).strip().splitlines() or ["nothing"]
-    complaint = f"an nvcc that compiles for {', '.join(CUDA_TARGETS)} with {cxx[-1]}"
+    complaint = f"an nvcc that compiles for {', '.join(CUDA_TARGETS)} with {host_compiler(cxx)}"
     return None, f"{complaint} ({nvcc} says: {says[-1]})"
 
 
@@ -123,6 +126,11 @@ def cuda_home(nvcc: str) -> Path:
     if top is None:
         raise CompileError(f"`{nvcc} --dryrun` does not say where its toolkit lies")
     return Path(top[1].strip()).resolve()
+
+
+def static_runtime(nvcc: str) -> Path | None:
+    folders = (cuda_home(nvcc) / folder for folder in ("lib64", "lib", f"targets/{platform.machine()}-linux/lib"))
+    return next((path for folder in folders if (path := folder / "libcudart_static.a").exists()), None)
 
 
 def output_of(command: list[str]) -> str:
@@ -178,7 +186,8 @@ class BuildWithNinja(build_ext):
         cuda_flags: list[str] = []
         if toolchain.nvcc:
             home = cuda_home(toolchain.nvcc)
-            runtime = next(home / lib / "libcudart_static.a" for lib in ("lib64", "lib") if (home / lib).is_dir())
+            runtime = static_runtime(toolchain.nvcc)
+            assert runtime is not None
             definitions["FUSED_RESNET_CUDA"] = "1"
             includes.append(str(home / "include"))
             libraries = [str(runtime), "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
@@ -231,7 +240,12 @@ class BuildWithNinja(build_ext):
 def nvcc_flags(cxx: list[str]) -> list[str]:
     targets = [f"--generate-code=arch={virtual},code={target}" for target, virtual in CUDA_TARGETS.items()]
     host = ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
-    return [*("-O3", "-std=c++17", "-lineinfo", "-ccbin", cxx[-1]), *targets, *host, f"-I{CSRC}"]
+    return [*("-O3", "-std=c++17", "-lineinfo", "-ccbin", host_compiler(cxx)), *targets, *host, f"-I{CSRC}"]
+
+
+def host_compiler(cxx: list[str]) -> str:
+    """The compiler among the words of CXX, such as `ccache g++ -m64`."""
+    return [word for word in cxx if not word.startswith("-")][-1]
 
 
 def openmp_flags(cxx: list[str]) -> list[str]:

@@ -29,9 +29,11 @@ T* pointer(Address address) {
 Place place_of(int64_t images, int64_t channels, int64_t height, int64_t width, DType dtype, int device,
                Address stream) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  constexpr int64_t kMostChannels = 1 << 26;  // a thread's rows of one tile lie within 2^31 elements
   for (const int64_t size : {images, channels, height, width}) {
     if (size < 1 || size > kMost) throw py::value_error("images, channels, height and width must be 1 to 2^31 - 1");
   }
+  if (channels > kMostChannels) throw py::value_error("channels must be at most 2^26");
   return {images, channels, height, width, dtype, device, pointer(stream)};
 }
 
@@ -95,6 +97,9 @@ ConvShape conv_shape(const Place& x, int filters, const Pair& kernel_size, const
   };
   const Pair out = {out_size(x.height, kernel_size.first, stride.first, padding.first, dilation.first),
                     out_size(x.width, kernel_size.second, stride.second, padding.second, dilation.second)};
+  if (out.first >= 1 && out.second >= 1 && x.images * out.first * out.second > std::numeric_limits<int32_t>::max()) {
+    throw py::value_error("conv_bn_act takes at most 2^31 - 1 output pixels");
+  }
   if (out.first < 1 || out.second < 1 || filters < 8 || filters % 8 != 0 || x.channels % 8 != 0) {
     throw py::value_error("conv_bn_act takes channels and filters in multiples of 8, and at least one output pixel");
   }

@@ -55,6 +55,15 @@ struct BitMask {
   }
 };
 
+// Which of a ReLU's results let a gradient pass: those that are not 0, NaN among them.
+template <int kCount>
+__device__ __forceinline__ uint32_t bits_of(const float (&results)[kCount]) {
+  uint32_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) bits |= static_cast<uint32_t>(results[i] != 0.0f) << i;
+  return bits;
+}
+
 enum class Residual { kNone, kPlain, kNormalized };
 
 // Elements for each thread, and rows that it loads before it computes with any of them. Four, for 8 of each of the
@@ -78,41 +87,41 @@ __global__ __launch_bounds__(kThreads,
   const Normalization<kCount> first(norm, channel, bias);
   const Normalization<kCount> second(kResidual == Residual::kNormalized ? norm2 : Norm{}, channel, bias);
   constexpr int kRows = kApplyRows<T>;
-  const int tile_rows = shape.layer * kRows;
-  const int64_t tiles = (shape.rows + tile_rows - 1) / tile_rows;
-  for (int64_t tile = tiles - 1 - blockIdx.y; tile >= 0; tile -= gridDim.y) {
-    Vector<T, kCount> loaded[kRows] = {}, added[kRows] = {};
-    const int64_t row = tile * tile_rows + place.row;
-    const int64_t offset = row * shape.channels + channel, layer = int64_t{shape.layer} * shape.channels;
+  const int layer = shape.layer * shape.channels;
+  const int64_t tiles = (shape.rows + shape.layer * kRows - 1) / (shape.layer * kRows);
+  const float floor = relu ? 0.0f : __uint_as_float(0x7fffffffu);  // nothing is <= NaN
+  const auto apply = [&](auto count, int64_t row, bool inside) {
+    constexpr int kTaken = decltype(count)::value;
+    const int64_t offset = row * shape.channels + channel;
+    Vector<T, kCount> loaded[kTaken] = {};
+    [[maybe_unused]] Vector<T, kCount> added[kTaken] = {};
 #pragma unroll
-    for (int k = 0; k < kRows; ++k) {
-      if (place.inside && row + k * shape.layer < shape.rows) {
-        loaded[k] = load_vector<kCount, Reuse::kOnce>(x + offset + k * layer);
-        if constexpr (kResidual != Residual::kNone) {
-          added[k] = load_vector<kCount, Reuse::kOnce>(residual + offset + k * layer);
-        }
+    for (int k = 0; k < kTaken; ++k) {
+      if (!inside) continue;
+      loaded[k] = load_vector<kCount, Reuse::kOnce>(x + offset + k * layer);
+      if constexpr (kResidual != Residual::kNone) {
+        added[k] = load_vector<kCount, Reuse::kOnce>(residual + offset + k * layer);
       }
     }
 #pragma unroll
-    for (int k = 0; k < kRows; ++k) {
-      const bool inside = place.inside && row + k * shape.layer < shape.rows;
-      float z[kCount], r[kCount];
+    for (int k = 0; k < kTaken; ++k) {
+      float z[kCount];
+      [[maybe_unused]] float r[kCount];
       loaded[k].unpack(z);
       if constexpr (kResidual != Residual::kNone) added[k].unpack(r);
-      uint32_t bits = 0;
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         z[i] = (z[i] - first.mean[i]) * first.scale[i] + bias[i];
         if constexpr (kResidual == Residual::kPlain) z[i] += r[i];
         if constexpr (kResidual == Residual::kNormalized) z[i] += (r[i] - second.mean[i]) * second.scale[i];
-        if (relu) {
-          bits |= static_cast<uint32_t>(!(z[i] <= 0.0f)) << i;
-          z[i] = relu_of(z[i]);
-        }
+        z[i] = z[i] <= floor ? 0.0f : z[i];
       }
       if (inside) store_vector(out + offset + k * layer, Vector<T, kCount>::pack(z));
-      if (mask.bits != nullptr) mask.store<kCount>(row + k * shape.layer, place.channel, inside, bits);
+      if (mask.bits != nullptr) mask.store<kCount>(row + k * shape.layer, place.channel, inside, bits_of(z));
     }
+  };
+  for (int64_t tile = tiles - 1 - blockIdx.y; tile >= 0; tile -= gridDim.y) {
+    take_tile<kRows>(shape, place, tile, apply);
   }
 }
 

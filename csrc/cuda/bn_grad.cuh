@@ -28,26 +28,27 @@ __global__ __launch_bounds__(kThreads, kBlocksPerMultiprocessor) void bn_grad_st
   const int channel = place.inside ? place.channel : 0;
   float bias[kCount] = {};
   const Normalization<kCount> normalization(norm, channel, bias);
-  const int tile_rows = shape.layer * kRows;
+  const int layer = shape.layer * shape.channels;
+  const int64_t tiles = (shape.rows + shape.layer * kRows - 1) / (shape.layer * kRows);
   float sum_dz[kCount] = {}, sum_dz_distance[kCount] = {};
-  for (int64_t first = int64_t{blockIdx.y} * tile_rows; place.inside && first < shape.rows;
-       first += int64_t{gridDim.y} * tile_rows) {
-    const int64_t row = first + place.row;
-    const int64_t offset = row * shape.channels + channel, layer = int64_t{shape.layer} * shape.channels;
-    Vector<T, kCount> grads[kRows] = {}, values[kRows] = {}, outs[kRows] = {};
-    uint32_t bits[kRows] = {};
+  const auto add = [&](auto count, int64_t row, bool inside) {
+    if (!inside) return;
+    constexpr int kTaken = decltype(count)::value;
+    const int64_t offset = row * shape.channels + channel;
+    Vector<T, kCount> grads[kTaken], values[kTaken];
+    [[maybe_unused]] Vector<T, kCount> outs[kTaken];
+    [[maybe_unused]] uint32_t bits[kTaken];
 #pragma unroll
-    for (int k = 0; k < kRows; ++k) {
-      if (row + k * shape.layer >= shape.rows) continue;
+    for (int k = 0; k < kTaken; ++k) {
       grads[k] = load_vector<kCount>(grad_out + offset + k * layer);
       values[k] = load_vector<kCount>(x + offset + k * layer);
       if constexpr (kMask == Mask::kOfOut) outs[k] = load_vector<kCount, Reuse::kOnce>(out + offset + k * layer);
       if constexpr (kMask == Mask::kBits) bits[k] = mask.load<kCount>(row + k * shape.layer, channel);
     }
 #pragma unroll
-    for (int k = 0; k < kRows; ++k) {
-      if (row + k * shape.layer >= shape.rows) continue;
-      float grad[kCount], value[kCount], sign[kCount];
+    for (int k = 0; k < kTaken; ++k) {
+      float grad[kCount], value[kCount];
+      [[maybe_unused]] float sign[kCount];
       grads[k].unpack(grad);
       values[k].unpack(value);
       if constexpr (kMask == Mask::kOfOut) outs[k].unpack(sign);
@@ -62,7 +63,8 @@ __global__ __launch_bounds__(kThreads, kBlocksPerMultiprocessor) void bn_grad_st
       }
       if (dz != nullptr) store_vector(dz + offset + k * layer, Vector<T, kCount>::pack(grad));
     }
-  }
+  };
+  for (int64_t tile = blockIdx.y; tile < tiles; tile += gridDim.y) take_tile<kRows>(shape, place, tile, add);
   allow_next_grid();
   for (int apart = shape.lanes; apart < 32; apart *= 2) {
 #pragma unroll
@@ -95,11 +97,11 @@ __global__ __launch_bounds__(kThreads, kBlocksPerMultiprocessor) void bn_grad_st
 }
 
 // Adds (2, parts, channels) partial sums over the parts; blockIdx.y is the kind of sum.
-__global__ __launch_bounds__(kThreads) void bn_finalize_sums_kernel(const float* __restrict__ partial_sums,
-                                                                    int channels, int parts, float* __restrict__ sum_dz,
+__global__ __launch_bounds__(kThreads) void bn_finalize_sums_kernel(const float* partial_sums, int channels, int parts,
+                                                                    float* __restrict__ sum_dz,
                                                                     float* __restrict__ sum_dz_xhat) {
   wait_for_previous_grid();
-  auto& shared = *static_cast<double (*)[kMergeLanes][kMergeChannels]>(dynamic_shared_memory());
+  double* const shared = static_cast<double*>(dynamic_shared_memory());
   const int channel = blockIdx.x * kMergeChannels + threadIdx.x % kMergeChannels;
   const int lane = threadIdx.x / kMergeChannels;
   const float* const from = partial_sums + int64_t{blockIdx.y} * parts * channels;
@@ -108,7 +110,7 @@ __global__ __launch_bounds__(kThreads) void bn_finalize_sums_kernel(const float*
     sum += from[int64_t{part} * channels + channel];
   }
   allow_next_grid();
-  sum = sum_of_lanes(sum, shared);
+  sum = sum_modulo<kThreads>(kMergeChannels, sum, shared);
   if (lane == 0 && channel < channels) (blockIdx.y == 0 ? sum_dz : sum_dz_xhat)[channel] = static_cast<float>(sum);
 }
 
@@ -139,23 +141,22 @@ __global__ __launch_bounds__(kThreads, kBlocksPerMultiprocessor) void bn_grad_ap
     }
   }
   const bool reads_x = !constant || kMask == Mask::kOfX;
-  const int tile_rows = shape.layer * kRows;
-  const int64_t tiles = (shape.rows + tile_rows - 1) / tile_rows;
-  for (int64_t tile = tiles - 1 - blockIdx.y; tile >= 0; tile -= gridDim.y) {
-    const int64_t row = tile * tile_rows + place.row;
-    const int64_t offset = row * shape.channels + place.channel, layer = int64_t{shape.layer} * shape.channels;
-    Vector<T, kCount> grads[kRows] = {}, values[kRows] = {};
-    uint32_t bits[kRows] = {};
+  const int layer = shape.layer * shape.channels;
+  const int64_t tiles = (shape.rows + shape.layer * kRows - 1) / (shape.layer * kRows);
+  const auto apply = [&](auto count, int64_t row, bool inside) {
+    if (!inside) return;
+    constexpr int kTaken = decltype(count)::value;
+    const int64_t offset = row * shape.channels + place.channel;
+    Vector<T, kCount> grads[kTaken], values[kTaken] = {};
+    [[maybe_unused]] uint32_t bits[kTaken];
 #pragma unroll
-    for (int k = 0; k < kRows; ++k) {
-      if (row + k * shape.layer >= shape.rows) continue;
+    for (int k = 0; k < kTaken; ++k) {
       grads[k] = load_vector<kCount, Reuse::kOnce>(grad_out + offset + k * layer);
       if (reads_x) values[k] = load_vector<kCount, Reuse::kOnce>(x + offset + k * layer);
       if constexpr (kMask == Mask::kBits) bits[k] = mask.load<kCount>(row + k * shape.layer, place.channel);
     }
 #pragma unroll
-    for (int k = 0; k < kRows; ++k) {
-      if (row + k * shape.layer >= shape.rows) continue;
+    for (int k = 0; k < kTaken; ++k) {
       float grad[kCount], value[kCount];
       grads[k].unpack(grad);
       values[k].unpack(value);
@@ -172,6 +173,9 @@ __global__ __launch_bounds__(kThreads, kBlocksPerMultiprocessor) void bn_grad_ap
       if (dz != nullptr) store_vector(dz + offset + k * layer, Vector<T, kCount>::pack(grad));
       store_vector(grad_x + offset + k * layer, Vector<T, kCount>::pack(value));
     }
+  };
+  for (int64_t tile = tiles - 1 - blockIdx.y; tile >= 0; tile -= gridDim.y) {
+    take_tile<kRows>(shape, place, tile, apply);
   }
 }
 

@@ -92,7 +92,8 @@ void bn_stats_apply(const Call& call, const Matrix& shape, const void* x, const 
                     const float* bias, float* mean, float* invstd, float* running_mean, float* running_var,
                     double momentum, double eps, bool relu, void* out, uint8_t* mask, void* workspace) {
   const DeviceGuard guard(call);
-  const bool vectors = vectors_fit(shape, mask == nullptr ? 16 / element_size(shape.dtype) : 8, {x, residual, out});
+  const bool vectors = vectors_fit(shape, mask == nullptr ? 16 / element_size(shape.dtype) : 8,
+                                   {x, residual, out, weight, bias, mean, invstd});
   with_vector<kStatsCount>(shape.dtype, vectors, [&](auto type, auto vector) {
     using T = typename decltype(type)::Element;
     constexpr int kCount = decltype(vector)::value;

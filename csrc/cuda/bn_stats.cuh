@@ -181,12 +181,12 @@ struct Statistics {
   }
 };
 
-// Merges the partial results of each part: first the mean of all, then the deviations from it.
-__global__ __launch_bounds__(kThreads) void bn_finalize_kernel(const double* __restrict__ means,
-                                                               const float* __restrict__ m2s, int channels, Deal deal,
-                                                               double rows, Statistics statistics) {
+// Merges the partial results of each part (which the launch in front may still be writing when this one starts, so that
+// the compiler must not take them for constant): first the mean of all, then the deviations from it.
+__global__ __launch_bounds__(kThreads) void bn_finalize_kernel(const double* means, const float* m2s, int channels,
+                                                               Deal deal, double rows, Statistics statistics) {
   wait_for_previous_grid();
-  auto& shared = *static_cast<double (*)[kMergeLanes][kMergeChannels]>(dynamic_shared_memory());
+  double* const shared = static_cast<double*>(dynamic_shared_memory());
   const int channel = blockIdx.x * kMergeChannels + threadIdx.x % kMergeChannels;
   const int lane = threadIdx.x / kMergeChannels;
   const bool inside = channel < channels;
@@ -196,13 +196,13 @@ __global__ __launch_bounds__(kThreads) void bn_finalize_kernel(const double* __r
     const double count = deal.rows_of(part);
     mean += means[int64_t{part} * channels + channel] * (count * share);
   }
-  mean = sum_of_lanes(mean, shared);
+  mean = sum_modulo<kThreads>(kMergeChannels, mean, shared);
   for (int part = lane; inside && part < deal.parts; part += kMergeLanes) {
     const double count = deal.rows_of(part);
     const double distance = means[int64_t{part} * channels + channel] - mean;
     m2 += m2s[int64_t{part} * channels + channel] + count * distance * distance;
   }
-  m2 = sum_of_lanes(m2, shared);
+  m2 = sum_modulo<kThreads>(kMergeChannels, m2, shared);
   allow_next_grid();
   if (inside && lane == 0) statistics.store(channel, mean, m2, rows);
 }

@@ -4,6 +4,7 @@
 
 #include "bn_apply.cuh"
 #include "bn_stats.cuh"
+#include "merge.cuh"
 
 namespace fused_resnet {
 
@@ -14,26 +15,7 @@ template <int kCount>
 struct Resident {
   MomentsOfWarps<kCount, kResidentThreads / 32> moments;
   double sums[kResidentThreads];
-  double merged_mean[32 * kCount];
-  float mean[32 * kCount], scale[32 * kCount], bias[32 * kCount];
 };
-
-// Of each channel of the block the sum of `term(part, channel)` over the parts, in a fixed order, in the threads below
-// lanes * kCount. `shared` is used again only after a barrier.
-template <int kCount, typename Term>
-__device__ __forceinline__ double sum_of_parts(const Rows& shape, int parts, double (&shared)[kResidentThreads],
-                                               const Term& term) {
-  const int width = shape.lanes * kCount;
-  const int index = threadIdx.x % width, first = threadIdx.x / width, step = kResidentThreads / width;
-  const int channel = blockIdx.x * width + index;
-  double sum = 0.0;
-  for (int part = first; channel < shape.channels && part < parts; part += step) sum += term(part, channel, index);
-  shared[threadIdx.x] = sum;
-  __syncthreads();
-  sum = 0.0;
-  for (int k = 0; first == 0 && k < step; ++k) sum += shared[k * width + index];
-  return sum;
-}
 
 // out = act(batch_norm(x) + residual), and the statistics. A cooperative launch: block (i, j) owns the i-th slice of
 // channels and, of its layers of rows, j, j + gridDim.y, ...; `layers` is the most that a block has. The partial
@@ -79,34 +61,31 @@ __global__ __launch_bounds__(kResidentThreads) void bn_stats_apply_kernel(
   });
   grid_barrier();
 
-  const double rows = static_cast<double>(shape.rows), share = 1.0 / rows;
-  const double mean = sum_of_parts<kCount>(shape, parts, shared.sums, [&](int part, int channel, int) {
-    return means[int64_t{part} * shape.channels + channel] * (deal.rows_of(part) * share);
-  });
-  const int own_channel = blockIdx.x * width + threadIdx.x;
-  const bool owns_channel = static_cast<int>(threadIdx.x) < width && own_channel < shape.channels;
-  if (owns_channel) shared.merged_mean[threadIdx.x] = mean;
-  __syncthreads();
-  const double m2 = sum_of_parts<kCount>(shape, parts, shared.sums, [&](int part, int channel, int index) {
-    const double distance = means[int64_t{part} * shape.channels + channel] - shared.merged_mean[index];
-    return m2s[int64_t{part} * shape.channels + channel] + deal.rows_of(part) * distance * distance;
-  });
-  if (owns_channel) {
-    const float invstd = statistics.invstd_of(m2, rows);
-    if (blockIdx.y == 0) statistics.store(own_channel, mean, m2, rows);
-    shared.mean[threadIdx.x] = static_cast<float>(mean);
-    shared.scale[threadIdx.x] = invstd * (weight == nullptr ? 1.0f : weight[own_channel]);
-    shared.bias[threadIdx.x] = bias == nullptr ? 0.0f : bias[own_channel];
+  // The parts of a slice share its channels: each merges those of `own` channels, and a second barrier hands them to
+  // all. Were every part to merge all of them, they would read the partial results as often as there are parts.
+  int own = 1;
+  while (own * parts < width) own *= 2;
+  if (static_cast<int>(blockIdx.y) * own < width) {
+    const double rows = static_cast<double>(shape.rows), share = 1.0 / rows;
+    const int channel = blockIdx.x * width + blockIdx.y * own + threadIdx.x % own;
+    const int first = threadIdx.x / own, step = kResidentThreads / own;
+    double mean = 0.0, m2 = 0.0;
+    for (int part = first; channel < shape.channels && part < parts; part += step) {
+      mean += means[int64_t{part} * shape.channels + channel] * (deal.rows_of(part) * share);
+    }
+    mean = sum_modulo<kResidentThreads>(own, mean, shared.sums);
+    for (int part = first; channel < shape.channels && part < parts; part += step) {
+      const double distance = means[int64_t{part} * shape.channels + channel] - mean;
+      m2 += m2s[int64_t{part} * shape.channels + channel] + deal.rows_of(part) * distance * distance;
+    }
+    m2 = sum_modulo<kResidentThreads>(own, m2, shared.sums);
+    if (first == 0 && channel < shape.channels) statistics.store(channel, mean, m2, rows);
   }
-  __syncthreads();
+  grid_barrier();
 
-  float center[kCount], scale[kCount], offset[kCount];
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    center[i] = shared.mean[place.lane * kCount + i];
-    scale[i] = shared.scale[place.lane * kCount + i];
-    offset[i] = shared.bias[place.lane * kCount + i];
-  }
+  float offset[kCount] = {};
+  const Norm norm{statistics.mean, statistics.invstd, weight, bias};
+  const Normalization<kCount> normalization(norm, place.inside ? place.channel : 0, offset);
   for (int k = 0; k < layers; ++k) {
     const int64_t row = row_of(k);
     const bool inside = place.inside && row < shape.rows;
@@ -115,17 +94,13 @@ __global__ __launch_bounds__(kResidentThreads) void bn_stats_apply_kernel(
     if (inside && residual != nullptr) {
       load_vector<kCount, Reuse::kOnce>(residual + row * shape.channels + place.channel).unpack(added);
     }
-    uint32_t bits = 0;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      z[i] = (z[i] - center[i]) * scale[i] + offset[i] + added[i];
-      if (relu) {
-        bits |= static_cast<uint32_t>(!(z[i] <= 0.0f)) << i;
-        z[i] = relu_of(z[i]);
-      }
+      z[i] = (z[i] - normalization.mean[i]) * normalization.scale[i] + offset[i] + added[i];
+      if (relu) z[i] = relu_of(z[i]);
     }
     if (inside) store_vector(out + row * shape.channels + place.channel, Vector<T, kCount>::pack(z));
-    if (mask.bits != nullptr) mask.store<kCount>(row, place.channel, inside, bits);
+    if (mask.bits != nullptr) mask.store<kCount>(row, place.channel, inside, bits_of(z));
   }
 }
 

@@ -26,11 +26,12 @@ constexpr Candidate kTiles[] = {{Large::kPixels, Large::kFilters, sizeof(Large::
 
 // What a choice costs, in clock cycles of a multiprocessor. The constants are assumptions, from data sheets and what is
 // known of mma.sync; none was measured on a device yet.
-constexpr double kProductsPerCycle = 700.0;  // multiply-adds, 70% of an A100's
-constexpr double kStepLatency = 250.0;       // of a step whose copies are on their way
-constexpr double kBlockLatency = 1500.0;     // first copy, epilogue
-constexpr double kBytesPerCycle = 12.0;      // of memory, for each multiprocessor
-constexpr double kLaunchCycles = 3000.0;     // one more launch
+constexpr double kProductsPerCycle = 700.0;   // multiply-adds, 70% of an A100's
+constexpr double kStepLatency = 250.0;        // of a step whose copies are on their way
+constexpr double kBlockLatency = 1500.0;      // first copy, epilogue
+constexpr double kCacheBytesPerCycle = 24.0;  // of the L2 cache, for each multiprocessor
+constexpr double kBytesPerCycle = 12.0;       // of memory, for each multiprocessor
+constexpr double kLaunchCycles = 3000.0;      // one more launch
 
 double predicted_cycles(const ConvShape& shape, const Candidate& tile, int steps, int splits, int device) {
   const DeviceProperties& properties = properties_of(device);
@@ -38,7 +39,8 @@ double predicted_cycles(const ConvShape& shape, const Candidate& tile, int steps
   const double blocks = static_cast<double>(ceil_div(shape.pixels, tile.pixels)) *
                         ceil_div(shape.filters, tile.filters) * ceil_div(steps, steps_of_split);
   const double resident = std::max<int>(1, properties.shared_memory / static_cast<int>(tile.shared_bytes));
-  const double a_block = tile.pixels * tile.filters * static_cast<double>(kConvDepth) / kProductsPerCycle;
+  const double products = tile.pixels * tile.filters * static_cast<double>(kConvDepth) / kProductsPerCycle;
+  const double a_block = std::max(products, (tile.pixels + tile.filters) * kConvDepth * 2.0 / kCacheBytesPerCycle);
   const double busiest = std::ceil(blocks / properties.multiprocessors);  // blocks that one multiprocessor runs
   const double rounds = std::ceil(busiest / resident);
   const double cycles = std::max(busiest * steps_of_split * a_block, rounds * steps_of_split * kStepLatency);

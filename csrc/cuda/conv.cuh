@@ -157,8 +157,8 @@ __global__ __launch_bounds__(Tile::kThreads) void conv_bn_act_kernel(const T* __
     }
   }
   for (int row = threadIdx.x; row < Tile::kPixels; row += Tile::kThreads) {
-    const int64_t pixel = first_pixel + row;
-    const int64_t line = pixel / shape.out_width;
+    const unsigned pixel = static_cast<unsigned>(first_pixel) + row;  // below 2^31 + 128: divisions of 32 bits
+    const unsigned line = pixel / shape.out_width;
     const int top = static_cast<int>(line % shape.out_height) * shape.stride_height - shape.padding_height;
     const int left = static_cast<int>(pixel % shape.out_width) * shape.stride_width - shape.padding_width;
     const int64_t image = line / shape.out_height;
@@ -247,8 +247,8 @@ __global__ __launch_bounds__(Tile::kThreads) void conv_bn_act_kernel(const T* __
 
 // The sums of all splits, in order, and what is done with them. A thread owns 8 channels of a pixel.
 template <typename T>
-__global__ __launch_bounds__(256) void conv_finish_kernel(const float* __restrict__ partial_sums, int splits,
-                                                          int64_t pixels, int filters, Epilogue<T> epilogue) {
+__global__ __launch_bounds__(256) void conv_finish_kernel(const float* partial_sums, int splits, int64_t pixels,
+                                                          int filters, Epilogue<T> epilogue) {
   wait_for_previous_grid();
   const int64_t index = int64_t{blockIdx.x} * 256 + threadIdx.x;
   const int64_t pixel = index / (filters / 8);

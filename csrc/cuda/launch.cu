@@ -10,6 +10,7 @@ namespace cuda {
 namespace {
 
 constexpr int kMostDevices = 64;
+constexpr int kDriverThatCapturesOverlaps = 12030;
 
 [[noreturn]] void fail(const std::string& what, int device, cudaError_t error) {
   static_cast<void>(cudaGetLastError());
@@ -24,8 +25,11 @@ DeviceProperties ask(int device) {
     if (error != cudaSuccess) fail("cudaDeviceGetAttribute", device, error);
     return value;
   };
+  int driver = 0;
+  const cudaError_t error = cudaDriverGetVersion(&driver);
+  if (error != cudaSuccess) fail("cudaDriverGetVersion", device, error);
   return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-          10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor)};
+          attribute(cudaDevAttrComputeCapabilityMajor) >= 9 && driver >= kDriverThatCapturesOverlaps};
 }
 
 }  // namespace

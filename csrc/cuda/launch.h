@@ -16,7 +16,7 @@ namespace cuda {
 struct DeviceProperties {
   int multiprocessors;
   int shared_memory;  // bytes that a block may have
-  int capability;     // 80, 86, 89, 90, ...
+  bool overlaps;      // a launch may start while the one in front drains, in a CUDA graph too
 };
 
 // Asked of the driver once for each device.
@@ -51,9 +51,10 @@ constexpr std::size_t kSharedBytesUnasked = 48 * 1024;
 
 template <typename... Parameters, typename... Arguments>
 void launch(const Call& call, const Grid& grid, void (*kernel)(Parameters...), Arguments&&... arguments) {
+  const DeviceProperties& properties = properties_of(call.place.device);
   if (grid.shared_bytes > kSharedBytesUnasked) {
-    check(call, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     static_cast<int>(grid.shared_bytes)));
+    // All that there is, not what this launch needs: the limit is the kernel's, and another thread may launch it too.
+    check(call, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, properties.shared_memory));
   }
   // From sm_90 on a kernel may be set up while the one in front of it drains (wait_for_previous_grid).
   cudaLaunchAttribute attribute{};
@@ -70,7 +71,7 @@ void launch(const Call& call, const Grid& grid, void (*kernel)(Parameters...), A
   config.dynamicSmemBytes = grid.shared_bytes;
   config.stream = static_cast<cudaStream_t>(call.place.stream);
   config.attrs = &attribute;
-  config.numAttrs = grid.cooperative || properties_of(call.place.device).capability >= 90 ? 1 : 0;
+  config.numAttrs = grid.cooperative || properties.overlaps ? 1 : 0;
   check(call, cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
 }
 

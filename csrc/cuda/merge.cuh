@@ -8,17 +8,18 @@ namespace fused_resnet {
 constexpr int kMergeChannels = 8;  // of a block: 64 bytes of a row of partial means
 constexpr int kMergeLanes = kThreads / kMergeChannels;
 
-// One number of each thread, added up over the threads with the same channel in a fixed order. `shared` is used again
-// only after a barrier.
-__device__ __forceinline__ double sum_of_lanes(double value, double (&shared)[kMergeLanes][kMergeChannels]) {
-  const int channel = threadIdx.x % kMergeChannels, lane = threadIdx.x / kMergeChannels;
+// One number of each thread, added up over the threads whose number is the same modulo `width`, a power of two as
+// kAll is, in an order that these alone decide; every thread gets the sum of its own. `shared` has kAll numbers.
+template <int kAll>
+__device__ __forceinline__ double sum_modulo(int width, double value, double* shared) {
+  __syncthreads();  // somebody may still read what is there
+  shared[threadIdx.x] = value;
+  for (int half = kAll / 2; half >= width; half /= 2) {
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < half) shared[threadIdx.x] += shared[threadIdx.x + half];
+  }
   __syncthreads();
-  shared[lane][channel] = value;
-  __syncthreads();
-  double sum = 0.0;
-#pragma unroll
-  for (int l = 0; l < kMergeLanes; ++l) sum += shared[l][channel];
-  return sum;
+  return shared[threadIdx.x % width];
 }
 
 }  // namespace fused_resnet

@@ -53,8 +53,8 @@ void bn_apply(const Call& call, const Matrix& shape, const void* x, const Norm& 
 void bn_apply_dual(const Call& call, const Matrix& shape, const void* x, const Norm& norm, const void* x2,
                    const Norm& norm2, bool relu, void* out, uint8_t* mask);
 
-// Whether bn_stats_apply takes this shape, with a mask or without, at addresses in multiples of 16 bytes: it must fit in
-// the shared memory of the device.
+// Whether bn_stats_apply takes this shape, with a mask or without, at addresses in multiples of 16 bytes: it must fit
+// in the shared memory of the device.
 bool fits_on_chip(const Matrix& shape, int device);
 // bn_stats and bn_apply in one cooperative launch. Reads 1T (2T with a residual), writes 1T and a bit an element.
 void bn_stats_apply(const Call& call, const Matrix& shape, const void* x, const void* residual, const float* weight,

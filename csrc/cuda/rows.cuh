@@ -6,6 +6,8 @@
 // pass, which sweeps it the other way, finds in the L2 cache what this one touched last.
 #pragma once
 
+#include <type_traits>
+
 #include "vector.cuh"
 
 namespace fused_resnet {
@@ -32,6 +34,27 @@ struct Position {
         channel((blockIdx.x * shape.lanes + lane) * kCount),
         inside(channel < shape.channels) {}
 };
+
+// A number of rows that the compiler knows.
+template <int kRows>
+using Count = std::integral_constant<int, kRows>;
+
+// Takes a thread's rows of a tile, kRows of them a layer apart from `first` on: rows(Count<kRows>(), first, inside)
+// where the whole tile lies in the matrix, so that nothing is asked row by row; else rows(Count<1>(), row, inside) for
+// each, all threads of the block together, `inside` telling who has a row there.
+template <int kRows, typename Position, typename Body>
+__device__ __forceinline__ void take_tile(const Rows& shape, const Position& place, int64_t tile, const Body& rows) {
+  const int64_t first = tile * (shape.layer * kRows) + place.row;
+  if ((tile + 1) * (shape.layer * kRows) <= shape.rows) {
+    rows(Count<kRows>(), first, place.inside);
+  } else {
+#pragma unroll 1
+    for (int k = 0; k < kRows; ++k) {
+      const int64_t row = first + k * shape.layer;
+      rows(Count<1>(), row, place.inside && row < shape.rows);
+    }
+  }
+}
 
 // How the rows are dealt out to the blocks of a slice: what each has, without a division on the device.
 struct Deal {

@@ -30,7 +30,8 @@ class FrozenConvAct(nn.Module):
         conv: without bias, zero padding.
         norm: with running statistics.
         relu: whether a ReLU follows.
-        dtype: of the weight and of x; the bias of every channel is float32 on CUDA, where it is added in float32.
+        dtype: of the weight and of x. The bias is float32, whatever the dtype (float64 beside that), for the kernels
+            that add it in float32.
     """
 
     weight: Tensor
@@ -42,12 +43,15 @@ class FrozenConvAct(nn.Module):
         scale, shift = fold(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, torch.float64)
         weight = (conv.weight.detach().double() * scale.detach()[:, None, None, None]).to(dtype)
         self.register_buffer("weight", weight.contiguous(memory_format=torch.channels_last))
-        self.register_buffer("bias", shift.detach().to(torch.float32 if weight.is_cuda else dtype))
+        self.register_buffer("bias", shift.detach().to(self._bias_dtype()))
         padding = [int(pixels) for pixels in conv.padding]
         self.stride, self.padding, self.dilation = list(conv.stride), padding, list(conv.dilation)
         self.groups = conv.groups
         self.relu = relu
-        self._packed: dict[torch.Size, Tensor] = {}
+        self._packed: dict[torch.Size, tuple[Tensor, Tensor]] = {}
+
+    def _bias_dtype(self) -> torch.dtype:
+        return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
 
     def forward(self, x: Tensor, residual: Tensor | None = None, overwrite: bool = False) -> Tensor:
         """x: (N, C, H, W), channels_last for speed; residual: of the result's shape and dtype, or None, and with
@@ -63,12 +67,17 @@ class FrozenConvAct(nn.Module):
                 )
             if len(self._packed) == PACKED_SIZES:
                 self._packed.pop(next(iter(self._packed)), None)
-            packed = self._packed[x.shape] = pack_conv_weight(self.weight, list(x.shape), *settings)
-        return packed_conv_act(x, packed, self.bias, residual, *settings, self.relu, overwrite)
+            weight = pack_conv_weight(self.weight, list(x.shape), *settings)
+            packed = self._packed[x.shape] = (weight, self.bias.to(self.weight.dtype))  # oneDNN takes one dtype
+        weight, bias = packed
+        return packed_conv_act(x, weight, bias, residual, *settings, self.relu, overwrite)
 
     def _apply(self, fn: Any, recurse: bool = True) -> FrozenConvAct:
         self._packed = {}  # of the weight as it was
-        return super()._apply(fn, recurse)
+        bias = self.bias
+        super()._apply(fn, recurse)
+        self.bias = bias.to(self.bias.device, self._bias_dtype())  # not rounded with the weight
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_packed": {}}  # opaque: neither copied nor pickled, packed again when needed

@@ -29,9 +29,18 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from fused_resnet.ops import cuda_launch
 from fused_resnet.ops.layout import is_channels_last_once_dense
 from fused_resnet.ops.preference import ranking
-from fused_resnet.ops.reasons import FUSED_DTYPES, MODULES, argument_names, module, reasons_against, unavailable
+from fused_resnet.ops.reasons import (
+    FUSED_DTYPES,
+    MODULES,
+    argument_names,
+    module,
+    reasons_against,
+    unavailable,
+    why_not_device,
+)
 from fused_resnet.ops.schemas import SCHEMAS, library
 
 ENVIRONMENT_VARIABLE = "FUSED_RESNET_BACKEND"
@@ -111,24 +120,36 @@ def has_fused_backend(x: Tensor) -> bool:
     if x.dtype not in FUSED_DTYPES or x.numel() == 0:
         return False
     if x.device.type == "cuda":
-        return (_usable("cuda") or _usable("triton")) and is_channels_last_once_dense(x)
-    return x.device.type == "cpu" and _usable("native")
+        return (_works("cuda", x.device) or _works("triton", x.device)) and is_channels_last_once_dense(x)
+    return x.device.type == "cpu" and _works("native", x.device)
 
 
 def runs_in_cuda(op: str, args: tuple[Any, ...]) -> bool:
     """True if the CUDA C++ kernels run ``op`` on these arguments, automatically or asked for."""
-    if torch.compiler.is_compiling() or _requested not in (AUTO, "cuda") or not _usable("cuda"):
+    if torch.compiler.is_compiling() or _requested not in (AUTO, "cuda"):
         return False
     return not reasons_against("cuda", op, args)
 
 
-def passes_for(x: Tensor) -> Any:
-    """Whose functions run the passes over x that the caller has checked: the ops of PyTorch's dispatcher, which choose
-    for every call; or the cuda backend itself, where that is the choice and nobody listens at the dispatcher. The way
-    through it and the choice would cost as much again as all else that Python does for a launch."""
-    if _cuda_takes(x) and torch._C._len_torch_dispatch_stack() == 0:
+def passes_for(x: Tensor, *others: Tensor) -> Any:
+    """Whose functions run the passes over x, and over others of its shape, that the caller has checked: the ops of
+    PyTorch's dispatcher, which choose for every call; or the cuda backend itself, where that is the choice and nobody
+    listens at the dispatcher. The way through it and the choice would cost as much again as all else that Python does
+    for a launch. (Profilers then see the kernels, and not the ops.)"""
+    if _cuda_takes(x) and not _is_listened_to() and not any(map(_is_batched, others)):
         return module("cuda")
     return torch.ops.fused_resnet
+
+
+def _is_listened_to() -> bool:
+    """True if something between here and the kernels wants to see every op: a dispatch mode, tracing, functorch."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None or is_transformed()
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    """True of the gradients of ``torch.autograd.grad(is_grads_batched=True)`` and of ``vmap``."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
 
 def keeps_masks(x: Tensor) -> bool:
@@ -138,10 +159,13 @@ def keeps_masks(x: Tensor) -> bool:
 
 def _cuda_takes(x: Tensor) -> bool:
     """True if the cuda backend runs passes over x, automatically or asked for."""
-    if torch.compiler.is_compiling() or _requested not in (AUTO, "cuda") or unavailable("cuda"):
+    if torch.compiler.is_compiling() or _requested not in (AUTO, "cuda"):
+        return False
+    device = x.device
+    if device.type != cuda_launch.device_type() or why_not_device("cuda", device):
         return False
     takes = x.dtype in FUSED_DTYPES and type(x) in (Tensor, Parameter) and is_channels_last_once_dense(x)
-    return takes and x.numel() > 0 and module("cuda").takes_device(x.device)
+    return takes and x.numel() > 0
 
 
 @contextlib.contextmanager
@@ -186,8 +210,8 @@ def choose_automatically(op: str, args: tuple[Any, ...]) -> ModuleType:
 
 
 @torch.compiler.assume_constant_result
-def _usable(backend: str) -> bool:
-    return not unavailable(backend)
+def _works(backend: str, device: torch.device) -> bool:
+    return not why_not_device(backend, device)
 
 
 def _known(name: str, what: str = "backend") -> str:

@@ -137,13 +137,15 @@ def _backward(
     grad_out: Tensor, x: Tensor, passed: Tensor | None, norm: Normalization, relu: bool, need: tuple[bool, ...]
 ) -> Gradients:
     """None for the gradients that are not in ``need``; no pass for what nobody asked for."""
+    create_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if passed is not None and is_mask(passed) and (create_graph or not keeps_masks(x)):
+        passed = unpack_mask(passed, x).to(x.dtype)  # another backend was asked for since: it reads signs
+    if create_graph:
+        return _differentiable_backward(grad_out, x, passed, norm, relu, need)
     masked = passed is not None and is_mask(passed)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-        sign = unpack_mask(passed, x).to(x.dtype) if passed is not None and masked else passed
-        return _differentiable_backward(grad_out, x, sign, norm, relu, need)
     need_x, need_weight, need_bias, need_residual = need
     weight, bias, mean, invstd, share, constant, _, process_group = norm
-    passes, dz, sum_dz, sum_dz_xhat = passes_for(x), grad_out, None, None
+    passes, dz, sum_dz, sum_dz_xhat = passes_for(x, grad_out), grad_out, None, None
     need_sums = need_weight or need_bias or (need_x and not constant)
     if passed is not None and masked:
         if need_sums:

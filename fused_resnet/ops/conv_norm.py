@@ -172,7 +172,7 @@ def backward_link(
         raw = y if done.link.norm.training else None
         coefficients = _ops.bn_grad_coefficients(*sums, *done.vectors[:3], values_per_channel(y))
     else:
-        dz = passes_for(y).bn_grad_apply(dz, y, *done.vectors, *sums, not upstream.masked)
+        dz = passes_for(y, dz).bn_grad_apply(dz, y, *done.vectors, *sums, not upstream.masked)
     return convolution_gradients(dz, raw, coefficients, done, before, need_weight, need_input, residual)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fused_resnet.ops import cuda_launch
 from fused_resnet.ops.cuda_conv import avgpool, conv_bn_act, stem, why_not_conv, why_not_stem
-from fused_resnet.ops.cuda_launch import dtype_of, executed_on_host, kernels
+from fused_resnet.ops.cuda_launch import dtype_of, kernels
 from fused_resnet.ops.cuda_norm import (
     bn_apply,
     bn_apply_dual,
@@ -48,7 +48,6 @@ __all__ = [
     "conv_bn_act",
     "fits_on_chip",
     "stem",
-    "takes_device",
     "why_not_conv",
     "why_not_device",
     "why_not_stem",
@@ -59,46 +58,33 @@ _OLDEST_CAPABILITY = (8, 0)
 
 
 def why_unavailable() -> list[str]:
-    """The reasons why no kernel of this backend can run in this process."""
+    """The reasons why no kernel of this backend can run in this process. Asks no device anything."""
     if not hasattr(cuda_launch.extension, "cuda"):
         return ["fused_resnet._C was built without CUDA kernels (there was no nvcc; FUSED_RESNET_BUILD=cuda insists)"]
-    if executed_on_host():
+    if cuda_launch.device_type() == "cpu" or torch.cuda.is_available():
         return []
-    if not torch.cuda.is_available():
-        return ["no CUDA device is usable"]
-    return _first_kernel_fails()
-
-
-def _first_kernel_fails() -> list[str]:
-    """The driver may be older than the toolkit that built the kernels, and the device than all that they were built
-    for."""
-    if why_not := why_not_device(torch.device("cuda", torch.cuda.current_device())):
-        return why_not
-    x, vector = torch.zeros(1, 8, 1, 1, device="cuda"), torch.zeros(8, device="cuda")
-    try:
-        bn_apply(x, vector, vector, None, None, None, True)
-    except RuntimeError as error:
-        return [f"a first kernel could not be launched ({error})"]
-    return []
-
-
-def takes_device(device: torch.device) -> bool:
-    """``not why_not_device(device)``, remembered."""
-    return _takes_device(device, kernels())
-
-
-@functools.lru_cache(maxsize=256)
-def _takes_device(device: torch.device, _kernels: Any) -> bool:
-    return not why_not_device(device)
+    return ["no CUDA device is usable"]
 
 
 def why_not_device(device: torch.device) -> list[str]:
-    """The reasons why this backend cannot run on a device."""
-    wanted = "cpu" if executed_on_host() else "cuda"
+    """The reasons why this backend cannot run on a device; of a CUDA device, after a first kernel there."""
+    wanted = cuda_launch.device_type()
     if device.type != wanted:
         return [f"x is on {device}; it takes {wanted.upper()} tensors"]
-    if wanted == "cuda" and (capability := _capability(device)) < _OLDEST_CAPABILITY:
-        return [f"{device} has compute capability {capability[0]}.{capability[1]}; the kernels need 8.0"]
+    return _why_not_cuda_device(device) if wanted == "cuda" else []
+
+
+@functools.cache
+def _why_not_cuda_device(device: torch.device) -> list[str]:
+    """The driver may be older than the toolkit that built the kernels, and the device than all that they were built
+    for."""
+    try:
+        if (capability := torch.cuda.get_device_capability(device)) < _OLDEST_CAPABILITY:
+            return [f"{device} has compute capability {capability[0]}.{capability[1]}; the kernels need 8.0"]
+        x, vector = torch.zeros(1, 8, 1, 1, device=device), torch.zeros(8, device=device)
+        bn_apply(x, vector, vector, None, None, None, True)
+    except RuntimeError as error:
+        return [f"a first kernel could not be launched on {device} ({error})"]
     return []
 
 
@@ -110,8 +96,3 @@ def fits_on_chip(x: Tensor) -> bool:
 @functools.lru_cache(maxsize=4096)
 def _fits_on_chip(shape: torch.Size, dtype: torch.dtype, device: torch.device, _kernels: Any) -> bool:
     return kernels().fits_on_chip(kernels().Place(*shape, dtype_of(dtype), device.index or 0, 0))
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)

@@ -17,6 +17,7 @@ from fused_resnet.ops.cuda_launch import (
     dtype_of,
     empty_workspace,
     kernels,
+    launch,
     like,
     place_of,
     vector_of,
@@ -56,6 +57,8 @@ def why_not_conv(
     ]
     if min(*size, *conv_weight.shape[2:]) < 1:
         reasons.append(f"the output would be {size[0]} x {size[1]}; it takes at least one pixel")
+    if x.shape[0] * size[0] * size[1] >= 2**31:
+        reasons.append(f"the output would have {x.shape[0] * size[0] * size[1]} pixels; it takes less than 2^31")
     expected = {"scale": (filters,), "shift": (filters,), "residual": (x.shape[0], filters, *size)}
     for name, tensor in (("scale", scale), ("shift", shift), ("residual", residual)):
         if tensor is not None and (tuple(tensor.shape) != expected[name] or tensor.device != x.device):
@@ -126,7 +129,7 @@ def conv_bn_act(
     residual = None if residual is None else aligned(like(residual, out))
     workspace = empty_workspace(x, workspace_bytes) if workspace_bytes else None
     read = (x.data_ptr(), conv_weight.data_ptr(), address(scale), address(shift), address(residual))
-    kernels().conv_bn_act(place, shape, choice, *read, relu, out.data_ptr(), address(workspace))
+    launch(x.device.index, kernels().conv_bn_act, place, shape, choice, *read, relu, out.data_ptr(), address(workspace))
     return out
 
 
@@ -170,12 +173,12 @@ def stem(
     dtype, stream = dtype_of(out.dtype), current_stream(index)
     place = kernels().Place(images, channels, height, width, dtype, index or 0, stream)
     vectors = (conv_weight.data_ptr(), address(scale), address(shift))
-    kernels().stem(place, x.stride(), filters, x.data_ptr(), pixels, *vectors, out.data_ptr())
+    launch(x.device.index, kernels().stem, place, x.stride(), filters, x.data_ptr(), pixels, *vectors, out.data_ptr())
     return out
 
 
 def avgpool(x: Tensor) -> Tensor:
     x = channels_last(x)
     out = torch.empty((*x.shape[:2], 1, 1), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    kernels().avgpool(place_of(x), x.data_ptr(), out.data_ptr())
+    launch(x.device.index, kernels().avgpool, place_of(x), x.data_ptr(), out.data_ptr())
     return out

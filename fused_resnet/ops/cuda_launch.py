@@ -27,9 +27,23 @@ def kernels() -> Any:
     return extension.cuda
 
 
-def executed_on_host() -> bool:
-    """True in the tests that run the kernels on the CPU, on CPU tensors."""
-    return kernels().EXECUTED_ON_HOST
+def device_type() -> str:
+    """Of the tensors that the kernels take: "cuda", or "cpu" in the tests that run them there."""
+    module = getattr(extension, "cuda", None)
+    return "cpu" if module is not None and module.EXECUTED_ON_HOST else "cuda"
+
+
+def launch(device: int | None, function: Any, *args: Any) -> None:
+    """``function(*args)`` with this CUDA device the current one. PyTorch's own way back to the device before it makes
+    no context there where there was none."""
+    if device is None or device == torch._C._cuda_getDevice():
+        function(*args)
+        return
+    before = torch.cuda._maybe_exchange_device(device)
+    try:
+        function(*args)
+    finally:
+        torch.cuda._maybe_exchange_device(before)
 
 
 def place_of(x: Tensor) -> Any:

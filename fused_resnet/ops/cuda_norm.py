@@ -14,6 +14,7 @@ from fused_resnet.ops.cuda_launch import (
     empty_vectors,
     empty_workspace,
     kernels,
+    launch,
     like,
     place_of,
     vector_of,
@@ -29,7 +30,7 @@ def bn_stats(
     moved = Moved(running_mean, running_var)
     workspace = empty_workspace(x, module.bn_workspace_bytes(place))
     vectors = (mean.data_ptr(), invstd.data_ptr(), *moved.addresses())
-    module.bn_stats(place, x.data_ptr(), *vectors, momentum, eps, workspace.data_ptr())
+    launch(x.device.index, module.bn_stats, place, x.data_ptr(), *vectors, momentum, eps, workspace.data_ptr())
     moved.write_back()
     return mean, invstd
 
@@ -109,12 +110,23 @@ def bn_stats_apply(
     mean, invstd = empty_vectors(x, x.shape[1])
     out = torch.empty_like(x)
     mask = empty_mask(x) if with_mask else x.new_empty(0, dtype=torch.uint8)
-    weight, bias = vector_of(weight), vector_of(bias)
+    weight, bias = aligned(vector_of(weight)), aligned(vector_of(bias))
     moved = Moved(running_mean, running_var)
     workspace = empty_workspace(x, module.bn_workspace_bytes(place))
     vectors = (address(weight), address(bias), mean.data_ptr(), invstd.data_ptr(), *moved.addresses())
     written = (out.data_ptr(), mask.data_ptr() if with_mask else 0, workspace.data_ptr())
-    module.bn_stats_apply(place, x.data_ptr(), address(residual), *vectors, momentum, eps, relu, *written)
+    launch(
+        x.device.index,
+        module.bn_stats_apply,
+        place,
+        x.data_ptr(),
+        address(residual),
+        *vectors,
+        momentum,
+        eps,
+        relu,
+        *written,
+    )
     moved.write_back()
     return out, mask, mean, invstd
 
@@ -186,7 +198,16 @@ def _apply(x: Tensor, norm: _Norm, residual: Tensor | None, relu: bool, mask: Te
     residual = None if residual is None else like(residual, x)
     out = torch.empty_like(x)
     written = (out.data_ptr(), address(mask))
-    kernels().bn_apply(place_of(x), x.data_ptr(), *norm.addresses, address(residual), relu, *written)
+    launch(
+        x.device.index,
+        kernels().bn_apply,
+        place_of(x),
+        x.data_ptr(),
+        *norm.addresses,
+        address(residual),
+        relu,
+        *written,
+    )
     return out
 
 
@@ -194,7 +215,7 @@ def _apply_dual(x: Tensor, norm: _Norm, x2: Tensor, norm2: _Norm, relu: bool, ma
     x = channels_last(x)
     x2, out = like(x2, x), torch.empty_like(x)
     first, second = (x.data_ptr(), *norm.addresses), (x2.data_ptr(), *norm2.addresses)
-    kernels().bn_apply_dual(place_of(x), *first, *second, relu, out.data_ptr(), address(mask))
+    launch(x.device.index, kernels().bn_apply_dual, place_of(x), *first, *second, relu, out.data_ptr(), address(mask))
     return out
 
 
@@ -209,7 +230,7 @@ def _grad_stats(
     workspace = empty_workspace(x, module.bn_workspace_bytes(place))
     read = (grad_out.data_ptr(), x.data_ptr(), address(out), address(mask))
     written = (dz.data_ptr() if with_dz else 0, sum_dz.data_ptr(), sum_dz_xhat.data_ptr(), workspace.data_ptr())
-    module.bn_grad_stats(place, *read, *norm.addresses, relu, *written)
+    launch(x.device.index, module.bn_grad_stats, place, *read, *norm.addresses, relu, *written)
     return sum_dz, sum_dz_xhat, dz
 
 
@@ -229,5 +250,5 @@ def _grad_apply(
     sum_dz, sum_dz_xhat = vector_of(sum_dz), vector_of(sum_dz_xhat)
     grad_x = torch.empty_like(x)
     read = (grad_out.data_ptr(), x.data_ptr(), address(mask), *norm.addresses, address(sum_dz), address(sum_dz_xhat))
-    kernels().bn_grad_apply(place_of(x), *read, relu, address(dz), grad_x.data_ptr())
+    launch(x.device.index, kernels().bn_grad_apply, place_of(x), *read, relu, address(dz), grad_x.data_ptr())
     return grad_x

@@ -31,7 +31,7 @@ def reasons_against(backend: str, op: str, args: tuple[Any, ...]) -> list[str]:
 
 @functools.cache
 def unavailable(backend: str) -> list[str]:
-    """The reasons why ``backend`` cannot run anything in this process."""
+    """The reasons why ``backend`` cannot run anything in this process. Asks no GPU anything."""
     if backend == "cuda":
         return _native_unavailable() or module("cuda").why_unavailable()
     if backend == "triton":
@@ -57,20 +57,33 @@ def _triton_unavailable() -> list[str]:
         kernels = importlib.import_module(MODULES["triton"])
     except ImportError as error:
         return [f"triton cannot be imported ({error})"]
-    if kernels.INTERPRETED:
+    if kernels.INTERPRETED or torch.cuda.is_available():
         return []
-    if torch.cuda.is_available():
-        return _first_kernel_fails(kernels)
     return ["no CUDA device is usable, and TRITON_INTERPRET=1 was not set before triton was imported"]
 
 
-def _first_kernel_fails(kernels: ModuleType) -> list[str]:
+def why_not_device(backend: str, device: torch.device) -> list[str]:
+    """The reasons why ``backend`` cannot run anything on this device; of a CUDA device, after a first kernel there."""
+    if reasons := unavailable(backend):
+        return reasons
+    if backend == "cuda":
+        return module("cuda").why_not_device(device)
+    if backend != "triton":
+        return []
+    interpreted = module("triton").INTERPRETED
+    if device.type != ("cpu" if interpreted else "cuda"):
+        return [f"x is on {device}; it takes CUDA tensors (CPU tensors under TRITON_INTERPRET=1)"]
+    return [] if interpreted else _first_triton_kernel_fails(device)
+
+
+@functools.cache
+def _first_triton_kernel_fails(device: torch.device) -> list[str]:
     """Triton builds its launcher with a C compiler, which a machine with a GPU need not have."""
-    x, vector = torch.zeros(1, 8, 1, 1, device="cuda"), torch.zeros(8, device="cuda")
     try:
-        kernels.bn_apply(x, vector, vector, None, None, None, True)
+        x, vector = torch.zeros(1, 8, 1, 1, device=device), torch.zeros(8, device=device)
+        module("triton").bn_apply(x, vector, vector, None, None, None, True)
     except Exception as error:  # whatever it is, it is the reason
-        return [f"a first kernel could not be compiled and launched ({error})"]
+        return [f"a first kernel could not be compiled and launched on {device} ({error})"]
     return []
 
 
@@ -126,8 +139,7 @@ def _why_not_triton(op: str, args: tuple[Any, ...]) -> list[str]:
     reasons = []
     if x.dtype not in FUSED_DTYPES:
         reasons.append(f"x is {x.dtype}; it takes float32, float16 and bfloat16")
-    if x.device.type != ("cpu" if module("triton").INTERPRETED else "cuda"):
-        reasons.append(f"x is on {x.device}; it takes CUDA tensors (CPU tensors under TRITON_INTERPRET=1)")
+    reasons += why_not_device("triton", x.device)
     if x.numel() == 0:
         reasons.append("x is empty")
     if op == "bn_grad_coefficients":

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_resnet.ops.backend import passes_for
+from fused_resnet.ops.backend import keeps_masks, passes_for
 from fused_resnet.ops.bn_act_autograd import is_mask
 from fused_resnet.ops.conv_norm import Done, Raw, Upstream, backward_link, convolve, sums_for_convolution
+from fused_resnet.ops.reference import unpack_mask
 
 NO_SECOND_DERIVATIVE = "a second derivative through statistics of several ranks is not implemented"
 
@@ -32,7 +33,9 @@ def block_gradients(
     last = links[-1]
     if last.y is None:
         links[-1] = last = last._replace(y=convolve(befores[-1], last.link, last.level))
-    passes = passes_for(last.y)
+    passes = passes_for(last.y, grad_out)
+    if is_mask(passed) and not keeps_masks(last.y):
+        passed = unpack_mask(passed, last.y).to(last.y.dtype)
     if is_mask(passed):
         sum_dz, sum_dz_xhat, dz = passes.bn_grad_stats_mask(grad_out, last.y, passed, *last.vectors[:2], True)
     else:
@@ -73,7 +76,9 @@ def _with_sums(upstream: Upstream, done: Done, need: Sequence[bool], need_input:
     if upstream.sum_dz is not None or not (need_weight or need_bias or of_statistics):
         return upstream
     grad, masked, *_ = upstream
-    return Upstream(grad, masked, *passes_for(done.y).bn_grad_stats(grad, done.y, None, *done.vectors, not masked)[:2])
+    return Upstream(
+        grad, masked, *passes_for(done.y, grad).bn_grad_stats(grad, done.y, None, *done.vectors, not masked)[:2]
+    )
 
 
 def _sums(upstream: Upstream | None, done: Done, needed: bool) -> tuple[Tensor | None, Tensor | None]:

@@ -139,3 +139,37 @@ def test_without_gradients_no_mask_is_made(host: Host, passes: str):
     )
     torch.testing.assert_close(out.double(), F.relu(z), rtol=2e-3, atol=2e-3)
     assert len(host.launches()) == (1 if passes == "one launch" else 3)
+
+
+def test_a_mask_outlives_its_backend(host: Host, passes: str):
+    """Backward on a backend that has no masks reads it as signs."""
+    inputs = make_inputs((2, 16, 5, 5), torch.float32, NHWC, residual=True)
+    x = inputs["x"].requires_grad_()
+    found = []
+    for backend in ("cuda", "reference"):
+        with use_backend("cuda"):
+            out = bn_act(**{**inputs, "x": x}, training=True)
+        with use_backend(backend):
+            found += torch.autograd.grad(out, x, torch.ones_like(out))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+def test_batched_gradients(host: Host, passes: str):
+    """``is_grads_batched`` gives backward tensors that have no address."""
+    inputs = make_inputs((2, 8, 3, 3), torch.float32, NHWC, residual=True)
+    x = inputs["x"].requires_grad_()
+    cotangents = torch.randn(3, 2, 8, 3, 3)
+    with use_backend("cuda"):
+        out = bn_act(**{**inputs, "x": x}, training=True)
+        one_by_one = [torch.autograd.grad(out, x, c, retain_graph=True)[0] for c in cotangents]
+        (batched,) = torch.autograd.grad(out, x, cotangents, is_grads_batched=True)
+    torch.testing.assert_close(batched, torch.stack(one_by_one), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_trace_holds_the_op(host: Host):
+    inputs = make_inputs((2, 8, 3, 3), torch.float32, NHWC)
+    vectors = [inputs[name] for name in ("weight", "bias", "running_mean", "running_var")]
+    with use_backend("cuda"):
+        traced = torch.jit.trace(lambda t: bn_act(t, *vectors), inputs["x"], check_trace=False)
+        torch.testing.assert_close(traced(inputs["x"] + 1), bn_act(inputs["x"] + 1, *vectors), rtol=0, atol=0)

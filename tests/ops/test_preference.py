@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fused_resnet
 from fused_resnet.bench.dry_run import DryRun
-from fused_resnet.ops import backend, cuda, preference, reasons
+from fused_resnet.ops import backend, bn_act, cuda, cuda_launch, preference, reasons
 from fused_resnet.ops.schemas import SCHEMAS
 
 HOPPER, AMPERE = (9, 132), (8, 108)
@@ -46,8 +46,8 @@ def test_passes_go_to_cuda_first_and_every_backend_is_asked():
 @pytest.fixture
 def cuda_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The cuda backend says that it takes CPU tensors; nothing runs on it here."""
-    monkeypatch.setattr(backend, "unavailable", lambda name: [])
-    monkeypatch.setattr(cuda, "takes_device", lambda device: device.type == "cpu")
+    monkeypatch.setattr(backend, "why_not_device", lambda name, device: [])
+    monkeypatch.setattr(cuda_launch, "device_type", lambda: "cpu")
 
 
 def test_passes_for(cuda_on_the_cpu):
@@ -63,11 +63,39 @@ def test_passes_for(cuda_on_the_cpu):
     with DryRun():
         assert backend.passes_for(nhwc) is dispatcher
 
+    batched = []
+    torch.func.vmap(lambda g: batched.append(backend.passes_for(nhwc, g)) or g)(torch.randn(4, *nhwc.shape))
+    assert batched == [dispatcher]
+    torch.jit.trace(lambda t: batched.append(backend.passes_for(t)) or t, nhwc, check_trace=False)
+    assert batched == [dispatcher, dispatcher]
+
     class Subclass(Tensor):
         pass
 
     assert backend.passes_for(nhwc.as_subclass(Subclass)) is dispatcher
     assert backend.passes_for(nhwc) is cuda
+
+
+def test_cpu_tensors_do_not_wake_a_gpu(monkeypatch):
+    """A context costs half a gigabyte, and in a forked worker cannot be made at all."""
+
+    def start(*args, **kwargs):
+        raise AssertionError("CUDA was initialised for a CPU tensor")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", start)
+    reasons.unavailable.cache_clear()
+    try:
+        x = torch.randn(2, 8, 3, 3).to(memory_format=torch.channels_last).requires_grad_()
+        vectors = (torch.ones(8), torch.zeros(8), torch.zeros(8), torch.ones(8))
+        bn_act(x, *vectors, residual=x.detach(), training=True).sum().backward()
+        bn_act(x.detach(), *vectors)
+        fused_resnet.freeze(fused_resnet.resnet18(), torch.randn(1, 3, 32, 32))
+        assert backend.why_not("cuda", "avgpool", x.detach())[0].endswith("it takes CUDA tensors") or not hasattr(
+            cuda_launch.extension, "cuda"
+        )
+    finally:
+        reasons.unavailable.cache_clear()
 
 
 def test_the_cuda_backend_has_every_pass_that_is_asked_of_it():

@@ -44,6 +44,7 @@ cudaError_t cudaDeviceSynchronize();
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaSetDevice(int device);
 cudaError_t cudaGetDeviceCount(int* count);
+cudaError_t cudaDriverGetVersion(int* version);
 
 enum cudaDeviceAttr {
   cudaDevAttrMaxThreadsPerBlock = 1,

@@ -203,6 +203,11 @@ cudaError_t cudaGetDeviceCount(int* count) {
   return machine.device_count == 0 ? report(cudaErrorNoDevice) : cudaSuccess;
 }
 
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = 13000;
+  return cudaSuccess;
+}
+
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   if (device < 0 || device >= machine.device_count) return report(cudaErrorInvalidDevice);
   switch (attribute) {
