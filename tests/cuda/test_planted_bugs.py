@@ -70,16 +70,28 @@ beyond_shared_memory = partial(Bug, PLAIN, "written beyond the")
 
 BUGS_OF_FILES = {
     "merge.cuh": [
-        race("no_barrier_after_a_lane_is_written", "bn_stats", "shared[lane][channel] = value;\n  «__syncthreads();»"),
         race(
-            "no_barrier_before_lanes_are_written_again",
-            "bn_stats",
-            "«__syncthreads();»\n  shared[lane][channel] = value;",
+            "no_barrier_before_numbers_are_written_again", "bn_stats", "«__syncthreads();»  // somebody may still read"
         ),
+        race("no_barrier_between_halves", "bn_stats", "half /= 2) {\n    «__syncthreads();»"),
+        race(
+            "no_barrier_before_the_sum_is_read", "bn_stats", "«__syncthreads();»\n  return shared[threadIdx.x % width];"
+        ),
+        mismatch("a_half_not_added", "bn_grad_stats", "half >= «width»;", "2 * width"),
     ],
     "rows.cuh": [
         overrun(
             "a_channel_too_many", "bn_grad_apply", "inside(«channel < shape.channels»)", "channel <= shape.channels"
+        ),
+        overrun("a_row_too_many_written", "bn_apply", "place.inside && «row < shape.rows»", "row <= shape.rows"),
+        overrun(
+            "a_row_too_many_in_backward", "bn_grad_stats", "place.inside && «row < shape.rows»", "row <= shape.rows"
+        ),
+        overrun(
+            "a_tile_is_thought_whole",
+            "bn_grad_apply",
+            "«(tile + 1) * (shape.layer * kRows) <= shape.rows»",
+            "tile * (shape.layer * kRows) <= shape.rows",
         ),
         mismatch("the_last_part_is_whole", "bn_stats", "«(part == last ? missing : 0)»", "0"),
     ],
@@ -99,39 +111,27 @@ BUGS_OF_FILES = {
         mismatch("no_deviation_between_parts", "bn_stats", "«count * distance * distance»", "0.0"),
     ],
     "bn_stats_apply.cuh": [
-        race("no_grid_barrier_race", "bn_stats_apply", "«grid_barrier();»"),
-        mismatch("no_grid_barrier_numbers", "bn_stats_apply", "«grid_barrier();»"),
-        race("block_barrier_for_a_grid_barrier", "bn_stats_apply", "«grid_barrier();»", "__syncthreads();"),
+        race("no_grid_barrier_race", "bn_stats_apply", "«grid_barrier();»\n\n  // The parts"),
+        mismatch("no_grid_barrier_numbers", "bn_stats_apply", "«grid_barrier();»\n\n  // The parts"),
         race(
-            "no_barrier_before_parts_are_summed", "bn_stats_apply", "shared[threadIdx.x] = sum;\n  «__syncthreads();»"
-        ),
-        race(
-            "no_barrier_after_the_mean",
+            "block_barrier_for_a_grid_barrier",
             "bn_stats_apply",
-            "shared.merged_mean[threadIdx.x] = mean;\n  «__syncthreads();»",
+            "«grid_barrier();»\n\n  // The parts",
+            "__syncthreads();",
         ),
-        race("no_barrier_before_the_normalization", "bn_stats_apply", "«__syncthreads();»\n\n  float center[kCount]"),
+        race("no_second_grid_barrier", "bn_stats_apply", "«grid_barrier();»\n\n  float offset", "__syncthreads();"),
+        mismatch(
+            "a_part_merges_too_little", "bn_stats_apply", "while («own * parts < width») own", "own * parts < width / 2"
+        ),
         mismatch(
             "layers_kept_in_one_place", "bn_stats_apply", "kept[«(k + j) * kResidentThreads»]", "k * kResidentThreads"
         ),
     ],
     "bn_apply.cuh": [
-        overrun(
-            "a_row_too_many_written",
-            "bn_apply",
-            "const bool inside = place.inside && «row + k * shape.layer < shape.rows»;",
-            "row + k * shape.layer <= shape.rows",
-        ),
         mismatch("half_bytes_exchanged", "bn_apply", "«bits_of_lane | next << 4»", "next | bits_of_lane << 4"),
     ],
     "bn_grad.cuh": [
         race("no_barrier_before_sums_of_warps", "bn_grad_stats", "«__syncthreads();»\n  const int own = "),
-        overrun(
-            "a_row_too_many_in_backward",
-            "bn_grad_stats",
-            "if («row + k * shape.layer >= shape.rows») continue;\n      grads[k] = load_vector<kCount>(grad_out",
-            "row + k * shape.layer > shape.rows",
-        ),
         mismatch(
             "partial_sums_in_one_place",
             "bn_grad_stats",
