@@ -92,6 +92,7 @@ void bn_stats_apply(const Call& call, const Matrix& shape, const void* x, const 
                     const float* bias, float* mean, float* invstd, float* running_mean, float* running_var,
                     double momentum, double eps, bool relu, void* out, uint8_t* mask, void* workspace) {
   const DeviceGuard guard(call);
+  bool launched = false;
   const bool vectors = vectors_fit(shape, mask == nullptr ? 16 / element_size(shape.dtype) : 8,
                                    {x, residual, out, weight, bias, mean, invstd});
   with_vector<kStatsCount>(shape.dtype, vectors, [&](auto type, auto vector) {
@@ -102,14 +103,18 @@ void bn_stats_apply(const Call& call, const Matrix& shape, const void* x, const 
       throw std::runtime_error(described(call) + " does not fit in the device's shared memory");
     }
     const Partials partials(workspace, chosen.cover.parts, shape.channels);
-    launch(call,
-           {dim3(chosen.cover.slices, chosen.cover.parts), kResidentThreads, chosen.shared_bytes, /*cooperative=*/true},
-           bn_stats_apply_kernel<T, kCount>, static_cast<const T*>(x), static_cast<const T*>(residual), weight, bias,
-           chosen.cover.rows, Deal::of(shape.rows, chosen.cover.rows.layer, chosen.cover.parts),
-           static_cast<int>(chosen.layers), partials.means, partials.m2s,
-           Statistics{mean, invstd, running_mean, running_var, momentum, eps}, relu, static_cast<T*>(out),
-           BitMask{mask, shape.channels});
+    launched = launch_if_it_fits(
+        call,
+        {dim3(chosen.cover.slices, chosen.cover.parts), kResidentThreads, chosen.shared_bytes, /*cooperative=*/true},
+        bn_stats_apply_kernel<T, kCount>, static_cast<const T*>(x), static_cast<const T*>(residual), weight, bias,
+        chosen.cover.rows, Deal::of(shape.rows, chosen.cover.rows.layer, chosen.cover.parts),
+        static_cast<int>(chosen.layers), partials.means, partials.m2s,
+        Statistics{mean, invstd, running_mean, running_var, momentum, eps}, relu, static_cast<T*>(out),
+        BitMask{mask, shape.channels});
   });
+  if (launched) return;
+  bn_stats(call, shape, x, mean, invstd, running_mean, running_var, momentum, eps, workspace);
+  bn_apply(call, shape, x, Norm{mean, invstd, weight, bias}, residual, relu, out, mask);
 }
 
 }  // namespace cuda

@@ -49,8 +49,10 @@ struct Grid {
 
 constexpr std::size_t kSharedBytesUnasked = 48 * 1024;
 
+// Starts the kernel and throws what went wrong, but for one error: false where a cooperative grid does not fit on what
+// this process may use of the device.
 template <typename... Parameters, typename... Arguments>
-void launch(const Call& call, const Grid& grid, void (*kernel)(Parameters...), Arguments&&... arguments) {
+bool launch_if_it_fits(const Call& call, const Grid& grid, void (*kernel)(Parameters...), Arguments&&... arguments) {
   const DeviceProperties& properties = properties_of(call.place.device);
   if (grid.shared_bytes > kSharedBytesUnasked) {
     // All that there is, not what this launch needs: the limit is the kernel's, and another thread may launch it too.
@@ -72,7 +74,18 @@ void launch(const Call& call, const Grid& grid, void (*kernel)(Parameters...), A
   config.stream = static_cast<cudaStream_t>(call.place.stream);
   config.attrs = &attribute;
   config.numAttrs = grid.cooperative || properties.overlaps ? 1 : 0;
-  check(call, cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
+  if (grid.cooperative && error == cudaErrorCooperativeLaunchTooLarge) {
+    static_cast<void>(cudaGetLastError());
+    return false;
+  }
+  check(call, error);
+  return true;
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch(const Call& call, const Grid& grid, void (*kernel)(Parameters...), Arguments&&... arguments) {
+  static_cast<void>(launch_if_it_fits(call, grid, kernel, std::forward<Arguments>(arguments)...));
 }
 
 inline bool aligned(std::initializer_list<const void*> addresses) {

@@ -56,7 +56,8 @@ void bn_apply_dual(const Call& call, const Matrix& shape, const void* x, const N
 // Whether bn_stats_apply takes this shape, with a mask or without, at addresses in multiples of 16 bytes: it must fit
 // in the shared memory of the device.
 bool fits_on_chip(const Matrix& shape, int device);
-// bn_stats and bn_apply in one cooperative launch. Reads 1T (2T with a residual), writes 1T and a bit an element.
+// bn_stats and bn_apply in one cooperative launch; in three where the driver refuses it, since this process may use
+// only a part of the device. Reads 1T (2T with a residual), writes 1T and a bit an element.
 void bn_stats_apply(const Call& call, const Matrix& shape, const void* x, const void* residual, const float* weight,
                     const float* bias, float* mean, float* invstd, float* running_mean, float* running_var,
                     double momentum, double eps, bool relu, void* out, uint8_t* mask, void* workspace);

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_resnet.modules.bn_act import has_global_hooks, is_intercepted
-from fused_resnet.ops.backend import AUTO, requested_backend
+from fused_resnet.ops.backend import AUTO, remembered, requested_backend
 from fused_resnet.ops.conv_bn_act import fold
 from fused_resnet.ops.packed_conv import pack_conv_weight, packed_conv_act, why_not_packed
 
@@ -48,7 +48,12 @@ class FrozenConvAct(nn.Module):
         self.stride, self.padding, self.dilation = list(conv.stride), padding, list(conv.dilation)
         self.groups = conv.groups
         self.relu = relu
+        self._forget()
+
+    def _forget(self) -> None:
+        """What was made or decided for the weight as it was."""
         self._packed: dict[torch.Size, tuple[Tensor, Tensor]] = {}
+        self._chosen: dict[Any, Any] = {}
 
     def _bias_dtype(self) -> torch.dtype:
         return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
@@ -58,7 +63,8 @@ class FrozenConvAct(nn.Module):
         ``overwrite`` its memory may become the result's."""
         settings = (self.stride, self.padding, self.dilation, self.groups)
         if torch.compiler.is_compiling() or requested_backend() != AUTO or why_not_packed(x):
-            return torch.ops.fused_resnet.conv_bn_act(x, self.weight, None, self.bias, residual, *settings, self.relu)
+            arguments = (x, self.weight, None, self.bias, residual, *settings, self.relu)
+            return remembered(self._chosen, "conv_bn_act", x, residual, arguments)(*arguments)
         packed = self._packed.get(x.shape)
         if packed is None:
             if x.shape[1] != self.weight.shape[1] * self.groups:
@@ -73,17 +79,17 @@ class FrozenConvAct(nn.Module):
         return packed_conv_act(x, weight, bias, residual, *settings, self.relu, overwrite)
 
     def _apply(self, fn: Any, recurse: bool = True) -> FrozenConvAct:
-        self._packed = {}  # of the weight as it was
+        self._forget()
         bias = self.bias
         super()._apply(fn, recurse)
         self.bias = bias.to(self.bias.device, self._bias_dtype())  # not rounded with the weight
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": {}}  # opaque: neither copied nor pickled, packed again when needed
+        return {**self.__dict__, "_packed": {}, "_chosen": {}}  # neither copied nor pickled, made again when needed
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        self._packed = {}
+        self._forget()
         super()._load_from_state_dict(*args)
 
     def extra_repr(self) -> str:

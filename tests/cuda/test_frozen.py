@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import fused_resnet
 from fused_resnet import use_backend
 from fused_resnet.modules.frozen_ends import FrozenAvgPool, FrozenStem
+from fused_resnet.ops import backend
 from tests.cuda.on_host import Host
 
 pytestmark = pytest.mark.xdist_group("cuda_on_host")
@@ -81,3 +82,26 @@ def test_which_ends_are_replaced():
     frozen = fused_resnet.freeze(other.eval(), torch.randn(1, 3, 64, 64)).module
     assert type(frozen.conv1) is not FrozenStem and type(frozen.maxpool) is nn.MaxPool2d
     assert type(frozen.avgpool) is nn.AdaptiveAvgPool2d
+
+
+@torch.no_grad()
+def test_the_choice_of_a_frozen_convolution_is_remembered(host: Host, monkeypatch: pytest.MonkeyPatch):
+    """For an x and a residual like those of the first call; another device, size or request asks again."""
+    asked = []
+    choose = backend.choose
+    monkeypatch.setattr(backend, "choose", lambda op, args: asked.append(op) or choose(op, args))
+    frozen = fused_resnet.freeze(trained("resnet18"), torch.randn(1, 3, 32, 32), dtype=torch.float16)
+    conv = frozen.module.layer1[0].convs[0]
+    x = torch.randn(1, 64, 8, 8).half().to(memory_format=torch.channels_last)
+    asked.clear()
+    with use_backend("cuda"):
+        first, second = conv(x), conv(x)
+        assert torch.equal(first, second) and asked == ["conv_bn_act"]
+        conv(x[:, :, :4])
+        conv(x, first)
+        assert len(asked) == 3
+        with pytest.raises(fused_resnet.ops.BackendError, match="residual is"):
+            conv(x, first[:, :, :3])
+    with use_backend("reference"):
+        torch.testing.assert_close(conv(x), first, rtol=1e-2, atol=1e-2)
+    assert len(asked) == 5
