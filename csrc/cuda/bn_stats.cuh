@@ -165,12 +165,9 @@ struct Statistics {
   float *mean, *invstd, *running_mean, *running_var;
   double momentum, eps;
 
-  __device__ __forceinline__ float invstd_of(double m2, double count) const {
-    return static_cast<float>(1.0 / sqrt(m2 / count + eps));
-  }
   __device__ __forceinline__ void store(int channel, double merged_mean, double m2, double count) const {
     mean[channel] = static_cast<float>(merged_mean);
-    invstd[channel] = invstd_of(m2, count);
+    invstd[channel] = static_cast<float>(1.0 / sqrt(m2 / count + eps));
     if (running_mean != nullptr) {
       running_mean[channel] = static_cast<float>((1.0 - momentum) * running_mean[channel] + momentum * merged_mean);
     }

@@ -31,8 +31,9 @@ template <int kVector, typename Body>
 void with_vector(DType dtype, bool vectors, const Body& body) {
   const auto of_type = [&](auto type) {
     constexpr int kMost = 16 / sizeof(typename decltype(type)::Element);
+    constexpr int kTaken = kVector < kMost ? kVector : kMost;
     if (vectors) {
-      body(type, std::integral_constant < int, kVector<kMost ? kVector : kMost>());
+      body(type, std::integral_constant<int, kTaken>());
     } else {
       body(type, std::integral_constant<int, 1>());
     }

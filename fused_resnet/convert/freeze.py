@@ -18,7 +18,7 @@ from fused_resnet.modules.bottleneck import Bottleneck
 from fused_resnet.modules.conv_bn_act import ConvBNAct2d, why_not_fold
 from fused_resnet.modules.frozen import FrozenBlock, FrozenConvAct, FrozenStage
 from fused_resnet.modules.frozen_ends import FrozenAvgPool, FrozenStem, is_stem, normalized, pixel_scale_and_shift
-from fused_resnet.ops.checks import DTYPES, check_bytes, check_image, check_number
+from fused_resnet.ops.checks import DTYPES, check_bytes, check_image, check_normalize
 
 BLOCK_FORWARDS = (BasicBlock.forward, Bottleneck.forward, PlainBlock.forward)
 STEM_FORWARDS = (ResNet.forward, CIFARResNet.forward)
@@ -170,24 +170,6 @@ def freeze(
     if cuda_graph:
         result.capture(example_input)
     return result
-
-
-def check_normalize(normalize: Any, images: Any) -> None:
-    """Refuses what is not (mean, std) with a number for each channel of the images, no std of 0."""
-    if normalize is None:
-        return
-    if not isinstance(normalize, (tuple, list)) or len(normalize) != 2:
-        raise TypeError(f"normalize must be (mean, std), each a number for every channel, or None; got {normalize!r}")
-    for name, vector in zip(("mean", "std"), normalize, strict=True):
-        for number in vector:
-            check_number(f"normalize's {name}", number)
-    if 0 in normalize[1]:
-        raise ValueError(f"normalize's std must not be 0; got {normalize[1]!r}")
-    channels = len(normalize[0])
-    if len(normalize[1]) != channels:
-        raise ValueError(f"normalize's mean and std must be of the same length; got {channels} and {len(normalize[1])}")
-    if isinstance(images, Tensor) and images.dtype == torch.uint8:
-        check_bytes("example_input", images, channels)
 
 
 def _fold(

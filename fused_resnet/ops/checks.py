@@ -155,3 +155,21 @@ def _check_same_device(name: str, tensor: Tensor, x: Tensor) -> None:
 def check_same_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
     if tensor.dtype != dtype:
         raise TypeError(f"{name} must have x's dtype, {dtype}; got {tensor.dtype}")
+
+
+def check_normalize(normalize: object, images: object) -> None:
+    """Refuses what is not (mean, std) with a number for each channel of the images, no std of 0."""
+    if normalize is None:
+        return
+    if not isinstance(normalize, (tuple, list)) or len(normalize) != 2:
+        raise TypeError(f"normalize must be (mean, std), each a number for every channel, or None; got {normalize!r}")
+    for name, vector in zip(("mean", "std"), normalize, strict=True):
+        for number in vector:
+            check_number(f"normalize's {name}", number)
+    if 0 in normalize[1]:
+        raise ValueError(f"normalize's std must not be 0; got {normalize[1]!r}")
+    channels = len(normalize[0])
+    if len(normalize[1]) != channels:
+        raise ValueError(f"normalize's mean and std must be of the same length; got {channels} and {len(normalize[1])}")
+    if isinstance(images, Tensor) and images.dtype == torch.uint8:
+        check_bytes("example_input", images, channels)

@@ -71,21 +71,21 @@ def why_not_device(device: torch.device) -> list[str]:
     wanted = cuda_launch.device_type()
     if device.type != wanted:
         return [f"x is on {device}; it takes {wanted.upper()} tensors"]
-    return _why_not_cuda_device(device) if wanted == "cuda" else []
+    return list(_why_not_cuda_device(device)) if wanted == "cuda" else []
 
 
 @functools.cache
-def _why_not_cuda_device(device: torch.device) -> list[str]:
+def _why_not_cuda_device(device: torch.device) -> tuple[str, ...]:
     """The driver may be older than the toolkit that built the kernels, and the device than all that they were built
     for."""
     try:
         if (capability := torch.cuda.get_device_capability(device)) < _OLDEST_CAPABILITY:
-            return [f"{device} has compute capability {capability[0]}.{capability[1]}; the kernels need 8.0"]
+            return (f"{device} has compute capability {capability[0]}.{capability[1]}; the kernels need 8.0",)
         x, vector = torch.zeros(1, 8, 1, 1, device=device), torch.zeros(8, device=device)
         bn_apply(x, vector, vector, None, None, None, True)
     except RuntimeError as error:
-        return [f"a first kernel could not be launched on {device} ({error})"]
-    return []
+        return (f"a first kernel could not be launched on {device} ({error})",)
+    return ()
 
 
 def fits_on_chip(x: Tensor) -> bool:

@@ -165,7 +165,7 @@ def stem(
         pixels = kernels().PixelScale(pixel_scale, pixel_shift)
     images, channels, height, width = x.shape
     filters = conv_weight.shape[0]
-    size = [((side - 1) // 2 + 1 - 1) // 2 + 1 for side in (height, width)]
+    size = [conv_output_size(conv_output_size(side, 7, 2, 3, 1), 3, 2, 1, 1) for side in (height, width)]
     out = torch.empty(
         (images, filters, *size), dtype=conv_weight.dtype, device=x.device, memory_format=torch.channels_last
     )
@@ -173,7 +173,7 @@ def stem(
     dtype, stream = dtype_of(out.dtype), current_stream(index)
     place = kernels().Place(images, channels, height, width, dtype, index or 0, stream)
     vectors = (conv_weight.data_ptr(), address(scale), address(shift))
-    launch(x.device.index, kernels().stem, place, x.stride(), filters, x.data_ptr(), pixels, *vectors, out.data_ptr())
+    launch(index, kernels().stem, place, x.stride(), filters, x.data_ptr(), pixels, *vectors, out.data_ptr())
     return out
 
 

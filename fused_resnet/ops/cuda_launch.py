@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_resnet.ops.reference import mask_shape
+
 try:
     from fused_resnet import _C as extension  # type: ignore[attr-defined]
 except ImportError:  # ops/reasons.py says so
@@ -104,9 +106,7 @@ def empty_workspace(x: Tensor, size: int) -> Tensor:
 
 def empty_mask(x: Tensor) -> Tensor:
     """Of a ReLU: a row of bits for every pixel, as ``ops/reference_mask.py`` lays them out."""
-    images, channels, height, width = x.shape
-    shape = (images * height * width, (channels + 31) // 32 * 4)
-    return torch.empty(shape, dtype=torch.uint8, device=x.device)
+    return torch.empty(mask_shape(x.shape), dtype=torch.uint8, device=x.device)
 
 
 class Moved:

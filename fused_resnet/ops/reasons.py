@@ -73,18 +73,18 @@ def why_not_device(backend: str, device: torch.device) -> list[str]:
     interpreted = module("triton").INTERPRETED
     if device.type != ("cpu" if interpreted else "cuda"):
         return [f"x is on {device}; it takes CUDA tensors (CPU tensors under TRITON_INTERPRET=1)"]
-    return [] if interpreted else _first_triton_kernel_fails(device)
+    return [] if interpreted else list(_first_triton_kernel_fails(device))
 
 
 @functools.cache
-def _first_triton_kernel_fails(device: torch.device) -> list[str]:
+def _first_triton_kernel_fails(device: torch.device) -> tuple[str, ...]:
     """Triton builds its launcher with a C compiler, which a machine with a GPU need not have."""
     try:
         x, vector = torch.zeros(1, 8, 1, 1, device=device), torch.zeros(8, device=device)
         module("triton").bn_apply(x, vector, vector, None, None, None, True)
     except Exception as error:  # whatever it is, it is the reason
-        return [f"a first kernel could not be compiled and launched on {device} ({error})"]
-    return []
+        return (f"a first kernel could not be compiled and launched on {device} ({error})",)
+    return ()
 
 
 def _native_unavailable() -> list[str]:
