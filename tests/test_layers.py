@@ -33,7 +33,10 @@ MAY_IMPORT = {
 }
 NEVER = {"tests", "benchmarks", "kernels"}  # as top-level names
 # Needed by some commands only, so never imported by a module's top level outside the code of those commands.
-EXTRAS = {"rich", "matplotlib", "sklearn", "torchvision"}
+EXTRAS = {
+    *("rich", "matplotlib", "sklearn", "jinja2", "torchvision", "timm"),
+    *("onnx", "onnxruntime", "openvino", "torch_tensorrt", "cudnn", "apex"),
+}
 READS_ENVIRONMENT = {"fused_resnet/ops/backend.py", "fused_resnet/ops/plan.py", "fused_resnet/info.py"}
 
 

@@ -1,0 +1,1 @@
+"""Running a benchmark: what is measured (tasks), who takes part (contenders), and how (the runner)."""

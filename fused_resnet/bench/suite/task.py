@@ -1,0 +1,57 @@
+"""What is measured: a network, a block or an op, in one mode, at one batch size, in one dtype, on one device."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Results = Sequence[Tensor | None]
+"""What a run gives: logits of a network; the loss of a training step; the results of an op."""
+
+
+class Task(ABC):
+    """One thing to measure. Everything costly (the weights, the exact results) is made when first asked for, once, and
+    shared by all contenders; nobody changes what he is handed."""
+
+    level: str
+    subject: str
+    mode: str
+    batch_size: int
+    dtype: torch.dtype
+    device: torch.device
+    image_size: int | None
+
+    @abstractmethod
+    def why_wrong(self, prepared: Prepared) -> tuple[float | None, str | None]:
+        """(the error against float64, None if the numbers are right and else what is wrong).
+
+        By the project's rule: at most twice the error of PyTorch's eager mode in the same dtype.
+        """
+
+    @abstractmethod
+    def flop(self) -> int | None:
+        """Additions and multiplications of convolutions and matrix products, in one run."""
+
+
+@dataclass
+class Prepared:
+    """A contender that is ready: compiled, packed, tuned, captured, warmed up once.
+
+    Attributes:
+        run: does the task once, on the next of the rotating inputs, and gives its results. On a GPU it may return
+            before the device has finished.
+        results: the results to hold against the exact ones, of the first of the inputs and of the weights as they were
+            at first: logits; (loss and gradients) of a training step. Called once, before anything is measured.
+        saved_bytes, moved_bytes: as in ``result.Outcome``; asked once, and not while anything is measured.
+        close: gives back what it holds.
+    """
+
+    run: Callable[[], object]
+    results: Callable[[], Results]
+    saved_bytes: Callable[[], int | None] = lambda: None
+    moved_bytes: Callable[[], int | None] = lambda: None
+    close: Callable[[], None] = lambda: None
