@@ -50,6 +50,7 @@ CPU_CAPABILITIES = {
         "-mprefer-vector-width=512",
     ],
 }
+CPU_CAPABILITIES["avx512_bf16"] = [*CPU_CAPABILITIES["avx512"], "-mavx512bf16"]
 # target: the virtual architecture it is compiled from. The last one is PTX, for chips younger than this list.
 CUDA_TARGETS = {
     "sm_80": "compute_80",

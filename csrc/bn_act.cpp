@@ -1,49 +1,10 @@
-// The choice of the kernels built for this processor, and what happens once per channel.
+// What happens once per channel.
 #include "bn_act.h"
 
 #include <algorithm>
 #include <cmath>
 
-#define CPU_CAPABILITY baseline
-#include "cpu/bn_act.h"
-#undef CPU_CAPABILITY
-#ifdef FUSED_RESNET_X86_DISPATCH
-#define CPU_CAPABILITY avx2
-#include "cpu/bn_act.h"
-#undef CPU_CAPABILITY
-#define CPU_CAPABILITY avx512
-#include "cpu/bn_act.h"
-#undef CPU_CAPABILITY
-#endif
-
 namespace fused_resnet {
-namespace {
-
-struct Build {
-  const char* capability;
-  const BnActKernels* kernels;
-};
-
-Build widest_build() {
-#ifdef FUSED_RESNET_X86_DISPATCH
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl")) {
-    return {"avx512", &avx512::kBnActKernels};
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {"avx2", &avx2::kBnActKernels};
-#endif
-  return {"baseline", &baseline::kBnActKernels};
-}
-
-const Build& build() {
-  static const Build chosen = widest_build();
-  return chosen;
-}
-
-}  // namespace
-
-const BnActKernels& bn_act_kernels() { return *build().kernels; }
-const char* cpu_capability() { return build().capability; }
 
 void bn_finalize(int64_t channels, int64_t count, double momentum, double eps, const float* mean,
                  float* variance_to_invstd, float* running_mean, float* running_var) {

@@ -41,9 +41,8 @@ struct BnActKernels {
                      const float* sum_dz, const float* sum_dz_xhat, bool relu, void* grad_x);
 };
 
-// The kernels built for the widest vectors that this processor has, and the name of that build.
+// The kernels built for the widest vectors that this processor has.
 const BnActKernels& bn_act_kernels();
-const char* cpu_capability();
 
 // mean and variance -> 1/sqrt(variance + eps) in place; moves the running statistics, each of which may be null, by
 // `momentum` towards the mean and the unbiased variance.

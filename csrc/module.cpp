@@ -4,6 +4,8 @@
 
 #include "bn_act.h"
 #include "buffers.h"
+#include "conv_module.h"
+#include "cpu_dispatch.h"
 #include "cuda_module.h"
 #include "types.h"
 
@@ -70,7 +72,7 @@ py::dict build_info() {
   py::dict info;
   info["version"] = FUSED_RESNET_VERSION;
   info["compiler"] = FUSED_RESNET_COMPILER;
-  info["cpu_capability"] = cpu_capability();
+  info["cpu_capability"] = cpu_capability_name();
 #ifdef _OPENMP
   info["openmp"] = true;
 #else
@@ -106,5 +108,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("bn_apply_dual", &fr::bn_apply_dual, NoGil());
   m.def("bn_grad_stats", &fr::bn_grad_stats, NoGil());
   m.def("bn_grad_apply", &fr::bn_grad_apply, NoGil());
+  fr::define_conv(m);
   fr::define_cuda(m);
 }

@@ -1,0 +1,59 @@
+// Inference convolutions on the CPU with bias, add and ReLU in the epilogue: what the kernels take and promise.
+//
+// Everything is raw addresses and sizes, checked above in fused_resnet/ops/native_conv.py. Activations are dense NHWC
+// of float32 or bfloat16, sums float32. Every output is a sum in an order that depends on the convolution alone, so a
+// result is bitwise the same whatever the number of threads and whatever else is in the batch.
+#pragma once
+
+#include <cstdint>
+
+#include "norm.h"
+
+namespace fused_resnet {
+
+struct CpuConv {
+  int64_t images;
+  int height, width, channels;
+  int out_height, out_width, filters;
+  int kernel_height, kernel_width;
+  int stride_height, stride_width, padding_height, padding_width, dilation_height, dilation_width;
+  int groups;
+  DType dtype;
+  int threads;
+
+  int64_t pixels() const { return images * out_height * out_width; }
+  int group_channels() const { return channels / groups; }
+  int group_filters() const { return filters / groups; }
+};
+
+// gemm:     rows of pixels are gathered tile by tile, never the whole im2col matrix; multiplied by panels of filters.
+//           Any kernel size, stride, padding and dilation; groups one after the other.
+// winograd: F(2x2, 3x3) of Lavin and Gray (2015): 16 products of 2x2 outputs where gemm has 36. float32, 3x3 of stride
+//           1, no groups.
+// grouped:  3x3 of 4, 8 or 16 channels a group: a vector holds the filters of several groups.
+enum class ConvMethod { gemm, winograd, grouped };
+
+// What is added behind the sums: out = act(sum + bias + residual); residual may be null, and may be `out` itself.
+struct ConvEpilogue {
+  const float* bias;
+  const void* residual;
+  bool relu;
+  void* out;
+};
+
+struct ConvKernels {
+  // Whether `method` can do this convolution in this build.
+  bool (*takes)(const CpuConv& conv, ConvMethod method);
+  // Bytes of the weights as `method` wants them, and they themselves; weight is (filters, kernel_height, kernel_width,
+  // group_channels) of the dtype. They do not depend on images, height and width.
+  int64_t (*packed_bytes)(const CpuConv& conv, ConvMethod method);
+  void (*pack)(const CpuConv& conv, ConvMethod method, const void* weight, void* packed);
+  void (*run)(const CpuConv& conv, ConvMethod method, const void* x, const void* packed, const ConvEpilogue& epilogue);
+  // max_pool2d(x, 3, stride 2, padding 1); NaN wins.
+  void (*max_pool)(const CpuConv& pool, const void* x, void* out);
+};
+
+// The kernels built for the widest vectors that this processor has.
+const ConvKernels& conv_kernels();
+
+}  // namespace fused_resnet

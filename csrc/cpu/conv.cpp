@@ -1,0 +1,119 @@
+// The methods by name and dtype, and the pooling behind a stem. Compiled once per CPU_CAPABILITY (see setup.py).
+#include "conv.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "conv_methods.h"
+
+namespace fused_resnet {
+namespace CPU_CAPABILITY {
+namespace {
+
+// Calls run(Element{}) with what this build has for the dtype; false if it has nothing.
+template <typename Run>
+bool with_element(DType dtype, const Run& run) {
+  if (dtype == DType::float32) {
+    run(Single{});
+    return true;
+  }
+#if defined(__AVX512BF16__)
+  if (dtype == DType::bfloat16) {
+    run(Brain{});
+    return true;
+  }
+#endif
+  return false;
+}
+
+// As torch.max_pool2d: a NaN wins.
+inline Vector max_of(Vector a, Vector b) { return ((a > b) | (a != a)) ? a : b; }
+
+template <typename Element>
+void pool_row(const CpuConv& pool, const typename Element::Storage* x, int64_t row, typename Element::Storage* out) {
+  const int top = static_cast<int>(row % pool.out_height) * pool.stride_height - pool.padding_height;
+  const int64_t image = row / pool.out_height;
+  for (int column = 0; column < pool.out_width; ++column) {
+    const int left = column * pool.stride_width - pool.padding_width;
+    for (int c = 0; c < pool.channels; c += kVectorLanes) {
+      const int lanes = std::min(kVectorLanes, pool.channels - c);
+      Vector highest = broadcast(-std::numeric_limits<float>::infinity());
+      for (int y = std::max(top, 0); y < std::min(top + pool.kernel_height, pool.height); ++y) {
+        for (int z = std::max(left, 0); z < std::min(left + pool.kernel_width, pool.width); ++z) {
+          const auto* const from = x + ((image * pool.height + y) * pool.width + z) * pool.channels + c;
+          highest = max_of(lanes == kVectorLanes ? Element::load(from) : load_some<Element>(from, lanes), highest);
+        }
+      }
+      auto* const to = out + (row * pool.out_width + column) * pool.channels + c;
+      if (lanes == kVectorLanes) {
+        Element::store(to, highest);
+      } else {
+        store_some<Element>(to, highest, lanes);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+bool conv_takes(const CpuConv& conv, ConvMethod method) {
+  if (!with_element(conv.dtype, [](auto) {})) return false;
+  switch (method) {
+    case ConvMethod::gemm:
+      return true;
+    case ConvMethod::winograd:
+      return winograd_takes(conv);
+    case ConvMethod::grouped:
+      return grouped_takes(conv);
+  }
+  return false;
+}
+
+int64_t conv_packed_bytes(const CpuConv& conv, ConvMethod method) {
+  int64_t words = 0;
+  with_element(conv.dtype, [&](auto element) {
+    using Element = decltype(element);
+    words = method == ConvMethod::gemm       ? gemm_packed_words<Element>(conv)
+            : method == ConvMethod::winograd ? winograd_packed_words(conv)
+                                             : grouped_packed_words<Element>(conv);
+  });
+  return words * static_cast<int64_t>(sizeof(float));
+}
+
+void conv_pack(const CpuConv& conv, ConvMethod method, const void* weight, void* packed) {
+  with_element(conv.dtype, [&](auto element) {
+    using Element = decltype(element);
+    const auto* const from = static_cast<const typename Element::Storage*>(weight);
+    auto* const to = static_cast<float*>(packed);
+    if (method == ConvMethod::gemm) return gemm_pack<Element>(conv, from, to);
+    if (method == ConvMethod::grouped) return grouped_pack<Element>(conv, from, to);
+    if constexpr (Element::kPerWord == 1) winograd_pack(conv, from, to);
+  });
+}
+
+void conv_run(const CpuConv& conv, ConvMethod method, const void* x, const void* packed, const ConvEpilogue& epilogue) {
+  with_element(conv.dtype, [&](auto element) {
+    using Element = decltype(element);
+    const auto* const from = static_cast<const typename Element::Storage*>(x);
+    const auto* const weights = static_cast<const float*>(packed);
+    if (method == ConvMethod::gemm) return gemm_run<Element>(conv, from, weights, epilogue);
+    if (method == ConvMethod::grouped) return grouped_run<Element>(conv, from, weights, epilogue);
+    if constexpr (Element::kPerWord == 1) winograd_run(conv, from, weights, epilogue);
+  });
+}
+
+void max_pool(const CpuConv& pool, const void* x, void* out) {
+  with_element(pool.dtype, [&](auto element) {
+    using Element = decltype(element);
+    using Storage = typename Element::Storage;
+    in_parallel(pool.threads, [&](int part, int parts) {
+      const Share rows = share(pool.images * pool.out_height, part, parts);
+      for (int64_t row = rows.begin; row < rows.end; ++row) {
+        pool_row<Element>(pool, static_cast<const Storage*>(x), row, static_cast<Storage*>(out));
+      }
+    });
+  });
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace fused_resnet

@@ -1,0 +1,17 @@
+// The convolutions of one CPU_CAPABILITY; ../conv.h says what each does. No include guard: the dispatcher includes this
+// once for every capability that was built.
+#include "../conv.h"
+
+namespace fused_resnet {
+namespace CPU_CAPABILITY {
+
+bool conv_takes(const CpuConv& conv, ConvMethod method);
+int64_t conv_packed_bytes(const CpuConv& conv, ConvMethod method);
+void conv_pack(const CpuConv& conv, ConvMethod method, const void* weight, void* packed);
+void conv_run(const CpuConv& conv, ConvMethod method, const void* x, const void* packed, const ConvEpilogue& epilogue);
+void max_pool(const CpuConv& pool, const void* x, void* out);
+
+constexpr ConvKernels kConvKernels{conv_takes, conv_packed_bytes, conv_pack, conv_run, max_pool};
+
+}  // namespace CPU_CAPABILITY
+}  // namespace fused_resnet

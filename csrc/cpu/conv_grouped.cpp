@@ -1,0 +1,228 @@
+// 3x3 convolutions of few channels a group, as ResNeXt has them. A vector holds the outputs of whole groups; what each
+// lane needs of an input pixel is one channel of its own group, spread over the group's lanes. An input that was spread
+// is used for the outputs of all three kernel columns, and so most instructions are products.
+#include <algorithm>
+
+#include "conv_methods.h"
+
+namespace fused_resnet {
+namespace CPU_CAPABILITY {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr bool kHasGrouped = true;
+constexpr int kWidest = 14;  // outputs in registers, beside three weights
+
+// Word `first` of each group's inputs, in every lane of the group: a channel in float32, two in bfloat16.
+template <typename Element, int group>
+struct Spread {
+  static constexpr int kPixelWords = kVectorLanes / Element::kPerWord;
+  __m512i lanes;
+  explicit Spread(int first) {
+    alignas(64) int lane[kVectorLanes];
+    for (int i = 0; i < kVectorLanes; ++i) lane[i] = i / group * (group / Element::kPerWord) + first;
+    lanes = _mm512_load_si512(lane);
+  }
+  Vector operator()(const float* pixel) const {
+    const __m512 words =
+        kPixelWords == kVectorLanes ? _mm512_loadu_ps(pixel) : _mm512_castps256_ps512(_mm256_loadu_ps(pixel));
+    return reinterpret_cast<Vector>(_mm512_permutexvar_ps(lanes, words));
+  }
+};
+template <typename Element>
+struct Spread<Element, kVectorLanes> {
+  static constexpr int kPixelWords = kVectorLanes / Element::kPerWord;
+  int first;
+  explicit Spread(int first) : first(first) {}
+  Vector operator()(const float* pixel) const { return broadcast(pixel[first]); }
+};
+
+// `width` outputs side by side from the rows of inputs below `pixels`, of which one is `row_words` long.
+template <typename Element, int group, int stride, int width>
+void outputs_of_row(const float* pixels, int64_t row_words, const float* weight, Vector (&sum)[kWidest]) {
+  Vector total[width];  // not `sum` itself, which would stay in memory
+#pragma GCC unroll 14
+  for (int i = 0; i < width; ++i) total[i] = Vector{};
+  for (int row = 0; row < 3; ++row, pixels += row_words) {
+    for (int word = 0; word < group / Element::kPerWord; ++word, weight += 3 * kVectorLanes) {
+      const Vector weights[3] = {load_vector(weight), load_vector(weight + kVectorLanes),
+                                 load_vector(weight + 2 * kVectorLanes)};
+      const Spread<Element, group> spread(word);
+#pragma GCC unroll 29
+      for (int pixel = 0; pixel < (width - 1) * stride + 3; ++pixel) {
+        const Vector input = spread(pixels + pixel * spread.kPixelWords);
+#pragma GCC unroll 3
+        for (int column = 0; column < 3; ++column) {
+          const int output = (pixel - column) / stride;
+          if (pixel >= column && (pixel - column) % stride == 0 && output < width) {
+            total[output] = Element::multiply_add(total[output], input, weights[column]);
+          }
+        }
+      }
+    }
+  }
+#pragma GCC unroll 14
+  for (int i = 0; i < width; ++i) sum[i] = total[i];
+}
+
+template <typename Element, int group, int stride>
+class GroupedPart {
+ public:
+  using Storage = typename Element::Storage;
+
+  GroupedPart(const CpuConv& conv, const Storage* x, const float* packed, const ConvEpilogue& epilogue)
+      : conv_(conv),
+        x_(x),
+        packed_(packed),
+        epilogue_(epilogue),
+        rows_(std::max((conv.out_height - 1) * stride + 3, conv.height + conv.padding_height)),
+        row_words_(int64_t{std::max((conv.out_width - 1) * stride + 3, conv.width + conv.padding_width)} *
+                   kPixelWords) {}
+
+  static constexpr int kPixelWords = Spread<Element, group>::kPixelWords;
+
+  // All outputs of one image in one vector of channels.
+  void run(int64_t image, int slice) const {
+    thread_local Scratch scratch;
+    float* const padded = scratch.words(rows_ * row_words_);
+    copy_padded(image, slice, padded);
+    const float* const weight = packed_ + int64_t{slice} * 9 * (group / Element::kPerWord) * kVectorLanes;
+    const Vector bias = load_vector(epilogue_.bias + slice * kVectorLanes);
+    for (int row = 0; row < conv_.out_height; ++row) {
+      const float* const from = padded + row * stride * row_words_;
+      int column = 0;
+      const auto finish = [&](auto width) {
+        constexpr int kWidth = decltype(width)::value;
+        Vector sum[kWidest];
+        outputs_of_row<Element, group, stride, kWidth>(from + column * stride * kPixelWords, row_words_, weight, sum);
+        for (int i = 0; i < kWidth; ++i) write(image, row, column + i, slice, sum[i] + bias);
+        column += kWidth;
+      };
+      while (conv_.out_width - column >= 14) finish(std::integral_constant<int, 14>{});
+      while (conv_.out_width - column >= 7) finish(std::integral_constant<int, 7>{});
+      while (conv_.out_width - column >= 3) finish(std::integral_constant<int, 3>{});
+      while (conv_.out_width - column >= 1) finish(std::integral_constant<int, 1>{});
+    }
+  }
+
+ private:
+  // This vector of channels of an image, with zeros where a kernel reaches beyond it.
+  void copy_padded(int64_t image, int slice, float* to) const {
+    const int64_t left = int64_t{conv_.padding_width} * kPixelWords;
+    const int64_t right = left + int64_t{conv_.width} * kPixelWords;
+    for (int row = 0; row < rows_; ++row, to += row_words_) {
+      const int y = row - conv_.padding_height;
+      if (y < 0 || y >= conv_.height) {
+        std::fill_n(to, row_words_, 0.0f);
+        continue;
+      }
+      const Storage* from = x_ + (image * conv_.height + y) * conv_.width * conv_.channels + slice * kVectorLanes;
+      std::fill_n(to, left, 0.0f);
+      for (int64_t word = left; word < right; word += kPixelWords, from += conv_.channels) {
+        std::memcpy(to + word, from, kPixelWords * sizeof(float));
+      }
+      std::fill_n(to + right, row_words_ - right, 0.0f);
+    }
+  }
+
+  void write(int64_t image, int row, int column, int slice, Vector value) const {
+    const int64_t pixel = (image * conv_.out_height + row) * conv_.out_width + column;
+    const int64_t offset = pixel * conv_.filters + slice * kVectorLanes;
+    if (epilogue_.residual != nullptr) value += Element::load(static_cast<const Storage*>(epilogue_.residual) + offset);
+    Element::store(static_cast<Storage*>(epilogue_.out) + offset, epilogue_.relu ? relu_of(value) : value);
+  }
+
+  const CpuConv& conv_;
+  const Storage* x_;
+  const float* packed_;
+  const ConvEpilogue& epilogue_;
+  int64_t rows_, row_words_;
+};
+
+template <typename Element, int group, int stride>
+void run_all(const CpuConv& conv, const typename Element::Storage* x, const float* packed,
+             const ConvEpilogue& epilogue) {
+  const GroupedPart<Element, group, stride> work(conv, x, packed, epilogue);
+  const int slices = conv.channels / kVectorLanes;
+  in_parallel(conv.threads, [&](int part, int parts) {
+    const Share mine = share(conv.images * slices, part, parts);
+    for (int64_t i = mine.begin; i < mine.end; ++i) work.run(i / slices, static_cast<int>(i % slices));
+  });
+}
+
+// Calls run(integral_constant group, integral_constant stride) with those of the convolution.
+template <typename Run>
+void with_group_and_stride(const CpuConv& conv, const Run& run) {
+  const auto with_stride = [&](auto group) {
+    if (conv.stride_width == 1) return run(group, std::integral_constant<int, 1>{});
+    return run(group, std::integral_constant<int, 2>{});
+  };
+  switch (conv.group_channels()) {
+    case 4:
+      return with_stride(std::integral_constant<int, 4>{});
+    case 8:
+      return with_stride(std::integral_constant<int, 8>{});
+    case 16:
+      return with_stride(std::integral_constant<int, 16>{});
+  }
+}
+#else
+constexpr bool kHasGrouped = false;
+#endif
+
+}  // namespace
+
+bool grouped_takes(const CpuConv& conv) {
+  const int group = conv.group_channels();
+  return kHasGrouped && (group == 4 || group == 8 || group == 16) && conv.group_filters() == group &&
+         conv.channels % kVectorLanes == 0 && conv.kernel_height == 3 && conv.kernel_width == 3 &&
+         conv.dilation_height == 1 && conv.dilation_width == 1 && conv.stride_height == conv.stride_width &&
+         (conv.stride_width == 1 || conv.stride_width == 2);
+}
+
+template <typename Element>
+int64_t grouped_packed_words(const CpuConv& conv) {
+  return int64_t{conv.filters} * 9 * (conv.group_channels() / Element::kPerWord);
+}
+
+template <typename Element>
+void grouped_pack(const CpuConv& conv, const typename Element::Storage* weight, float* packed) {
+  const int group = conv.group_channels();
+  auto* to = reinterpret_cast<typename Element::Storage*>(packed);
+  for (int slice = 0; slice < conv.filters; slice += kVectorLanes) {
+    for (int row = 0; row < 3; ++row) {
+      for (int channel = 0; channel < group; channel += Element::kPerWord) {
+        for (int column = 0; column < 3; ++column) {
+          for (int filter = slice; filter < slice + kVectorLanes; ++filter) {
+            to = std::copy_n(weight + ((int64_t{filter} * 3 + row) * 3 + column) * group + channel, Element::kPerWord,
+                             to);
+          }
+        }
+      }
+    }
+  }
+}
+
+template <typename Element>
+void grouped_run(const CpuConv& conv, const typename Element::Storage* x, const float* packed,
+                 const ConvEpilogue& epilogue) {
+#if defined(__AVX512F__)
+  with_group_and_stride(conv, [&](auto group, auto stride) {
+    run_all<Element, decltype(group)::value, decltype(stride)::value>(conv, x, packed, epilogue);
+  });
+#else
+  static_cast<void>(conv), static_cast<void>(x), static_cast<void>(packed), static_cast<void>(epilogue);
+#endif
+}
+
+template int64_t grouped_packed_words<Single>(const CpuConv&);
+template void grouped_pack<Single>(const CpuConv&, const float*, float*);
+template void grouped_run<Single>(const CpuConv&, const float*, const float*, const ConvEpilogue&);
+#if defined(__AVX512BF16__)
+template int64_t grouped_packed_words<Brain>(const CpuConv&);
+template void grouped_pack<Brain>(const CpuConv&, const uint16_t*, float*);
+template void grouped_run<Brain>(const CpuConv&, const uint16_t*, const float*, const ConvEpilogue&);
+#endif
+
+}  // namespace CPU_CAPABILITY
+}  // namespace fused_resnet

@@ -1,0 +1,98 @@
+// The three ways to convolve, each in a file of its own, and what they share. ../conv.h says what they are.
+#pragma once
+
+#include <memory>
+
+#include "../conv.h"
+#include "tile.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace fused_resnet {
+namespace CPU_CAPABILITY {
+
+// Packed weights are counted in words of 4 bytes.
+template <typename Element>
+int64_t gemm_packed_words(const CpuConv& conv);
+template <typename Element>
+void gemm_pack(const CpuConv& conv, const typename Element::Storage* weight, float* packed);
+template <typename Element>
+void gemm_run(const CpuConv& conv, const typename Element::Storage* x, const float* packed,
+              const ConvEpilogue& epilogue);
+
+bool winograd_takes(const CpuConv& conv);
+int64_t winograd_packed_words(const CpuConv& conv);
+void winograd_pack(const CpuConv& conv, const float* weight, float* packed);
+void winograd_run(const CpuConv& conv, const float* x, const float* packed, const ConvEpilogue& epilogue);
+
+bool grouped_takes(const CpuConv& conv);
+template <typename Element>
+int64_t grouped_packed_words(const CpuConv& conv);
+template <typename Element>
+void grouped_pack(const CpuConv& conv, const typename Element::Storage* weight, float* packed);
+template <typename Element>
+void grouped_run(const CpuConv& conv, const typename Element::Storage* x, const float* packed,
+                 const ConvEpilogue& epilogue);
+
+// Memory of one thread that grows and is used again; what is in it is whatever it was. 64-byte aligned.
+class Scratch {
+ public:
+  float* words(int64_t count) {
+    if (count > size_) {
+      memory_.reset();
+      memory_.reset(static_cast<float*>(::operator new(count * sizeof(float), kAlignment)));
+      size_ = count;
+    }
+    return memory_.get();
+  }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  struct Free {
+    void operator()(float* memory) const { ::operator delete(memory, kAlignment); }
+  };
+  std::unique_ptr<float, Free> memory_;
+  int64_t size_ = 0;
+};
+
+// Of `count` things in order those of one part: from `begin` to before `end`.
+struct Share {
+  int64_t begin, end;
+};
+inline Share share(int64_t count, int part, int parts) { return {count * part / parts, count * (part + 1) / parts}; }
+
+// Calls run(part, parts) on every thread of a team.
+template <typename Run>
+void in_parallel(int threads, const Run& run) {
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads)
+  run(omp_get_thread_num(), omp_get_num_threads());
+#else
+  static_cast<void>(threads);
+  run(0, 1);
+#endif
+}
+
+inline int64_t divided_up(int64_t count, int64_t by) { return (count + by - 1) / by; }
+
+// Copies bytes that do not overlap; short ones without a call.
+inline void copy_bytes(void* to, const void* from, int64_t bytes) {
+#if defined(__AVX512BW__)
+  auto* target = static_cast<char*>(to);
+  const auto* source = static_cast<const char*>(from);
+  for (; bytes >= 64; bytes -= 64, target += 64, source += 64) {
+    _mm512_storeu_si512(target, _mm512_loadu_si512(source));
+  }
+  if (bytes > 0) {
+    const __mmask64 rest = ~uint64_t{0} >> (64 - bytes);
+    _mm512_mask_storeu_epi8(target, rest, _mm512_maskz_loadu_epi8(rest, source));
+  }
+#else
+  std::memcpy(to, from, bytes);
+#endif
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace fused_resnet
