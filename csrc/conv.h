@@ -28,8 +28,9 @@ struct CpuConv {
 
 // gemm:     rows of pixels are gathered tile by tile, never the whole im2col matrix; multiplied by panels of filters.
 //           Any kernel size, stride, padding and dilation; groups one after the other.
-// winograd: F(2x2, 3x3) of Lavin and Gray (2015): 16 products of 2x2 outputs where gemm has 36. float32, 3x3 of stride
-//           1, no groups.
+// winograd: Lavin and Gray (2015), for 3x3 of stride 1 without groups: F(2x2, 3x3) in float32, with 16 products for 2x2
+//           outputs where gemm has 36; for bfloat16 F(4x4, 3x3) in float32, with 36 where gemm has 144 of half the
+//           price.
 // grouped:  3x3 of 4, 8 or 16 channels a group: a vector holds the filters of several groups.
 enum class ConvMethod { gemm, winograd, grouped };
 
@@ -49,8 +50,10 @@ struct ConvKernels {
   int64_t (*packed_bytes)(const CpuConv& conv, ConvMethod method);
   void (*pack)(const CpuConv& conv, ConvMethod method, const void* weight, void* packed);
   void (*run)(const CpuConv& conv, ConvMethod method, const void* x, const void* packed, const ConvEpilogue& epilogue);
-  // max_pool2d(x, 3, stride 2, padding 1); NaN wins.
+  // As torch.max_pool2d: a NaN wins.
   void (*max_pool)(const CpuConv& pool, const void* x, void* out);
+  // The mean of each channel of each image, summed in float32; out is (images, channels).
+  void (*average)(const CpuConv& images, const void* x, void* out);
 };
 
 // The kernels built for the widest vectors that this processor has.

@@ -1,10 +1,10 @@
 #include "conv_module.h"
 
-#include <algorithm>
+#include <pybind11/stl.h>
+
 #include <array>
 
-#include "buffers.h"
-#include "conv.h"
+#include "packed_conv.h"
 
 namespace py = pybind11;
 
@@ -17,15 +17,6 @@ using Pair = std::array<int, 2>;
 template <typename T>
 T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
-}
-
-Pair pair_of(const py::sequence& numbers) {
-  if (numbers.size() != 2) throw py::value_error("each of kernel_size, stride, padding and dilation must be a pair");
-  return {numbers[0].cast<int>(), numbers[1].cast<int>()};
-}
-
-int output_size(int size, int kernel, int stride, int padding, int dilation) {
-  return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
 }
 
 // What a convolution or a pooling is, whatever its image.
@@ -54,83 +45,53 @@ CpuConv window_of(int channels, int filters, const Pair& kernel_size, const Pair
   return conv;
 }
 
-// The same on images of this size.
-CpuConv on_images(CpuConv conv, int64_t images, int height, int width, int threads) {
-  conv.images = images;
-  conv.height = height;
-  conv.width = width;
-  conv.out_height =
-      output_size(height, conv.kernel_height, conv.stride_height, conv.padding_height, conv.dilation_height);
-  conv.out_width = output_size(width, conv.kernel_width, conv.stride_width, conv.padding_width, conv.dilation_width);
-  conv.threads = threads;
-  if (images < 1 || height < 1 || width < 1 || threads < 1 || conv.out_height < 1 || conv.out_width < 1) {
-    throw py::value_error("images, height, width and threads must be positive, and so must the output's sizes");
-  }
-  return conv;
+void run(const PackedConv& packed, int64_t images, int height, int width, int threads, Address x, Address residual,
+         bool relu, Address out) {
+  packed.run(on_images(packed.conv(), images, height, width, threads), pointer<const void>(x),
+             pointer<const void>(residual), relu, pointer<void>(out));
 }
 
-// Weights laid out for one method, which this keeps.
-class PackedConv {
- public:
-  PackedConv(ConvMethod method, Address weight, Address bias, const CpuConv& conv)
-      : method_(method), conv_(conv), packed_(checked_bytes(method, conv)), bias_(bias_bytes(conv)) {
-    conv_kernels().pack(conv_, method_, pointer<const void>(weight), packed_.data());
-    std::copy_n(pointer<const float>(bias), conv.filters, static_cast<float*>(bias_.data()));
-  }
+void run_chain(const ConvChain& chain, Address x, Address out) {
+  chain.run(pointer<const void>(x), pointer<void>(out));
+}
 
-  void run(int64_t images, int height, int width, int threads, Address x, Address residual, bool relu,
-           Address out) const {
-    const ConvEpilogue epilogue{static_cast<const float*>(bias_.data()), pointer<const void>(residual), relu,
-                                pointer<void>(out)};
-    conv_kernels().run(on_images(conv_, images, height, width, threads), method_, pointer<const void>(x),
-                       packed_.data(), epilogue);
-  }
+void max_pool(const CpuConv& pool, int64_t images, int height, int width, int threads, Address x, Address out) {
+  conv_kernels().max_pool(on_images(pool, images, height, width, threads), pointer<const void>(x), pointer<void>(out));
+}
 
-  int64_t bytes() const { return packed_.bytes() + bias_.bytes(); }
-
- private:
-  static int64_t checked_bytes(ConvMethod method, const CpuConv& conv) {
-    if (!conv_kernels().takes(conv, method)) {
-      throw py::value_error("this method cannot do this convolution on this processor: ask conv_takes first");
-    }
-    return conv_kernels().packed_bytes(conv, method);
-  }
-  static int64_t bias_bytes(const CpuConv& conv) { return conv.filters * static_cast<int64_t>(sizeof(float)); }
-
-  ConvMethod method_;
-  CpuConv conv_;
-  Buffer packed_, bias_;
-};
+void average(int64_t images, int channels, int height, int width, DType dtype, int threads, Address x, Address out) {
+  const CpuConv pixel = window_of(channels, channels, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 1, dtype);
+  conv_kernels().average(on_images(pixel, images, height, width, threads), pointer<const void>(x), pointer<void>(out));
+}
 
 }  // namespace
 
 void define_conv(py::module_& m) {
+  using NoGil = py::call_guard<py::gil_scoped_release>;
   py::enum_<ConvMethod>(m, "ConvMethod")
       .value("gemm", ConvMethod::gemm)
       .value("winograd", ConvMethod::winograd)
       .value("grouped", ConvMethod::grouped);
-  const auto conv_of = [](int channels, int filters, const py::sequence& kernel_size, const py::sequence& stride,
-                          const py::sequence& padding, const py::sequence& dilation, int groups, DType dtype) {
-    return window_of(channels, filters, pair_of(kernel_size), pair_of(stride), pair_of(padding), pair_of(dilation),
-                     groups, dtype);
-  };
   py::class_<CpuConv>(m, "Conv", "A convolution or a pooling, whatever its image.")
-      .def(py::init(conv_of), py::arg("channels"), py::arg("filters"), py::arg("kernel_size"), py::arg("stride"),
-           py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("dtype"));
-  using NoGil = py::call_guard<py::gil_scoped_release>;
+      .def(py::init(&window_of), py::arg("channels"), py::arg("filters"), py::arg("kernel_size"), py::arg("stride"),
+           py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("dtype"))
+      .def_readonly("groups", &CpuConv::groups);
   m.def("conv_takes", [](const CpuConv& conv, ConvMethod method) { return conv_kernels().takes(conv, method); });
-  py::class_<PackedConv>(m, "PackedConv", "Weights of a convolution as one method wants them.")
-      .def(py::init<ConvMethod, Address, Address, const CpuConv&>(), py::arg("method"), py::arg("weight"),
-           py::arg("bias"), py::arg("conv"))
-      .def("run", &PackedConv::run, NoGil())
+  const auto pack = [](ConvMethod method, Address weight, Address bias, const CpuConv& conv) {
+    return std::make_shared<PackedConv>(method, pointer<const void>(weight), pointer<const float>(bias), conv);
+  };
+  py::class_<PackedConv, std::shared_ptr<PackedConv>>(m, "PackedConv", "Weights as one method wants them.")
+      .def(py::init(pack), py::arg("method"), py::arg("weight"), py::arg("bias"), py::arg("conv"))
+      .def("run", &run, NoGil())
       .def_property_readonly("bytes", &PackedConv::bytes);
-  m.def(
-      "max_pool",
-      [](const CpuConv& pool, int64_t images, int height, int width, int threads, Address x, Address out) {
-        conv_kernels().max_pool(on_images(pool, images, height, width, threads), pointer<const void>(x),
-                                pointer<void>(out));
-      },
-      NoGil());
+  py::class_<ConvChain>(m, "ConvChain", "Convolutions in a row, called once.")
+      .def(py::init<std::vector<int64_t>>(), py::arg("bytes"))
+      .def("add", [](ConvChain& chain, std::shared_ptr<PackedConv> conv, int64_t images, int height, int width,
+                     int threads, int x, int residual, bool relu,
+                     int out) { chain.add(std::move(conv), images, height, width, threads, x, residual, relu, out); })
+      .def("run", &run_chain, NoGil());
+  m.def("max_pool", &max_pool, NoGil());
+  m.def("average", &average, NoGil());
 }
 
 }  // namespace fused_resnet

@@ -74,7 +74,7 @@ int64_t conv_packed_bytes(const CpuConv& conv, ConvMethod method) {
   with_element(conv.dtype, [&](auto element) {
     using Element = decltype(element);
     words = method == ConvMethod::gemm       ? gemm_packed_words<Element>(conv)
-            : method == ConvMethod::winograd ? winograd_packed_words(conv)
+            : method == ConvMethod::winograd ? winograd_packed_words<Element>(conv)
                                              : grouped_packed_words<Element>(conv);
   });
   return words * static_cast<int64_t>(sizeof(float));
@@ -87,7 +87,7 @@ void conv_pack(const CpuConv& conv, ConvMethod method, const void* weight, void*
     auto* const to = static_cast<float*>(packed);
     if (method == ConvMethod::gemm) return gemm_pack<Element>(conv, from, to);
     if (method == ConvMethod::grouped) return grouped_pack<Element>(conv, from, to);
-    if constexpr (Element::kPerWord == 1) winograd_pack(conv, from, to);
+    winograd_pack<Element>(conv, from, to);
   });
 }
 
@@ -98,7 +98,7 @@ void conv_run(const CpuConv& conv, ConvMethod method, const void* x, const void*
     const auto* const weights = static_cast<const float*>(packed);
     if (method == ConvMethod::gemm) return gemm_run<Element>(conv, from, weights, epilogue);
     if (method == ConvMethod::grouped) return grouped_run<Element>(conv, from, weights, epilogue);
-    if constexpr (Element::kPerWord == 1) winograd_run(conv, from, weights, epilogue);
+    winograd_run<Element>(conv, from, weights, epilogue);
   });
 }
 
@@ -110,6 +110,29 @@ void max_pool(const CpuConv& pool, const void* x, void* out) {
       const Share rows = share(pool.images * pool.out_height, part, parts);
       for (int64_t row = rows.begin; row < rows.end; ++row) {
         pool_row<Element>(pool, static_cast<const Storage*>(x), row, static_cast<Storage*>(out));
+      }
+    });
+  });
+}
+
+void average(const CpuConv& images, const void* x, void* out) {
+  with_element(images.dtype, [&](auto element) {
+    using Element = decltype(element);
+    using Storage = typename Element::Storage;
+    const int channels = images.channels;
+    const int64_t vectors = divided_up(channels, kVectorLanes), pixels = int64_t{images.height} * images.width;
+    in_parallel(images.threads, [&](int part, int parts) {
+      const Share mine = share(images.images * vectors, part, parts);
+      for (int64_t i = mine.begin; i < mine.end; ++i) {
+        const int64_t image = i / vectors, channel = i % vectors * kVectorLanes;
+        const int lanes = static_cast<int>(std::min<int64_t>(kVectorLanes, channels - channel));
+        const Storage* from = static_cast<const Storage*>(x) + image * pixels * channels + channel;
+        Vector sum{};
+        for (int64_t pixel = 0; pixel < pixels; ++pixel, from += channels) {
+          sum += lanes == kVectorLanes ? Element::load(from) : load_some<Element>(from, lanes);
+        }
+        store_some<Element>(static_cast<Storage*>(out) + image * channels + channel, sum / static_cast<float>(pixels),
+                            lanes);
       }
     });
   });

@@ -10,8 +10,9 @@ int64_t conv_packed_bytes(const CpuConv& conv, ConvMethod method);
 void conv_pack(const CpuConv& conv, ConvMethod method, const void* weight, void* packed);
 void conv_run(const CpuConv& conv, ConvMethod method, const void* x, const void* packed, const ConvEpilogue& epilogue);
 void max_pool(const CpuConv& pool, const void* x, void* out);
+void average(const CpuConv& images, const void* x, void* out);
 
-constexpr ConvKernels kConvKernels{conv_takes, conv_packed_bytes, conv_pack, conv_run, max_pool};
+constexpr ConvKernels kConvKernels{conv_takes, conv_packed_bytes, conv_pack, conv_run, max_pool, average};
 
 }  // namespace CPU_CAPABILITY
 }  // namespace fused_resnet

@@ -23,9 +23,13 @@ void gemm_run(const CpuConv& conv, const typename Element::Storage* x, const flo
               const ConvEpilogue& epilogue);
 
 bool winograd_takes(const CpuConv& conv);
+template <typename Element>
 int64_t winograd_packed_words(const CpuConv& conv);
-void winograd_pack(const CpuConv& conv, const float* weight, float* packed);
-void winograd_run(const CpuConv& conv, const float* x, const float* packed, const ConvEpilogue& epilogue);
+template <typename Element>
+void winograd_pack(const CpuConv& conv, const typename Element::Storage* weight, float* packed);
+template <typename Element>
+void winograd_run(const CpuConv& conv, const typename Element::Storage* x, const float* packed,
+                  const ConvEpilogue& epilogue);
 
 bool grouped_takes(const CpuConv& conv);
 template <typename Element>

@@ -5,6 +5,7 @@
 // adds. The rows are kRowWords apart, an odd number of cache lines, so that they do not compete for the same sets.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -54,8 +55,13 @@ inline Vector broadcast(float value) { return value - Vector{}; }  // +: would t
 struct Single {
   using Storage = float;
   static constexpr int kPerWord = 1;
+  static float widen(float stored) { return stored; }
   static Vector load(const float* from) { return load_vector(from); }
   static void store(float* to, Vector vector) { store_vector(to, vector); }
+  static void store_two(float* to, Vector first, Vector second) {
+    store(to, first);
+    store(to + kVectorLanes, second);
+  }
   static Vector multiply_add(Vector sum, Vector a, Vector b) { return sum + a * b; }
 };
 
@@ -63,12 +69,17 @@ struct Single {
 struct Brain {
   using Storage = uint16_t;
   static constexpr int kPerWord = 2;
+  static float widen(uint16_t stored) { return BFloat16::load(stored); }
   static Vector load(const uint16_t* from) {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
     return reinterpret_cast<Vector>(_mm512_slli_epi32(wide, 16));
   }
   static void store(uint16_t* to, Vector vector) {
     const __m256bh rounded = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(vector));
+    std::memcpy(to, &rounded, sizeof(rounded));
+  }
+  static void store_two(uint16_t* to, Vector first, Vector second) {
+    const __m512bh rounded = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(second), reinterpret_cast<__m512>(first));
     std::memcpy(to, &rounded, sizeof(rounded));
   }
   static Vector multiply_add(Vector sum, Vector a, Vector b) {
@@ -93,7 +104,19 @@ void store_some(typename Element::Storage* to, Vector vector, int lanes) {
 }
 
 // max(value, 0), except that a NaN stays a NaN, as in torch.relu.
-inline Vector relu_of(Vector value) { return value <= Vector{} ? Vector{} : value; }
+inline Vector relu_of(Vector value) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vector>(_mm512_max_ps(_mm512_setzero_ps(), reinterpret_cast<__m512>(value)));
+#else
+  return value <= Vector{} ? Vector{} : value;
+#endif
+}
+
+// Memory that is brought nearer while a tile is multiplied, `step` bytes for each word of depth.
+struct Ahead {
+  const char* from;
+  int64_t step;
+};
 
 // What is done with the sums of a tile. Of each row, `filters` outputs exist, 1 to kTileColumns.
 template <typename Element>
@@ -102,26 +125,36 @@ struct Tile {
   const float* b;                             // a panel of weights: `depth` words for each of kTileColumns filters
   int64_t depth;                              // in words
   float* sums;                                // kTileSums of the depth before this one, or for the depth behind it
-  bool resume;                                // the sums begin with these; else with 0
-  const float* bias;                          // of kTileColumns filters; null: the sums are stored, nothing else
+  bool resume;                                // these are added to the sums
+  const float* bias;                          // of kTileColumns filters; unread where `out` is null
   const typename Element::Storage* residual;  // of the first output, or null
-  typename Element::Storage* out;             // the first output
+  typename Element::Storage* out;             // the first output; null: the sums are stored, nothing else
   int64_t out_stride;                         // elements from one row to the next, of the residual's too
   int filters;
   bool relu;
-  const char* ahead;  // a cache line for each word of depth that a later tile will read; never null
+  Ahead weights_ahead, inputs_ahead;  // of what comes after this tile
 };
 
-template <typename Element>
-inline void finish(const Tile<Element>& tile, int row, int vector, Vector value) {
-  const int64_t offset = row * tile.out_stride + vector * kVectorLanes;
-  const int lanes = tile.filters - vector * kVectorLanes;
-  if (lanes >= kVectorLanes) {
-    if (tile.residual != nullptr) value += Element::load(tile.residual + offset);
-    Element::store(tile.out + offset, tile.relu ? relu_of(value) : value);
-  } else if (lanes > 0) {
-    if (tile.residual != nullptr) value += load_some<Element>(tile.residual + offset, lanes);
-    store_some<Element>(tile.out + offset, tile.relu ? relu_of(value) : value, lanes);
+// The epilogue of one row.
+template <typename Element, bool residual, bool relu>
+inline void finish(const Tile<Element>& tile, int row, Vector first, Vector second) {
+  const int64_t offset = row * tile.out_stride;
+  if (tile.filters == kTileColumns) {
+    if constexpr (residual) {
+      first += Element::load(tile.residual + offset);
+      second += Element::load(tile.residual + offset + kVectorLanes);
+    }
+    Element::store_two(tile.out + offset, relu ? relu_of(first) : first, relu ? relu_of(second) : second);
+    return;
+  }
+  const Vector both[kTileVectors] = {first, second};
+  for (int vector = 0; vector < kTileVectors; ++vector) {
+    const int lanes = std::min(tile.filters - vector * kVectorLanes, kVectorLanes);
+    if (lanes <= 0) return;
+    const int64_t place = offset + vector * kVectorLanes;
+    Vector value = both[vector];
+    if constexpr (residual) value += load_some<Element>(tile.residual + place, lanes);
+    store_some<Element>(tile.out + place, relu ? relu_of(value) : value, lanes);
   }
 }
 
@@ -130,35 +163,30 @@ template <typename Storage>
 inline void prefetch_row(Storage* row) {
   constexpr bool kWritten = !std::is_const_v<Storage>;
   __builtin_prefetch(row, kWritten);
-  __builtin_prefetch(row + kTileColumns - 1, kWritten);
+  if (kTileColumns * sizeof(Storage) > kCacheLine) __builtin_prefetch(row + kTileColumns - 1, kWritten);
 }
 
 template <typename Element, int rows>
 void multiply(const Tile<Element>& tile) {
   Vector sum[rows][kTileVectors];
-  if (tile.resume) {
-#pragma GCC unroll 28
-    for (int i = 0; i < rows * kTileVectors; ++i)
-      sum[i / kTileVectors][i % kTileVectors] = load_vector(tile.sums + i * kVectorLanes);
-  } else {
-#pragma GCC unroll 28
-    for (int i = 0; i < rows * kTileVectors; ++i) sum[i / kTileVectors][i % kTileVectors] = Vector{};
-  }
-  if (tile.bias != nullptr) {
+#pragma GCC unroll 14
+  for (int row = 0; row < rows; ++row) sum[row][0] = sum[row][1] = Vector{};
+  if (tile.out != nullptr) {
     for (int row = 0; row < rows; ++row) {
       const int64_t offset = row * tile.out_stride;
       if (tile.residual != nullptr) prefetch_row(tile.residual + offset);
       prefetch_row(tile.out + offset);
     }
   }
-  const char* const ahead = tile.ahead;
+  const Ahead weights_ahead = tile.weights_ahead, inputs_ahead = tile.inputs_ahead;
   const float* const a = tile.a;
   const float* b = tile.b;
   for (int64_t k = 0; k < tile.depth; ++k, b += kTileColumns) {
     const Vector first = load_vector(b), second = load_vector(b + kVectorLanes);
     __builtin_prefetch(b + kPrefetchWords);
     __builtin_prefetch(b + kPrefetchWords + kVectorLanes);
-    __builtin_prefetch(ahead + k * kCacheLine, 0, 2);
+    __builtin_prefetch(weights_ahead.from + k * weights_ahead.step, 0, 2);
+    __builtin_prefetch(inputs_ahead.from + k * inputs_ahead.step, 0, 2);
 #pragma GCC unroll 14
     for (int row = 0; row < rows; ++row) {
       const Vector input = broadcast(a[row * kRowWords + k]);
@@ -166,18 +194,34 @@ void multiply(const Tile<Element>& tile) {
       sum[row][1] = Element::multiply_add(sum[row][1], input, second);
     }
   }
-  if (tile.bias == nullptr) {
-#pragma GCC unroll 28
-    for (int i = 0; i < rows * kTileVectors; ++i)
-      store_vector(tile.sums + i * kVectorLanes, sum[i / kTileVectors][i % kTileVectors]);
+  // Added behind the products, as the bias is: sums of fewer and smaller numbers are rounded less.
+  if (tile.resume) {
+#pragma GCC unroll 14
+    for (int row = 0; row < rows; ++row) {
+      sum[row][0] += load_vector(tile.sums + row * kTileColumns);
+      sum[row][1] += load_vector(tile.sums + row * kTileColumns + kVectorLanes);
+    }
+  }
+  if (tile.out == nullptr) {
+#pragma GCC unroll 14
+    for (int row = 0; row < rows; ++row) {
+      store_vector(tile.sums + row * kTileColumns, sum[row][0]);
+      store_vector(tile.sums + row * kTileColumns + kVectorLanes, sum[row][1]);
+    }
     return;
   }
-  const Vector first = load_vector(tile.bias), second = load_vector(tile.bias + kVectorLanes);
+  const Vector bias = load_vector(tile.bias), bias2 = load_vector(tile.bias + kVectorLanes);
+  const auto finish_all = [&](auto residual, auto relu) {
 #pragma GCC unroll 14
-  for (int row = 0; row < rows; ++row) {
-    finish(tile, row, 0, sum[row][0] + first);
-    finish(tile, row, 1, sum[row][1] + second);
-  }
+    for (int row = 0; row < rows; ++row) {
+      finish<Element, decltype(residual)::value, decltype(relu)::value>(tile, row, sum[row][0] + bias,
+                                                                        sum[row][1] + bias2);
+    }
+  };
+  if (tile.residual != nullptr && tile.relu) return finish_all(std::true_type{}, std::true_type{});
+  if (tile.residual != nullptr) return finish_all(std::true_type{}, std::false_type{});
+  if (tile.relu) return finish_all(std::false_type{}, std::true_type{});
+  finish_all(std::false_type{}, std::false_type{});
 }
 
 template <typename Element, int... rows>

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,14 @@ from fused_resnet.modules.bn_act import has_global_hooks, is_intercepted
 from fused_resnet.modules.bottleneck import Bottleneck
 from fused_resnet.modules.conv_bn_act import ConvBNAct2d, why_not_fold
 from fused_resnet.modules.frozen import FrozenBlock, FrozenConvAct, FrozenStage
-from fused_resnet.modules.frozen_ends import FrozenAvgPool, FrozenStem, is_stem, normalized, pixel_scale_and_shift
+from fused_resnet.modules.frozen_ends import (
+    FrozenAvgPool,
+    FrozenLinear,
+    FrozenStem,
+    is_stem,
+    normalized,
+    pixel_scale_and_shift,
+)
 from fused_resnet.ops.checks import DTYPES, check_bytes, check_image, check_normalize
 
 BLOCK_FORWARDS = (BasicBlock.forward, Bottleneck.forward, PlainBlock.forward)
@@ -161,9 +169,9 @@ def freeze(
     frozen = frozen.to(dtype=dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for name, part in folded.items():
         frozen = _replace(frozen, name, part)
-    for module in frozen.modules():
-        if type(module) is nn.Sequential and all(type(child) is FrozenBlock for child in module):
-            module.__class__ = FrozenStage
+    for name, module in list(frozen.named_modules()):
+        if type(module) is nn.Sequential and len(module) > 0 and all(type(child) is FrozenBlock for child in module):
+            frozen = _replace(frozen, name, FrozenStage(OrderedDict(module.named_children())))
     result = FrozenModel(frozen, dtype, normalize)
     result.eval()
     result(example_input)
@@ -192,6 +200,9 @@ def _fold(
         average = getattr(module, "avgpool", None)
         if type(average) is nn.AdaptiveAvgPool2d and average.output_size in (1, (1, 1)) and not is_intercepted(average):
             ends["avgpool"] = FrozenAvgPool()
+        linear = getattr(module, "fc", None)
+        if type(linear) is nn.Linear and not is_intercepted(linear):
+            ends["fc"] = FrozenLinear(linear)
         return ends or None
     if forward in BLOCK_FORWARDS:
         return _fold_block(module, dtype)

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from fused_resnet.modules.bn_act import has_global_hooks, is_intercepted
-from fused_resnet.ops.backend import AUTO, remembered, requested_backend
+from fused_resnet.ops.backend import AUTO, is_listened_to, remembered, requested_backend
 from fused_resnet.ops.conv_bn_act import fold
+from fused_resnet.ops.native_chain import Block, NativeChain
+from fused_resnet.ops.native_conv import NativeConv, why_not_native
 from fused_resnet.ops.packed_conv import pack_conv_weight, packed_conv_act, why_not_packed
 
 PACKED_SIZES = 4  # of the input: a weight packed for one size is packed again at every call of another, 4x slower
@@ -54,6 +56,7 @@ class FrozenConvAct(nn.Module):
         """What was made or decided for the weight as it was."""
         self._packed: dict[torch.Size, tuple[Tensor, Tensor]] = {}
         self._chosen: dict[Any, Any] = {}
+        self._native: tuple[NativeConv | None] | None = None
 
     def _bias_dtype(self) -> torch.dtype:
         return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
@@ -62,6 +65,8 @@ class FrozenConvAct(nn.Module):
         """x: (N, C, H, W), channels_last for speed; residual: of the result's shape and dtype, or None, and with
         ``overwrite`` its memory may become the result's."""
         settings = (self.stride, self.padding, self.dilation, self.groups)
+        if runs_unseen(x) and (native := self.native_for(x)) is not None:
+            return native(x, residual, overwrite)
         if torch.compiler.is_compiling() or requested_backend() != AUTO or why_not_packed(x):
             arguments = (x, self.weight, None, self.bias, residual, *settings, self.relu)
             return remembered(self._chosen, "conv_bn_act", x, residual, arguments)(*arguments)
@@ -78,6 +83,16 @@ class FrozenConvAct(nn.Module):
         weight, bias = packed
         return packed_conv_act(x, weight, bias, residual, *settings, self.relu, overwrite)
 
+    def native_for(self, x: Tensor) -> NativeConv | None:
+        """Our own C++ for this weight, if it can take x."""
+        if x.device.type != "cpu" or x.dtype != self.weight.dtype:
+            return None
+        if self._native is None:
+            settings = (self.stride, self.padding, self.dilation, self.groups)
+            refused = why_not_native(x, self.weight, self.stride, self.dilation, self.groups)
+            self._native = (None if refused else NativeConv(self.weight, self.bias, *settings, self.relu),)
+        return self._native[0]
+
     def _apply(self, fn: Any, recurse: bool = True) -> FrozenConvAct:
         self._forget()
         bias = self.bias
@@ -86,7 +101,8 @@ class FrozenConvAct(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": {}, "_chosen": {}}  # neither copied nor pickled, made again when needed
+        # neither copied nor pickled, made again when needed
+        return {**self.__dict__, "_packed": {}, "_chosen": {}, "_native": None}
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self._forget()
@@ -130,19 +146,73 @@ class FrozenBlock(nn.Module):
         return last(out, shortcut, overwrite=private)
 
     def is_watched(self) -> bool:
-        return any(is_watched(module) for module in (self, *self.convs))
+        return has_global_hooks() or is_intercepted(self) or any(map(is_intercepted, self.convs))
+
+    def native_for(self, x: Tensor) -> Block:
+        """All convolutions as our own C++, which takes x."""
+        natives = [conv.native_for(x) for conv in self.all_convs() if conv is not None]
+        convs = [native for native in natives if native is not None]
+        downsample = None if self.downsample is None else convs.pop()
+        return Block(convs, downsample, self.shortcut)
+
+    def all_convs(self) -> list[FrozenConvAct | None]:
+        """With the shortcut's, None where that is something else."""
+        convs = [cast(FrozenConvAct, conv) for conv in self.convs]
+        if self.downsample is None:
+            return [*convs]
+        return [*convs, self.downsample if type(self.downsample) is FrozenConvAct else None]
 
 
 class FrozenStage(nn.Sequential):
-    """Frozen blocks in a row. What one hands to the next is nobody else's, unless a hook may have kept it."""
+    """Frozen blocks in a row. What one hands to the next is nobody else's, unless a hook may have kept it.
+
+    On the CPU all of them are one call of C++ where that can be.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._forget()
 
     def forward(self, x: Tensor) -> Tensor:
+        if (chain := self._chain_for(x)) is not None:
+            return chain(x)
         overwrite = False
         for block in self:
             private = not cast(FrozenBlock, block).is_watched()
             x = block(x, overwrite and private)
             overwrite = private
         return x
+
+    def _forget(self) -> None:
+        self._chains: dict[Any, tuple[list[Any], NativeChain | None]] = {}
+
+    def _chain_for(self, x: Tensor) -> NativeChain | None:
+        """The blocks in C++, if nobody watches them and all of their convolutions run there."""
+        if not runs_unseen(x) or has_global_hooks():
+            return None
+        blocks = [cast(FrozenBlock, block) for block in self]
+        if any(block.is_watched() or is_intercepted(block.downsample or block) for block in blocks):
+            return None
+        key = (x.shape, x.dtype, torch.get_num_threads())
+        natives = [conv and conv.native_for(x) for block in blocks for conv in block.all_convs()]
+        found = self._chains.get(key)
+        if found is None or found[0] != natives:
+            if len(self._chains) >= PACKED_SIZES:
+                self._chains.clear()
+            chain = None if None in natives else NativeChain([block.native_for(x) for block in blocks], x)
+            found = self._chains[key] = (natives, chain)
+        return found[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_chains": {}}
+
+
+def runs_unseen(x: Tensor) -> bool:
+    """True if C++ may run on the memory of x, past PyTorch's dispatcher: a plain CPU tensor that is not empty, nobody
+    that listens at the dispatcher, and no backend asked for."""
+    if torch.compiler.is_compiling() or requested_backend() != AUTO or is_listened_to():
+        return False
+    return type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.numel() > 0
 
 
 def is_watched(module: nn.Module) -> bool:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fused_resnet.modules.frozen import FrozenConvAct
+from fused_resnet.modules.bn_act import is_intercepted
+from fused_resnet.modules.frozen import FrozenConvAct, runs_unseen
 from fused_resnet.ops.backend import runs_in_cuda
+from fused_resnet.ops.native_conv import NativeConv, average, max_pool, takes_dtype
 
 _ops = torch.ops.fused_resnet
 
 STEM_KERNEL = {"kernel_size": (7, 7), "stride": [2, 2], "padding": [3, 3], "dilation": [1, 1], "groups": 1}
+POOL = ([3, 3], [2, 2], [1, 1])  # kernel size, stride, padding
 BYTE = 255.0
 
 
@@ -46,7 +50,10 @@ class FrozenStem(nn.Module):
             return _ops.stem(*arguments)
         if x.dtype == torch.uint8 and self.pixel_scale is not None and self.pixel_shift is not None:
             x = normalized(x, self.pixel_scale, self.pixel_shift, self.conv.weight.dtype)
-        return self.pool(self.conv(x.to(memory_format=torch.channels_last)))
+        y = self.conv(x.to(memory_format=torch.channels_last))
+        if runs_unseen(y) and self.conv.native_for(y) is not None and not is_intercepted(self.pool):
+            return max_pool(y, *POOL)
+        return self.pool(y)
 
 
 class FrozenAvgPool(nn.Module):
@@ -54,7 +61,48 @@ class FrozenAvgPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, C, H, W). Returns (N, C, 1, 1)."""
+        if runs_unseen(x) and takes_dtype(x.dtype):
+            return average(x)
         return _ops.avgpool(x) if runs_in_cuda("avgpool", (x,)) else nn.functional.adaptive_avg_pool2d(x, 1)
+
+
+class FrozenLinear(nn.Linear):
+    """``nn.Linear`` with its weight laid out for our own C++ where that runs: a convolution of one pixel."""
+
+    _native: NativeConv | None
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(1, 1, device="meta")
+        self.__dict__.update(linear.__dict__)
+        self._forget()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, in_features) or any other shape that ``nn.Linear`` takes."""
+        if x.dim() == 2 and x.dtype == self.weight.dtype and runs_unseen(x) and takes_dtype(x.dtype):
+            return self._conv()(x[:, :, None, None])[:, :, 0, 0]
+        return super().forward(x)
+
+    def _conv(self) -> NativeConv:
+        if self._native is None:
+            bias = self.weight.new_zeros(self.out_features) if self.bias is None else self.bias
+            pixel = ([1, 1], [0, 0], [1, 1])
+            self._native = NativeConv(self.weight[:, :, None, None], bias, *pixel, groups=1, relu=False)
+        return self._native
+
+    def _forget(self) -> None:
+        self._native = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FrozenLinear:
+        self._forget()
+        super()._apply(fn, recurse)
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._forget()
+        super()._load_from_state_dict(*args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_native": None}
 
 
 def is_stem(conv: nn.Module, pool: nn.Module) -> bool:

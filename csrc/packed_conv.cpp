@@ -1,0 +1,84 @@
+#include "packed_conv.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace fused_resnet {
+namespace {
+
+int output_size(int size, int kernel, int stride, int padding, int dilation) {
+  return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
+}
+
+int64_t checked_bytes(ConvMethod method, const CpuConv& conv) {
+  if (!conv_kernels().takes(conv, method)) {
+    throw std::invalid_argument("this method cannot do this convolution on this processor: ask conv_takes first");
+  }
+  return conv_kernels().packed_bytes(conv, method);
+}
+
+}  // namespace
+
+CpuConv on_images(CpuConv conv, int64_t images, int height, int width, int threads) {
+  conv.images = images;
+  conv.height = height;
+  conv.width = width;
+  conv.threads = threads;
+  conv.out_height = conv.out_width = 0;
+  if (height + 2 * conv.padding_height > conv.dilation_height * (conv.kernel_height - 1) &&
+      width + 2 * conv.padding_width > conv.dilation_width * (conv.kernel_width - 1)) {
+    conv.out_height =
+        output_size(height, conv.kernel_height, conv.stride_height, conv.padding_height, conv.dilation_height);
+    conv.out_width = output_size(width, conv.kernel_width, conv.stride_width, conv.padding_width, conv.dilation_width);
+  }
+  if (images < 1 || height < 1 || width < 1 || threads < 1 || conv.out_height < 1 || conv.out_width < 1) {
+    throw std::invalid_argument("images, height, width and threads must be positive, and so must the output's sizes");
+  }
+  return conv;
+}
+
+PackedConv::PackedConv(ConvMethod method, const void* weight, const float* bias, const CpuConv& conv)
+    : method_(method),
+      conv_(conv),
+      packed_(checked_bytes(method, conv)),
+      bias_(conv.filters * static_cast<int64_t>(sizeof(float))) {
+  conv_kernels().pack(conv_, method_, weight, packed_.data());
+  std::copy_n(bias, conv.filters, static_cast<float*>(bias_.data()));
+}
+
+void PackedConv::run(const CpuConv& conv, const void* x, const void* residual, bool relu, void* out) const {
+  conv_kernels().run(conv, method_, x, packed_.data(), {static_cast<const float*>(bias_.data()), residual, relu, out});
+}
+
+void ConvChain::check(int activation) const {
+  if (activation < 0 || activation >= static_cast<int>(bytes_.size()) + 2) {
+    throw std::invalid_argument("there is no activation " + std::to_string(activation));
+  }
+}
+
+void ConvChain::add(std::shared_ptr<const PackedConv> packed, int64_t images, int height, int width, int threads, int x,
+                    int residual, bool relu, int out) {
+  check(x);
+  check(out);
+  if (residual != -1) check(residual);
+  if (out == 0 || out == x) throw std::invalid_argument("out must be neither the chain's input nor the convolution's");
+  const CpuConv conv = on_images(packed->conv(), images, height, width, threads);
+  steps_.push_back({std::move(packed), conv, x, residual, relu, out});
+}
+
+void ConvChain::run(const void* x, void* out) const {
+  std::vector<std::unique_ptr<Buffer>> buffers;
+  std::vector<void*> activations{const_cast<void*>(x), out};
+  for (const int64_t bytes : bytes_) {
+    buffers.push_back(std::make_unique<Buffer>(bytes));
+    activations.push_back(buffers.back()->data());
+  }
+  for (const Step& step : steps_) {
+    const void* const residual = step.residual < 0 ? nullptr : activations[step.residual];
+    step.packed->run(step.conv, activations[step.x], residual, step.relu, activations[step.out]);
+  }
+}
+
+}  // namespace fused_resnet

@@ -1,0 +1,61 @@
+// Convolutions whose weights are laid out already: one, and many in a row.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "buffers.h"
+#include "conv.h"
+
+namespace fused_resnet {
+
+// `conv` on images of this size. Throws std::invalid_argument if a size is not positive, the output's included.
+CpuConv on_images(CpuConv conv, int64_t images, int height, int width, int threads);
+
+// Weights and bias as one method wants them, copied.
+class PackedConv {
+ public:
+  // weight: (filters, kernel_height, kernel_width, group_channels) of the dtype. Throws std::invalid_argument if the
+  // method cannot do the convolution on this processor.
+  PackedConv(ConvMethod method, const void* weight, const float* bias, const CpuConv& conv);
+
+  void run(const CpuConv& conv, const void* x, const void* residual, bool relu, void* out) const;
+
+  const CpuConv& conv() const { return conv_; }
+  int64_t bytes() const { return packed_.bytes() + bias_.bytes(); }
+
+ private:
+  ConvMethod method_;
+  CpuConv conv_;
+  Buffer packed_, bias_;
+};
+
+// The convolutions of blocks in a row, called once. Activations have numbers: 0 is the input, 1 the output, others are
+// memory of the chain's for the time of a call.
+class ConvChain {
+ public:
+  // Sizes in bytes of activations 2, 3, ...
+  explicit ConvChain(std::vector<int64_t> bytes) : bytes_(std::move(bytes)) {}
+
+  // residual: an activation, or -1. The residual's memory may be the output's, no other's.
+  void add(std::shared_ptr<const PackedConv> conv, int64_t images, int height, int width, int threads, int x,
+           int residual, bool relu, int out);
+  void run(const void* x, void* out) const;
+
+ private:
+  struct Step {
+    std::shared_ptr<const PackedConv> packed;
+    CpuConv conv;
+    int x, residual;
+    bool relu;
+    int out;
+  };
+
+  void check(int activation) const;
+
+  std::vector<int64_t> bytes_;
+  std::vector<Step> steps_;
+};
+
+}  // namespace fused_resnet
