@@ -25,11 +25,12 @@ endif
 READY := $(STAMPS)/ready-$(or $(FUSED_RESNET_BUILD),auto)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format build clean
+.PHONY: help demo test bench lint format build clean
 
 help:
 	@echo "make demo      train and time plain and fused ResNets side by side: a table, a picture, a JSON file"
 	@echo "make test      lint, and every test that this machine can run"
+	@echo "make bench     a selection of benchmarks/, in about five minutes, as a table and a JSON file"
 	@echo "make lint, make format, make build, make clean"
 
 demo: $(READY)
@@ -46,7 +47,18 @@ test: $(READY)
 	else echo "skipped: triton is not installed here"; fi; \
 	echo "== tests, 2 of 2: everything else"; \
 	$(RUN) -m pytest tests $$workers --durations=15 || failed="$$failed tests,"; \
+	echo "== the phases of benchmarks/run_gpu.sh, dry"; \
+	rm -rf build/gpu_dry; \
+	PYTHON=$(RUN) sh benchmarks/run_gpu.sh --dry --output build/gpu_dry || failed="$$failed GPU phases,"; \
 	if [ -n "$$failed" ]; then echo "make test: failed:$${failed%,}"; exit 1; fi
+
+SUITES := $(addprefix benchmarks/bench_,bn_act.py conv_bn_act.py block.py resnet.py)
+BENCH_JSON := .benchmarks/quick.json
+
+bench: $(READY)
+	@mkdir -p $(dir $(BENCH_JSON))
+	$(RUN) -m pytest -q $(SUITES) --quick --benchmark-json=$(BENCH_JSON) --benchmark-columns=median,iqr,rounds
+	@echo "results: $(BENCH_JSON); more: benchmarks/README.md"
 
 CPP_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CLANG_FORMAT = $(RUN) -c 'import clang_format; clang_format.clang_format()'

@@ -1,66 +1,40 @@
-"""ResNet-50 as plain PyTorch, fused and frozen, with pytest-benchmark.
+"""Whole networks, with pytest-benchmark: ResNet-50, and ResNet-18 and ResNeXt-50 in inference.
 
     python -m pytest benchmarks/bench_resnet.py [-k training] [--benchmark-json=FILE]
 
-pytest-benchmark runs one contender after the other. For numbers to quote, measured in turns, see cpu_speed.py.
+Inference, and a training step (forward, backward, update). pytest-benchmark runs one contender after the other; for
+numbers to quote, measured in turns, and for more contenders, see ``python -m fused_resnet bench``.
 """
 
 from __future__ import annotations
 
-import pytest
-import torch
-from torch import Tensor, nn
+from typing import Any
 
-from fused_resnet.bench.contenders import (
-    FROZEN,
-    FUSED,
-    PLAIN_FORMATS,
-    build,
-    inference_contenders,
-    plain_twin,
-    settle_statistics,
-    training_contenders,
-)
+from benchmarks.measure import DEVICE, DTYPES, ON_GPU, cases, device_time, measure, named
+from fused_resnet.bench.result import INFERENCE, TRAINING_STEP
+from fused_resnet.bench.suite.contender import Contender
+from fused_resnet.bench.suite.model_task import model_tasks
+from fused_resnet.bench.suite.registry import contenders
+from fused_resnet.bench.suite.task import Task
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
-AUTOCAST_DTYPE = torch.bfloat16 if ON_GPU else None
-MODEL, SIZE = "resnet50", 224
-INFERENCE_BATCHES = (1, 256) if ON_GPU else (1, 8)
-TRAINING_BATCH = 256 if ON_GPU else 16
-ROUNDS = 30 if ON_GPU else 5
+INFERENCE_NETWORKS, TRAINING_NETWORKS = ("resnet50", "resnet18", "resnext50_32x4d"), ("resnet50",)
+INFERENCE_BATCHES, TRAINING_BATCHES = ((1, 256), (256,)) if ON_GPU else ((1, 8), (16,))
+PLAIN = ("eager NCHW", "eager channels_last", "torch.compile")
+INFERENCE_CONTENDERS = named(contenders(), *PLAIN, "fused", "frozen", *(["frozen graph"] if ON_GPU else []))
+TRAINING_CONTENDERS = named(contenders(), *PLAIN, "fused", *(["fused graph"] if ON_GPU else []))
 
 
-@pytest.fixture(scope="module")
-def twins() -> tuple[nn.Module, nn.Module]:
-    torch.manual_seed(0)
-    model = build(MODEL).to(DEVICE)
-    settle_statistics(model, torch.randn(8, 3, SIZE, SIZE, device=DEVICE))
-    return model, plain_twin(model, MODEL)[0]
+def is_quick(task: Task) -> bool:
+    return task.batch_size == 1 and task.subject in ("resnet18", "resnet50")
 
 
-@pytest.mark.parametrize("batch_size", INFERENCE_BATCHES)
-@pytest.mark.parametrize("contender", [*PLAIN_FORMATS, FUSED, FROZEN])
-def test_inference(benchmark, twins: tuple[nn.Module, nn.Module], contender: str, batch_size: int) -> None:
-    images = torch.randn(batch_size, 3, SIZE, SIZE, device=DEVICE)
-    measure(benchmark, inference_contenders(*twins, images, AUTOCAST_DTYPE)[contender], batch_size)
+@device_time
+@cases(model_tasks(INFERENCE_NETWORKS, [INFERENCE], INFERENCE_BATCHES, DTYPES, DEVICE), INFERENCE_CONTENDERS, is_quick)
+def test_inference(benchmark: Any, task: Task, contender: Contender, is_quick: bool) -> None:
+    measure(benchmark, task, contender)
 
 
-@pytest.mark.parametrize("contender", [*PLAIN_FORMATS, FUSED])
-def test_training(benchmark, twins: tuple[nn.Module, nn.Module], contender: str) -> None:
-    images = torch.randn(TRAINING_BATCH, 3, SIZE, SIZE, device=DEVICE)
-    labels = torch.randint(1000, (TRAINING_BATCH,), device=DEVICE)
-    measure(benchmark, training_contenders(*twins, images, labels, AUTOCAST_DTYPE)[contender], TRAINING_BATCH)
-
-
-def measure(benchmark, run, batch_size: int) -> None:
-    def run_to_the_end() -> Tensor:
-        result = run()
-        if ON_GPU:
-            torch.cuda.synchronize()
-        return result
-
-    benchmark.group = f"{benchmark.name.split('[')[0].removeprefix('test_')} {MODEL}, batch {batch_size}"
-    benchmark.pedantic(run_to_the_end, rounds=ROUNDS, warmup_rounds=2)
-    if benchmark.stats is not None:  # None under --benchmark-disable
-        benchmark.extra_info["images_per_second"] = batch_size / benchmark.stats.stats.median
+@device_time
+@cases(model_tasks(TRAINING_NETWORKS, [TRAINING_STEP], TRAINING_BATCHES, DTYPES, DEVICE), TRAINING_CONTENDERS)
+def test_training(benchmark: Any, task: Task, contender: Contender, is_quick: bool) -> None:
+    measure(benchmark, task, contender)

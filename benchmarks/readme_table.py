@@ -8,8 +8,25 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from fused_resnet.bench.contenders import builder_names
+from fused_resnet.bench.report import condition
+from fused_resnet.bench.report.merge import merged
+from fused_resnet.bench.report.roles import (
+    PLAIN_EAGER,
+    best_eager,
+    best_of_ours,
+    best_rival,
+    is_ours,
+    right_timings,
+    times_faster,
+)
+from fused_resnet.bench.report.text_table import text_table
+from fused_resnet.bench.report.wording import three_digits
+from fused_resnet.bench.result import ABSENT, MODEL, MODES, RIGHT, Measurement, Result
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -17,17 +34,101 @@ RESULTS = ROOT / "benchmarks" / "results"
 MEASURED = ("<!-- measured: python -m benchmarks.readme_table --write -->", "<!-- /measured -->")
 COUNTED = ("<!-- counted: python -m benchmarks.readme_table --write -->", "<!-- /counted -->")
 STEP_BYTES = "step_bytes_*.json"
-PLAIN = ("plain NCHW", "plain channels_last")
+PEERS = ("onnxruntime", "openvino", "torch_tensorrt", "timm", "apex")
+"""Whose versions are told."""
+OURS_ALWAYS = ("fused", "frozen")
+RIVALS = (best_eager, best_rival)
+NOTHING_MEASURED = "Nothing was measured yet: benchmarks/results holds no result of `python -m fused_resnet bench`."
 
 
 def tables(results: Path = RESULTS) -> dict[tuple[str, str], str]:
-    """The text between each pair of marks: a Markdown table for each result file, under its condition."""
+    """The text between each pair of marks: Markdown tables, each under its condition.
+
+    Raises:
+        ValueError: a JSON file in the folder is neither a `Result` nor one of the counted bytes; the message names it.
+    """
     counted = sorted(results.glob(STEP_BYTES))
     measured = sorted(set(results.glob("*.json")) - set(counted))
     return {
-        MEASURED: "\n\n".join(_measured(path, json.loads(path.read_text())) for path in measured),
+        MEASURED: _measured(measured),
         COUNTED: "\n\n".join(_counted(path, json.loads(path.read_text())) for path in counted),
     }
+
+
+def _measured(paths: Sequence[Path]) -> str:
+    """For each condition and commit its networks: a table for each mode, batch size, dtype and image size."""
+    files = {path: Result.load(path) for path in paths}
+    if not files:
+        return NOTHING_MEASURED
+    parts = []
+    for result in merged(list(files.values())):
+        names = [path.name for path, one in files.items() if condition.same(result, one)]
+        parts += [_condition(result, names), *_networks(result)]
+    return "\n\n".join(parts)
+
+
+def _condition(result: Result, names: Sequence[str]) -> str:
+    machine, load = result.machine, result.machine.get("load_average")
+    versions = ", ".join(
+        f"{name} {version}" for name in PEERS if (version := (machine.get("packages") or {}).get(name))
+    )
+    files = ", ".join(f"[{name}](benchmarks/results/{name})" for name in names)
+    return (
+        f"{condition.one_line(result)}{', ' + versions if versions else ''}"
+        f"{'' if load is None else f', load before {load:.1f}'} ({files}). Milliseconds, medians; the fastest in bold. "
+        "The last columns say how many times as fast as the faster eager, and as the fastest of all that this package "
+        "does not run, the best of ours was: medians of ratios formed round by round."
+    )
+
+
+def _networks(result: Result) -> Iterator[str]:
+    groups: dict[tuple[str, int, str, int | None], list[Measurement]] = {}
+    for entry in result.measurements:
+        if entry.level == MODEL:
+            groups.setdefault((entry.mode, entry.batch_size, entry.dtype, entry.image_size), []).append(entry)
+    order = sorted(groups, key=lambda key: (MODES.index(key[0]), key[1], list(groups).index(key)))
+    for mode, batch_size, dtype, image_size in order:
+        entries = groups[mode, batch_size, dtype, image_size]
+        size = f", {image_size}x{image_size}" if image_size else ""
+        yield f"**{mode}, batch {batch_size}, {dtype}{size}**\n\n{_network_table(entries)}"
+
+
+def _network_table(entries: Sequence[Measurement]) -> str:
+    """A row for each network, a column for each contender that had a time somewhere: eager, then rivals, then ours.
+
+    Of ours only `OURS_ALWAYS` and who was the best of ours somewhere: levels and backends are for the reports.
+    """
+    found = dict.fromkeys(name for entry in entries for name, o in entry.outcomes.items() if o.timing is not None)
+    fastest = {best_of_ours(entry) for entry in entries}
+    names = [name for name in found if not is_ours(name) or name in OURS_ALWAYS or name in fastest]
+    names.sort(key=lambda name: (is_ours(name), name not in PLAIN_EAGER))
+    rows = [
+        [entry.subject, *(_cell(entry, name) for name in names), *(_ratio(entry, best(entry)) for best in RIVALS)]
+        for entry in sorted(entries, key=lambda entry: _place(entry.subject))
+    ]
+    return text_table(["", *names, "to eager", "to the fastest rival"], rows)
+
+
+def _cell(entry: Measurement, name: str) -> str:
+    outcome = entry.outcomes.get(name)
+    if outcome is None or outcome.status == ABSENT:
+        return "-"
+    if outcome.status != RIGHT or outcome.timing is None:
+        return outcome.status
+    right = right_timings(entry)
+    text = three_digits(outcome.timing.median * 1e3)
+    return f"**{text}**" if name == min(right, key=lambda name: right[name].median) else text
+
+
+def _ratio(entry: Measurement, other: str | None) -> str:
+    ours = best_of_ours(entry)
+    return "-" if ours is None or other is None else f"{times_faster(entry, ours, other):.2f}x"
+
+
+def _place(subject: str) -> int:
+    """Networks in the order of this package's builders, others behind them as they came."""
+    names = builder_names()
+    return names.index(subject) if subject in names else len(names)
 
 
 def _counted(path: Path, result: dict[str, Any]) -> str:
@@ -47,35 +148,6 @@ def _counted(path: Path, result: dict[str, Any]) -> str:
         cells = (f"{entry['bytes_per_image'] / 1e6:.0f} ({entry['ratio_to_eager']:.3f})" for entry in entries)
         lines.append(f"| {model} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def _measured(path: Path, result: dict[str, Any]) -> str:
-    machine = result["machine"]
-    load = machine["load_average"]
-    condition = (
-        f"{result['model']}, {result['image_size']}x{result['image_size']}, {result['dtype']}, {machine['cpu']}, "
-        f"{machine['threads']} threads, torch {machine['torch']}, commit {machine['commit'][:10]}, "
-        f"load before {load:.1f}"
-    )
-    lines = [
-        f"{condition} ([file](benchmarks/results/{path.name})). Medians (20th to 80th percentile); ratios are "
-        "medians of those formed round by round:",
-        "",
-        "| | batch | " + " | ".join(PLAIN) + " | here | against NCHW | against channels_last |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for entry in result["measured"]:
-        medians = {name: _milliseconds(timing) for name, timing in entry["seconds"].items()}
-        for name in (name for name in medians if name not in PLAIN):
-            cells = [entry["mode"] + ", " + name, str(entry["batch_size"]), *(medians[plain] for plain in PLAIN)]
-            cells += [medians[name], *(f"{entry['speedup'][name][plain]:.2f}x" for plain in PLAIN)]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _milliseconds(timing: dict[str, Any]) -> str:
-    median, low, high = (timing[key] * 1e3 for key in ("median", "p20", "p80"))
-    return f"{median:.0f} ms ({low:.0f}-{high:.0f})"
 
 
 def with_tables(readme: str, texts: dict[tuple[str, str], str]) -> str:

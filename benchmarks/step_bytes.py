@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fused_resnet.bench.command import column
+from fused_resnet.bench.byte_tables import column
 from fused_resnet.bench.contenders import builder_names
 from fused_resnet.bench.ledger import BACKWARD, FORWARD
 from fused_resnet.bench.machine import machine_facts

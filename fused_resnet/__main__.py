@@ -12,7 +12,11 @@ COMMANDS = {
     "info": ("fused_resnet.info", "what is built, what is usable here, and why the rest is not"),
     "bench": (
         "fused_resnet.bench.command",
-        "what a training step moves through memory, eager and at every level of fusion",
+        "is it faster on this machine, by how much, why, and is it still right",
+    ),
+    "tune": (
+        "fused_resnet.bench.tune.command",
+        "measures backends and tiles for a model's shapes here, and keeps the plan",
     ),
     "demo": ("fused_resnet.training.demo", "train and time plain and fused ResNets side by side"),
 }

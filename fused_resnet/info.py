@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fused_resnet.bench.machine import machine_facts
-from fused_resnet.ops import backend
+from fused_resnet.ops import backend, measured_plan
 from fused_resnet.version import __version__
 
 PREFIX = "FUSED_RESNET_"
@@ -37,6 +37,7 @@ def collect() -> dict[str, Any]:
         "cuda_devices": _cuda_devices(),
         "backends": {name: backend.unavailable(name) for name in backend.MODULES},
         "requested_backend": backend.requested_backend(),
+        "measured_plan": measured_plan.describe(),
         "extension": _extension(),
         "triton_cache": _triton_cache(),
         "environment": {
@@ -60,6 +61,7 @@ def as_text(facts: dict[str, Any]) -> str:
         f"backends (asked for: {facts['requested_backend']})": {
             name: "; ".join(["no", *reasons]) if reasons else "usable" for name, reasons in facts["backends"].items()
         },
+        "measured plan (python -m fused_resnet tune)": facts["measured_plan"],
         f"extension fused_resnet._C: {built}": extension,
         "Triton": {"cache": facts["triton_cache"]},
         "environment": facts["environment"],

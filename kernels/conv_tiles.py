@@ -1,5 +1,5 @@
 """The tile of a convolution seen as a matrix product, and how it walks the depth: a pure function of its shape, its
-dtype and the device.
+dtype and the device, unless somebody has measured (``chosen_tiles.py``).
 
 The product is (rows, depth) x (depth, filters) with rows = N*OH*OW and depth = R*S*C. A program computes a tile of
 ``rows`` x ``filters`` and walks the depth in steps of ``depth``.
@@ -21,11 +21,12 @@ float32 there are no matrix instructions: 8 sums a thread keep the operands of t
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
 import triton
+
+from fused_resnet.kernels.chosen_tiles import chosen, remembered
 
 # (rows, filters, warps, stages)
 CANDIDATES = (
@@ -71,8 +72,12 @@ class ConvTiles:
     warps: int
     stages: int
 
+    def __str__(self) -> str:
+        flat = " flat" if self.flat else ""
+        return f"{self.rows}x{self.filters}x{self.depth}{flat}, {self.warps} warps, {self.stages} stages"
 
-@functools.cache
+
+@remembered
 def conv_tiles(
     rows: int,
     filters: int,
@@ -84,30 +89,32 @@ def conv_tiles(
     pointwise: bool = False,
     full_precision: bool = False,
 ) -> ConvTiles:
-    """The cheapest candidate. ``full_precision``: float32 that may not be rounded to TF32."""
+    """The cheapest candidate, or the one chosen from outside. ``full_precision``: float32 that may not be rounded to
+    TF32."""
+    key = (rows, filters, channels, taps, element_bytes, multiprocessors, int(pointwise), int(full_precision))
     step_bytes: tuple[int, ...] = POINTWISE_STEP_BYTES if pointwise else STEP_BYTES
-    candidates: tuple[tuple[int, int, int, int], ...] = CANDIDATES
+    blocks: tuple[tuple[int, int, int, int], ...] = CANDIDATES
     if channels * element_bytes % ALIGNMENT_BYTES or filters * element_bytes % ALIGNMENT_BYTES:
         step_bytes = tuple(count for count in step_bytes if count <= SINGLE_STEP_BYTES)
-        candidates = tuple(tile for tile in CANDIDATES if tile[0] * tile[1] <= SINGLE_TILE)
+        blocks = tuple(block for block in CANDIDATES if block[0] * block[1] <= SINGLE_TILE)
     if full_precision:
-        step_bytes = (MIN_STEP * element_bytes,)
+        step_bytes, blocks = (MIN_STEP * element_bytes,), (FULL_PRECISION_TILE,)
     depth = depth_step(channels, [max(count // element_bytes, MIN_STEP) for count in step_bytes])
     flat = not pointwise and channels <= MAX_FLAT_CHANNELS and padded(channels, depth) > MAX_PADDING * channels
     if flat:
         depth = MIN_STEP if full_precision else SINGLE_STEP_BYTES // element_bytes
     padded_depth = padded(taps * channels, depth) if flat else taps * padded(channels, depth)
 
-    def cycles(candidate: tuple[int, int, int, int]) -> float:
-        block_rows, block_filters, _, _ = candidate
+    def cycles(candidate: ConvTiles) -> float:
+        block_rows, block_filters = candidate.rows, candidate.filters
         tiles = triton.cdiv(rows, block_rows) * triton.cdiv(filters, block_filters)
         multiply = block_rows * block_filters * padded_depth * element_bytes / FLOP_PER_CYCLE
         elements = (block_rows + block_filters) * padded_depth + 2 * block_rows * block_filters
         tile = START_CYCLES + max(multiply, elements * element_bytes / BYTES_PER_CYCLE)
         return math.ceil(tiles / multiprocessors) * tile
 
-    block_rows, block_filters, warps, stages = FULL_PRECISION_TILE if full_precision else min(candidates, key=cycles)
-    return ConvTiles(block_rows, block_filters, depth, flat, warps, stages)
+    candidates = [ConvTiles(block[0], block[1], depth, flat, *block[2:]) for block in blocks]
+    return chosen("conv_bn_act", key, candidates, min(candidates, key=cycles))
 
 
 def depth_step(channels: int, steps: list[int]) -> int:

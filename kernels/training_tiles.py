@@ -1,5 +1,6 @@
 """The tiles of the three convolutions of a training step, each seen as a matrix product: a pure function of its shape,
-its dtype and the chip. Nothing is measured here; a measured plan would replace the answer, not the model.
+its dtype and the chip. Nothing is measured here; a measurement replaces the answer, not the model
+(``chosen_tiles.py``).
 
 ============ ============== ============ ==================== ==========================================
 product      rows           columns      depth                read for a step of the row operand
@@ -23,12 +24,12 @@ splits also pays for writing and adding the float32 partial results.
 
 from __future__ import annotations
 
-import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 from triton import cdiv, next_power_of_2
 
+from fused_resnet.kernels.chosen_tiles import chosen, remembered
 from fused_resnet.kernels.conv_tiles import (
     ALIGNMENT_BYTES,
     FULL_PRECISION_TILE,
@@ -121,16 +122,22 @@ class Tiles:
     row_tiles: int = 1
     splits: int = 1
 
+    def __str__(self) -> str:
+        flat = " flat" if self.flat else ""
+        shared = f", {self.row_tiles} row tiles" if self.row_tiles > 1 else ""
+        shared += f", {self.splits} splits" if self.splits > 1 else ""
+        return f"{self.rows}x{self.columns}x{self.depth}{flat}, {self.warps} warps, {self.stages} stages{shared}"
+
 
 def aligned(element_bytes: int, *sizes: int) -> bool:
     """True if rows of so many elements all begin on 16 bytes."""
     return all(size * element_bytes % ALIGNMENT_BYTES == 0 for size in sizes)
 
 
-@functools.cache
+@remembered
 def training_tiles(product: Product, element_bytes: int, chip: Chip, *, full_precision: bool = False) -> Tiles:
     """The cheapest candidate that gives at least half of the multiprocessors a program, if one does: where the grid is
-    small, the model counts on latencies that it does not know well.
+    small, the model counts on latencies that it does not know well. Or the candidate chosen from outside.
 
     ``full_precision``: float32 that may not be rounded to TF32.
     """
@@ -147,12 +154,22 @@ def training_tiles(product: Product, element_bytes: int, chip: Chip, *, full_pre
             if _shared(product, tiles, element_bytes) <= chip.shared_bytes
         ]
     candidates = [split for tiles in candidates for split in _splits(product, tiles, element_bytes, chip)]
+    if not product.splittable:
+        candidates = [_with_row_tiles(product, tiles, element_bytes, chip) for tiles in candidates]
+    key = (*map(_plain, astuple(product)), element_bytes, *map(_plain, astuple(chip)), int(full_precision))
     busy = [tiles for tiles in candidates if 2 * _tile_count(product, tiles) * tiles.splits >= chip.multiprocessors]
-    best = min(busy or candidates, key=lambda tiles: cycles(product, tiles, element_bytes, chip))
-    if product.splittable:
-        return best
-    programs = CHUNK_WAVES * chip.multiprocessors * occupancy(product, best, element_bytes, chip)
-    return replace(best, row_tiles=max(int(_tile_count(product, best) / programs), 1))
+    cheapest = min(busy or candidates, key=lambda tiles: cycles(product, tiles, element_bytes, chip))
+    return chosen("training", key, candidates, cheapest)
+
+
+def _plain(value: float) -> float:
+    return int(value) if value == int(value) else value
+
+
+def _with_row_tiles(product: Product, tiles: Tiles, element_bytes: int, chip: Chip) -> Tiles:
+    """As many tiles of rows for a program as leave CHUNK_WAVES waves of them."""
+    programs = CHUNK_WAVES * chip.multiprocessors * occupancy(product, tiles, element_bytes, chip)
+    return replace(tiles, row_tiles=max(int(_tile_count(product, tiles) / programs), 1))
 
 
 def cycles(product: Product, tiles: Tiles, element_bytes: int, chip: Chip) -> float:

@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
+import atexit
 import os
-from pathlib import Path
+import shutil
+import tempfile
 
 import pytest
 import torch
 
+from fused_resnet.bench.suite.torchvision_ops import missing_torchvision_ops
+
 SECONDS_PER_TEST = 300
+NO_PLANS = tempfile.mkdtemp(prefix="fused_resnet_tests_")
+os.environ["FUSED_RESNET_CACHE_DIR"] = NO_PLANS  # not the plan that somebody measured on this machine
+atexit.register(shutil.rmtree, NO_PLANS, ignore_errors=True)
 
-
-def missing_torchvision_ops() -> torch.library.Library | None:
-    """Defines the two C++ ops that torchvision's Python code refers to, if torchvision's own library cannot be loaded.
-
-    That is so where its wheel was built for CUDA and torch was not. The ops have no code: what calls them fails, and
-    the classification models call neither. They last as long as the library that is returned.
-    """
-    found = importlib.util.find_spec("torchvision")
-    if found is None or found.origin is None:
-        return None
-    for path in Path(found.origin).parent.glob("_C*.so"):
-        try:
-            torch.ops.load_library(path)
-            return None
-        except OSError:
-            continue
-    library = torch.library.Library("torchvision", "DEF")
-    library.define("nms(Tensor boxes, Tensor scores, float threshold) -> Tensor")
-    library.define("qnms(Tensor boxes, Tensor scores, float threshold) -> Tensor")
-    return library
-
-
-TORCHVISION_OPS = missing_torchvision_ops()
+missing_torchvision_ops()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -37,7 +37,7 @@ EXTRAS = {
     *("rich", "matplotlib", "sklearn", "jinja2", "torchvision", "timm"),
     *("onnx", "onnxruntime", "openvino", "torch_tensorrt", "cudnn", "apex"),
 }
-READS_ENVIRONMENT = {"fused_resnet/ops/backend.py", "fused_resnet/ops/plan.py", "fused_resnet/info.py"}
+READS_ENVIRONMENT = {f"fused_resnet/{name}.py" for name in ("ops/backend", "ops/plan", "ops/plan_file", "info")}
 
 
 def package_files() -> list[Path]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fused_resnet
 from fused_resnet import models
+from fused_resnet.bench.suite.torchvision_ops import torchvision_models
 from fused_resnet.bench.timer import Timing
 from fused_resnet.training.loop import autocast, start_run
 
@@ -44,11 +45,10 @@ def plain_twin(model: nn.Module, name: str, num_classes: int = 1000) -> tuple[nn
     The code is torchvision's where torchvision can be imported, else this package's after ``unfuse``, which runs the
     same operations.
     """
-    try:
-        from torchvision.models import get_model
-    except (ImportError, RuntimeError):  # RuntimeError: a torchvision built for another torch
+    torchvision = torchvision_models()
+    if torchvision is None:
         return fused_resnet.unfuse(copy.deepcopy(model)), "fused_resnet.unfuse"
-    twin = get_model(name, weights=None, num_classes=num_classes)
+    twin = torchvision.get_model(name, weights=None, num_classes=num_classes)
     twin.load_state_dict(model.state_dict())
     return twin.train(model.training), "torchvision"
 

@@ -12,6 +12,12 @@ from typing import Any
 
 import torch
 
+PEERS = (
+    *("fused_resnet", "torchvision", "timm", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "openvino"),
+    *("torch_tensorrt", "tensorrt", "nvidia-cudnn-frontend", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "apex"),
+)
+"""Distributions whose code may be measured beside this package's; and its own."""
+
 REPOSITORY_FILE = Path(__file__).resolve()
 
 
@@ -19,7 +25,8 @@ def machine_facts(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Plain values for JSON.
 
     ``commit`` is the checkout this package runs from, with "-dirty" if tracked files are modified, and None when it
-    runs from an installation. ``load_average`` is of the last minute, in processes: a busy machine measures badly.
+    runs from an installation. ``packages`` are the installed peers and their versions. ``load_average`` is of the last
+    minute, in processes: a busy machine measures badly.
     """
     device = torch.device(device)
     return {
@@ -36,6 +43,7 @@ def machine_facts(device: torch.device | str = "cpu") -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
         "triton": _version("triton"),
         "torchvision": _version("torchvision"),
+        "packages": {name: version for name in PEERS if (version := _version(name))},
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

@@ -38,7 +38,8 @@ class Outcome:
     setup_seconds: float | None = None
     """What came before the first run and comes once: compiling, tuning, packing weights, capture."""
     peak_bytes: int | None = None
-    """The most memory held during a run beyond what was held before it; on the CPU of allocations that PyTorch sees."""
+    """The most memory held during a run beyond what was held before it: on a GPU of PyTorch's allocator, on the CPU of
+    the process (``suite/peak_memory.py``)."""
     saved_bytes: int | None = None
     """Kept by the forward for its backward; of the training modes."""
     moved_bytes: int | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,10 @@ from fused_resnet.bench.timer import Stopwatch, Timing
 
 ROUNDS = 20
 WARMUP = 5
+CPU_COPY_BYTES, GPU_COPY_BYTES = 2**27, 2**30
+"""Of either tensor of a copy: four times the cache of an EPYC's eight cores, and twenty times that of a GPU."""
+CPU_PRODUCT_SIZES, GPU_PRODUCT_SIZES = (1024, 2048), (8192,)
+"""Sides of the square matrices; the fastest counts (which of them that is depends on the CPU and the dtype)."""
 
 
 @dataclass(frozen=True)
@@ -24,23 +29,28 @@ class Ceilings:
         return max(moved / self.bytes_per_second, flop / self.flop_per_second) / seconds
 
 
-def measure_ceilings(device: torch.device | str, dtype: torch.dtype) -> Ceilings:
+def measure_ceilings(device: torch.device | str, dtype: torch.dtype, *, rounds: int = ROUNDS) -> Ceilings:
     """A copy of a tensor larger than any cache (read and written bytes), and a square matrix product in ``dtype``.
 
-    Random numbers, not zeros, on which a GPU clocks higher.
+    Random numbers, not zeros, on which a GPU clocks higher. Of the ``rounds`` the 20th percentile: what the device
+    reaches while nobody else is in its way.
     """
     device = torch.device(device)
     on_gpu = device.type == "cuda"
-    elements, size = (2**29, 8192) if on_gpu else (2**26, 1024)
-    source = torch.empty(elements // dtype.itemsize * 2, dtype=dtype, device=device).normal_()
+    copy_bytes, sizes = (GPU_COPY_BYTES, GPU_PRODUCT_SIZES) if on_gpu else (CPU_COPY_BYTES, CPU_PRODUCT_SIZES)
+    source = torch.empty(copy_bytes // dtype.itemsize, dtype=dtype, device=device).normal_()
     target = torch.empty_like(source)
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    copy = _median(lambda: target.copy_(source), device)
-    product = _median(lambda: left @ right, device)
-    return Ceilings(2 * source.nbytes / copy, 2 * size**3 / product)
+    copy = _seconds(lambda: target.copy_(source), device, rounds)
+    flop_per_second = 0.0
+    for size in sizes:
+        left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        seconds = _seconds(lambda left=left, right=right: left @ right, device, rounds)  # type: ignore[misc]
+        flop_per_second = max(flop_per_second, 2 * size**3 / seconds)
+    return Ceilings(2 * source.nbytes / copy, flop_per_second)
 
 
-def _median(work, device: torch.device) -> float:
+def _seconds(work: Callable[[], object], device: torch.device, rounds: int) -> float:
     stopwatch = Stopwatch(device)
-    samples = [stopwatch.time(work)[1] for _ in range(WARMUP + ROUNDS)]
-    return Timing(tuple(samples[WARMUP:])).median
+    warmup = min(WARMUP, rounds)
+    samples = [stopwatch.time(work)[1] for _ in range(warmup + rounds)]
+    return Timing(tuple(samples[warmup:])).p20

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import numpy
 import torch
 
+from fused_resnet.bench.device_clock import SPIN_CYCLES
+
 Result = TypeVar("Result")
 
 
@@ -65,7 +67,7 @@ class Stopwatch:
         device: where the work runs.
         clock: seconds since some moment; used on the CPU only.
         flush_cache: on a GPU, overwrite the L2 cache before each call, so that it finds its inputs in memory. The
-            write also keeps the stream busy while the call is launched, so that launch time is not measured.
+            stream is then kept busy while the call is launched, so that launch time is not measured.
     """
 
     def __init__(
@@ -87,17 +89,37 @@ class Stopwatch:
         result = work()
         return result, self._clock() - start
 
+    def time_calls(self, work: Callable[[], object], calls: int) -> float:
+        """Seconds of one of ``calls`` calls in a row: for work too short to be timed alone.
+
+        With ``flush_cache`` on a GPU each is timed by itself, behind a flush of its own.
+        """
+        if self._flush is not None:
+            return sum(self.time(work)[1] for _ in range(calls)) / calls
+
+        def all_of_them() -> None:
+            for _ in range(calls):
+                work()
+
+        return self.time(all_of_them)[1] / calls
+
     def _time_by_events(self, work: Callable[[], Result]) -> tuple[Result, float]:
         with torch.cuda.device(self.device):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize()
             if self._flush is not None:
                 self._flush.zero_()
+                torch.cuda._sleep(SPIN_CYCLES)
+            wall = time.perf_counter()
             start.record()
             result = work()
             end.record()
-            end.synchronize()
-        return result, start.elapsed_time(end) / 1e3
+            torch.cuda.synchronize()
+            wall = time.perf_counter() - wall
+        seconds = start.elapsed_time(end) / 1e3
+        # Work on a stream of its own (a peer's runtime may have one) is not between the events.
+        on_another_stream = self._flush is None and wall > 2 * seconds + 1e-3
+        return result, wall if on_another_stream else seconds
 
 
 def interleave(

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fused_resnet.ops import cuda_launch
+from fused_resnet.ops import cuda_launch, measured_plan
 from fused_resnet.ops.layout import is_channels_last_once_dense
 from fused_resnet.ops.preference import ranking
 from fused_resnet.ops.reasons import (
@@ -137,7 +137,8 @@ def passes_for(x: Tensor, *others: Tensor) -> Any:
     PyTorch's dispatcher, which choose for every call; or the cuda backend itself, where that is the choice and nobody
     listens at the dispatcher. The way through it and the choice would cost as much again as all else that Python does
     for a launch. (Profilers then see the kernels, and not the ops.)"""
-    if _cuda_takes(x) and not _is_listened_to() and not any(map(_is_batched, others)):
+    direct = _cuda_takes(x) and not is_listened_to() and not any(map(_is_batched, others))
+    if direct and not measured_plan.other_backend_for_passes(x, "cuda"):
         return module("cuda")
     return torch.ops.fused_resnet
 
@@ -146,7 +147,7 @@ def remembered(memory: dict[Any, Any], op: str, x: Tensor, residual: Tensor | No
     """The function that runs ``op`` on these arguments, as `choose` says the first time for an x and a residual like
     these; ``memory`` belongs to a caller whose other arguments are always alike. The op of the dispatcher, which
     chooses for every call, where somebody listens there."""
-    if torch.compiler.is_compiling() or _is_listened_to():
+    if torch.compiler.is_compiling() or is_listened_to():
         return getattr(torch.ops.fused_resnet, op)
     like = None if residual is None else (residual.shape, residual.device)
     key = (x.shape, x.stride(), x.dtype, x.device, like, _requested)
@@ -158,7 +159,7 @@ def remembered(memory: dict[Any, Any], op: str, x: Tensor, residual: Tensor | No
     return function
 
 
-def _is_listened_to() -> bool:
+def is_listened_to() -> bool:
     """True if something between here and the kernels wants to see every op: a dispatch mode, tracing, functorch."""
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None or is_transformed()
 

@@ -9,7 +9,8 @@ level what one pass over memory holds
 3     and the same in backward: both gradients of a convolution, the norm behind it, the norm in front
 ===== ==============================================================================================
 
-The automatic choice, by what is known and not by measurement: level 3 where the Triton kernels run on the device and
+The automatic choice is the level that was fastest here for this convolution, where ``ops/measured_plan.py`` knows of a
+measurement. Else, by what is known and not by measurement: level 3 where the Triton kernels run on the device and
 have matrix instructions for the dtype, since it moves the fewest bytes (benchmarks/step_bytes.py) and nearly every
 convolution of a ResNet waits for memory; else level 0. A convolution that the kernels cannot take falls to level 0
 alone. ``use_fusion_level``, or FUSED_RESNET_LEVEL in the environment, asks for another.
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_resnet.ops import measured_plan
 from fused_resnet.ops.backend import AUTO, requested_backend, why_not
 from fused_resnet.ops.layout import is_channels_last_once_dense
 
@@ -73,7 +75,8 @@ def training_level(
     dilation: Sequence[int],
     groups: int,
 ) -> int:
-    """The level at which this convolution trains: 0 where ``why_not_fused_training`` has a reason.
+    """The level at which this convolution trains: 0 where ``why_not_fused_training`` has a reason; the one asked for,
+    else the one that was fastest here, else the highest.
 
     Args:
         x: (N, C, H, W), of the dtype, device and memory format that the convolution gets.
@@ -82,11 +85,18 @@ def training_level(
     weight = (conv_weight.shape, conv_weight.dtype, conv_weight.device)
     image = (type(x), x.shape, x.dtype, x.device, is_channels_last_once_dense(x))
     settings = (tuple(stride), tuple(padding), tuple(dilation), groups)
-    key = (image, weight, settings, _requested, requested_backend(), _needs_full_float32(x))
+    asked_for = (_requested, requested_backend(), _needs_full_float32(x), measured_plan.generation)
+    key = (image, weight, settings, asked_for)
     level = _decided.get(key)
     if level is None:
         fused = not why_not_fused_training(x, conv_weight, stride, padding, dilation, groups)
-        level = training_level_asked_for() if fused else 0
+        measured = measured_plan.level_for(x, conv_weight, stride, padding, dilation, groups)
+        if not fused:
+            level = 0
+        elif measured is None or _requested is not None or requested_backend() != AUTO:
+            level = training_level_asked_for()
+        else:
+            level = measured
         if len(_decided) >= MOST_DECISIONS:
             _decided.clear()
         _decided[key] = level

@@ -1,6 +1,7 @@
 """Which backend is asked first where several can run an op.
 
-By what is known and not by measurement: no rule here was timed on a device yet. A pass over memory takes as long in
+The one that was fastest here, where ``ops/measured_plan.py`` knows of a measurement; the rest is written, by what is
+known and not by measurement: no rule here was timed on a device yet. A pass over memory takes as long in
 CUDA C++ as in Triton, but is launched in less time and, with a bit mask, moves less: ``cuda`` first. A convolution that
 fills a chip with wgmma runs faster in Triton, whose matrix instructions there take their operands from shared memory;
 one that does not fill it gains more from a sum split among idle multiprocessors, and from the cheaper launch.
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_resnet.ops import measured_plan
 from fused_resnet.ops.layout import conv_output_size
 
 CUDA_FIRST = ("cuda", "triton", "native", "separate", "reference")
@@ -25,6 +27,17 @@ TILE = 128 * 128  # output elements of the tiles that wgmma needs to be worth it
 
 def ranking(op: str, args: tuple[Any, ...]) -> tuple[str, ...]:
     """The backends in the order in which they are asked whether they can run ``op`` on these arguments."""
+    usual = written_ranking(op, args)
+    if not measured_plan.speaks:
+        return usual
+    fastest = measured_plan.backend_for(op, args)
+    if fastest not in usual:
+        return usual
+    return (fastest, *(name for name in usual if name != fastest))
+
+
+def written_ranking(op: str, args: tuple[Any, ...]) -> tuple[str, ...]:
+    """The order where nothing was measured."""
     if op != "conv_bn_act" or not args[0].is_cuda:
         return CUDA_FIRST
     x, conv_weight, (stride, padding, dilation) = args[0], args[1], args[5:8]

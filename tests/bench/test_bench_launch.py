@@ -7,9 +7,15 @@ import json
 import pytest
 import torch
 
-from benchmarks import bench_bn_act, bench_launch, bench_stem
-from fused_resnet.bench.norm_inputs import Norm
+from benchmarks import bench_launch
 from fused_resnet.bench.passes import PASSES, STATS_APPLY, NormPass
+from fused_resnet.bench.suite.op_base import OpTask
+from fused_resnet.bench.suite.op_contender import op_contenders
+from fused_resnet.bench.suite.op_norm_step import NormStepTask
+from fused_resnet.bench.suite.op_pass import PassTask
+from fused_resnet.bench.suite.op_sites import ENDINGS, NormSite
+from fused_resnet.bench.suite.op_stem import LAYOUTS, StemTask
+from fused_resnet.bench.suite.task import Prepared
 from fused_resnet.ops import cuda_launch, reasons, schemas
 from tests.cuda import host_build
 
@@ -62,32 +68,50 @@ def test_the_function_alone_is_given_what_the_backend_gives():
         assert out.count_nonzero() > 0
 
 
+def prepared_on_cuda(task: OpTask) -> Prepared:
+    """The contender that is the cuda backend, which must take the task and be right."""
+    (contender,) = (each for each in op_contenders() if each.name == "ours cuda")
+    assert contender.why_absent(task) == []
+    prepared = contender.prepare(task)
+    assert task.why_wrong(prepared)[1] is None
+    return prepared
+
+
 @pytest.mark.parametrize("norm_pass", [*PASSES, STATS_APPLY], ids=str)
 def test_the_backend_takes_what_the_benchmark_of_passes_gives_it(norm_pass: NormPass):
     with bench_launch.on_host() as machine:
         machine.skip_launches(False)
-        work = bench_bn_act.pass_work(norm_pass, Norm((2, 40, 5, 7), torch.bfloat16, "cpu"), bench_bn_act.CUDA)
-        assert work.why_wrong(work.run()) is None
+        site = NormSite("here", 40, 5, 7, norm_pass.endings[0], 1)
+        prepared = prepared_on_cuda(PassTask(norm_pass, site, 2, torch.bfloat16, "cpu"))
+        machine.launches()
+        prepared.run()
         assert 1 <= len(machine.launches()) <= 2
 
 
-@pytest.mark.parametrize("layout", bench_stem.LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_backend_takes_what_the_benchmark_of_the_stem_gives_it(layout: str):
     with bench_launch.on_host() as machine:
         machine.skip_launches(False)
-        work = bench_stem.stem_work(bench_stem.Stem(1, 17, layout, torch.float16, "cpu"), bench_stem.STEM)
-        assert work.why_wrong(work.run()) is None
+        prepared = prepared_on_cuda(StemTask(17, 1, torch.float16, "cpu", layout))
+        machine.launches()
+        prepared.run()
         assert len(machine.launches()) == 1
 
 
-def test_a_step_runs_on_the_backend_and_moves_less_in_one_launch():
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_step_runs_on_the_backend_and_moves_less_in_one_launch(ending: str):
     with bench_launch.on_host() as machine:
         machine.skip_launches(False)
-        norm = Norm((2, 64, 3, 3), torch.float16, "cpu")
-        work = bench_bn_act.step_work(norm, bench_bn_act.CUDA)
-        assert work.why_wrong(work.run()) is None
-        one = norm.x.nbytes
-        assert work.moved in ((3 + 2 + 4) * one + 3 * one // 16, (1 + 3 + 2 + 4) * one + 3 * one // 16)
+        task = NormStepTask(NormSite("here", 64, 3, 3, ending, 1), 2, torch.float16, "cpu")
+        moved = prepared_on_cuda(task).moved_bytes()
+        one = task.first.norm.x.nbytes
+        bits = one // 16
+        by_hand = {
+            "relu": {(1 + 2 + 2 + 3) * one, (2 + 2 + 3) * one},
+            "residual": {(1 + 3 + 2 + 4) * one + 3 * bits, (3 + 2 + 4) * one + 3 * bits},
+            "projection": {(1 + 1 + 3 + 2 * (2 + 3)) * one + 5 * bits},
+        }
+        assert moved in by_hand[ending]
 
 
 def test_only_some_ops_and_a_profile(tmp_path, capsys):

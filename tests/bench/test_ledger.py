@@ -243,7 +243,7 @@ def test_the_table_as_text():
 
 def test_the_command_prints_both_tables(capsys):
     words = ["--model", "resnet18", "--image-size", "64", "--batch-size", "2", "--dtype", "float32"]
-    assert main(["bench", *words]) == 0
+    assert main(["bench", "bytes", *words]) == 0
     printed = capsys.readouterr().out
     (total,) = (line.split() for line in printed.splitlines() if line.startswith("all "))
     for cell, level in zip(total[1:], LEVELS, strict=True):
@@ -255,7 +255,7 @@ def test_the_command_prints_both_tables(capsys):
 @pytest.mark.parametrize("words", ["--image-size 31", "--batch-size 0", "--dtype int8", "--model alexnet"])
 def test_the_command_refuses(words, capsys):
     with pytest.raises(SystemExit) as stopped:
-        main(["bench", *words.split()])
+        main(["bench", "bytes", *words.split()])
     assert stopped.value.code == 2
     assert words.split()[0] in capsys.readouterr().err
 

@@ -1,16 +1,13 @@
-"""The passes of a norm and the stem as their benchmarks run them: bytes by hand, right and wrong results, dry runs."""
+"""The passes of a norm as their benchmarks run them: bytes by hand, right and wrong results; the clock of a GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import bench_bn_act, bench_stem
 from fused_resnet.bench import norm_inputs
 from fused_resnet.bench.device_clock import Moment, before_each_round
 from fused_resnet.bench.norm_inputs import Norm
@@ -54,20 +51,6 @@ def test_bytes_are_those_of_the_tensors(norm_pass: NormPass):
         tensors = [*norm_pass.arguments(norm), *norm_pass.call(norm)()]
     images = [tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.dim() > 1]
     assert norm_pass.moved(SHAPE, torch.float16) == sum(image.nbytes for image in images)
-
-
-def test_bytes_of_a_step_by_hand():
-    work = {name: bench_bn_act.step_work(Norm(SHAPE, torch.float16, "cpu"), name, dry=True).moved for name in "abc"}
-    assert set(work.values()) == {(4 + 7) * 2400}
-    cuda = bench_bn_act.step_work(Norm(SHAPE, torch.float16, "cpu"), bench_bn_act.CUDA, dry=True)
-    assert cuda.moved == (1 + 3 + 2 + 4) * 2400 + 3 * 240  # statistics, apply, and both passes of backward
-
-
-def test_passes_are_where_the_network_has_them():
-    counts = {norm_pass.name: len(bench_bn_act.unique_shapes(norm_pass.endings)) for norm_pass in PASSES}
-    assert counts["bn_stats"] == 12
-    assert counts["bn_apply"] == 8
-    assert counts["bn_apply residual"] == counts["bn_apply_dual"] == 4
 
 
 @pytest.mark.parametrize("norm_pass", NAMED.values(), ids=str)
@@ -115,74 +98,6 @@ def test_gradients_come_where_rounding_does_not_decide():
     assert near.any()
     assert norm.grad_out[near].count_nonzero() == 0
     assert norm.grad_out.count_nonzero() > norm.grad_out.numel() // 2
-
-
-def test_dry_runs_come_to_their_end_with_right_results(capsys):
-    assert bench_bn_act.main(["--dry"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 * (len(PASSES) * 4 + 5 + 4)
-    assert all(line.endswith("right") for line in lines)
-    assert bench_stem.main(["--dry"]) == 0
-    assert capsys.readouterr().out.count("right") == 3 * 2 * len(bench_stem.CONTENDERS)
-
-
-class Benchmark:
-    """What the benchmarks use of pytest-benchmark's fixture."""
-
-    def __init__(self) -> None:
-        self.group, self.extra_info = "", {}
-        self.stats = SimpleNamespace(stats=SimpleNamespace(median=0.002))
-
-    def pedantic(self, run: Callable[[], object], setup: Callable[[], None], rounds: int, warmup_rounds: int) -> None:
-        setup()
-        run()
-
-
-def test_what_a_measurement_says(monkeypatch):
-    """On the CPU, with a contender that is wrong."""
-    benchmark = Benchmark()
-    monkeypatch.setattr(bench_bn_act, "copy_bandwidth", lambda dtype: 1e9)
-    norm = Norm(SHAPE, torch.float16, "cpu")
-    work = bench_bn_act.pass_work(NAMED["bn_apply"], norm, bench_bn_act.CUDA, dry=True)
-    wrong = bench_bn_act.Work(lambda: [result + 1 for result in work.run()], work.why_wrong, work.moved)
-    bench_bn_act.measure_on_device(benchmark, lambda: wrong, "bn_apply here", 32, norm.dtype, layout="nhwc")
-    found = benchmark.extra_info
-    assert benchmark.group == "bn_apply here x 32 torch.float16"
-    assert found["accuracy"].startswith("wrong: result 0: its error is 1 ")
-    assert (found["bytes"], found["batch_size"], found["l2_cache"]) == (BYTES["bn_apply"], 32, "flushed")
-    assert found["layout"] == "nhwc"
-    assert "commit" in found["machine"]
-    assert found["gigabytes_per_second"] == pytest.approx(0.0024)  # 4800 bytes in 2 ms
-    assert found["percent_of_copy"] == pytest.approx(0.24)
-
-
-def test_what_a_backend_refuses_is_skipped_with_its_reasons():
-    norm = Norm(SHAPE, torch.float64, "cpu")
-    with pytest.raises(pytest.skip.Exception, match="float64|cannot run"):
-        work = bench_bn_act.pass_work(NAMED["bn_stats"], norm, "native")
-        bench_bn_act.measure_on_device(Benchmark(), lambda: work, "refused", 1, norm.dtype)
-
-
-def test_stem_by_hand():
-    stem = bench_stem.Stem(2, 224, "bytes", torch.bfloat16, "cpu")
-    x, weight, conv, out = 2 * 3 * 224 * 224, 64 * 3 * 49, 2 * 64 * 112 * 112, 2 * 64 * 56 * 56
-    assert stem.moved == x + 2 * weight + 2 * out
-    assert stem.flop == 2 * conv * 3 * 49 == 2 * 236_027_904
-    vectors = 3 * 4  # a float for each channel of the image
-    scaled = (x + 4 * x) + (8 * x + vectors) + (8 * x + vectors) + (4 * x + 2 * x)  # float, times, plus, to bfloat16
-    convolved = 2 * x + 2 * weight + 2 * 64 + 2 * conv
-    assert stem.eager_moved == scaled + convolved + 4 * conv + (2 * conv + 2 * out + 8 * out)  # the indices are int64
-
-
-@pytest.mark.parametrize("layout", bench_stem.LAYOUTS)
-def test_the_stem_is_marked_wrong_too(layout: str):
-    stem = bench_stem.Stem(1, 16, layout, torch.float16, "cpu")
-    (out,) = bench_stem.stem_work(stem, bench_stem.STEM, dry=True).run()
-    assert out is not None
-    assert stem.x.is_contiguous(memory_format=torch.contiguous_format) == (layout == "nchw")
-    assert stem.why_wrong([out]) is None
-    out[0, 5, 1, 1] += 0.1
-    assert "error" in (stem.why_wrong([out]) or "")
 
 
 def test_the_clock_of_the_device_counts_seconds(monkeypatch):

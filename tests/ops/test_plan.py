@@ -14,7 +14,10 @@ from torch import Tensor
 
 from fused_resnet.ops import (
     backend,
+    measured_plan,
     plan,
+    plan_file,
+    plan_key,
     requested_fusion_level,
     training_level,
     use_backend,
@@ -195,3 +198,47 @@ def test_float32_is_fused_where_it_may_be_rounded_to_tf32(monkeypatch, precision
                 assert level(x.as_subclass(OnCuda), *others) == 2
     finally:
         torch.backends.cudnn.conv.fp32_precision = before
+
+
+@pytest.fixture
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As on a machine where the kernels run; gives a function that records the level of a convolution."""
+    monkeypatch.setenv(plan_file.ENVIRONMENT_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(plan_file, "SHIPPED_FOLDER", tmp_path / "shipped")
+    monkeypatch.setattr(plan, "why_not", lambda *arguments: [])
+    measured_plan.reload()
+    yield lambda arguments, winner: measured_plan.record(
+        measured_plan.LEVEL, plan_key.level_key(*arguments), winner, {}
+    )
+    monkeypatch.undo()
+    measured_plan.reload()
+
+
+def test_a_measured_level_is_that_of_its_convolution(measured):
+    x, weight, *settings = convolution()
+    with use_backend("auto"), use_fusion_level(None):
+        assert training_level(x, weight, *settings) == 3
+        measured((x, weight, *settings), "1")
+        assert training_level(x, weight, *settings) == 1
+        assert training_level(x[:1], weight, *settings) == 3
+        with measured_plan.ignoring_measured_plan():
+            assert training_level(x, weight, *settings) == 3
+        measured((x, weight, *settings), "0")
+        assert training_level(x, weight, *settings) == 0
+        measured((x, weight, *settings), "as fast as light")
+        assert training_level(x, weight, *settings) == 3
+
+
+def test_what_is_asked_for_overrules_what_was_measured(measured, monkeypatch):
+    arguments = convolution()
+    measured(arguments, "1")
+    with use_backend("auto"):
+        for asked in (0, 2, 3):
+            with use_fusion_level(asked):
+                assert training_level(*arguments) == asked
+    with use_backend("reference"), use_fusion_level(None):
+        assert training_level(*arguments) == 3
+    monkeypatch.setattr(plan, "why_not", lambda *arguments: ["it cannot"])
+    measured(arguments, "2")
+    with use_backend("auto"), use_fusion_level(None):
+        assert training_level(*arguments) == 0  # nothing that cannot run is measured into being

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 
 import fused_resnet
 from fused_resnet.bench.dry_run import DryRun
-from fused_resnet.ops import backend, bn_act, cuda, cuda_launch, preference, reasons
+from fused_resnet.ops import backend, bn_act, cuda, cuda_launch, measured_plan, plan_file, plan_key, preference, reasons
 from fused_resnet.ops.schemas import SCHEMAS
+from tests.ops.step import NEEDS_NATIVE
 
 HOPPER, AMPERE = (9, 132), (8, 108)
 SETTINGS = ([1, 1], [0, 0], [1, 1])
@@ -103,3 +105,126 @@ def test_the_cuda_backend_has_every_pass_that_is_asked_of_it():
     passes = [name for name in SCHEMAS if name.startswith("bn_")]
     asked = {name for name in passes if not ("pool" in name or name == "bn_grad_coefficients")}
     assert asked <= set(cuda.__all__)
+
+
+@pytest.fixture
+def no_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """No plan is there; what is recorded is forgotten."""
+    monkeypatch.setenv(plan_file.ENVIRONMENT_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(plan_file, "SHIPPED_FOLDER", tmp_path / "shipped")
+    measured_plan.reload()
+    yield
+    monkeypatch.undo()
+    measured_plan.reload()
+
+
+def bn_apply_arguments(channels: int = 8) -> tuple:
+    x = torch.randn(2, channels, 3, 3).to(memory_format=torch.channels_last)
+    vector = torch.rand(channels) + 0.5
+    return (x, vector, vector, vector, vector, None, True)
+
+
+def record(op: str, args: tuple, winner: str) -> None:
+    measured_plan.record(op, plan_key.key_of(op, args), winner, {})
+
+
+def chosen(op: str, args: tuple) -> str:
+    module = backend.choose(op, args)
+    return next(name for name, path in reasons.MODULES.items() if path == module.__name__)
+
+
+def test_a_measured_winner_is_asked_first(no_plan):
+    args, others = bn_apply_arguments(), bn_apply_arguments(16)
+    usual = chosen("bn_apply", args)
+    record("bn_apply", args, "reference")
+    assert preference.ranking("bn_apply", args) == ("reference", *preference.CUDA_FIRST[:-1])
+    assert chosen("bn_apply", args) == "reference"
+    assert chosen("bn_apply", others) == usual
+    assert chosen("bn_apply", (*args[:5], args[0], True)) == usual  # with a residual it is another pass
+    with measured_plan.ignoring_measured_plan():
+        assert chosen("bn_apply", args) == usual
+
+
+def test_the_winner_runs(no_plan, monkeypatch):
+    ran = []
+    args = bn_apply_arguments()
+    original = reasons.module("reference").bn_apply
+    monkeypatch.setattr(
+        reasons.module("reference"), "bn_apply", lambda *each: ran.append("reference") or original(*each)
+    )
+    record("bn_apply", args, "reference")
+    torch.ops.fused_resnet.bn_apply(*args)
+    assert ran == ["reference"]
+
+
+def test_a_winner_that_cannot_run_is_passed_over(no_plan):
+    args = bn_apply_arguments()
+    usual = chosen("bn_apply", args)
+    for name in ("separate", "cuda", "a backend of the future"):
+        assert name != usual
+        record("bn_apply", args, name)
+        assert chosen("bn_apply", args) == usual
+
+
+@NEEDS_NATIVE
+def test_a_backend_asked_for_by_name_runs_whatever_was_measured(no_plan):
+    args = bn_apply_arguments()
+    record("bn_apply", args, "reference")
+    with fused_resnet.use_backend("native"):
+        assert chosen("bn_apply", args) == "native"
+    record("bn_apply", args, "native")
+    with fused_resnet.use_backend("reference"):
+        assert chosen("bn_apply", args) == "reference"
+
+
+def test_without_a_plan_the_ranking_asks_one_boolean(no_plan, monkeypatch):
+    args = bn_apply_arguments()
+    preference.ranking("bn_apply", args)
+    assert not measured_plan.speaks
+
+    def asked(*arguments):
+        raise AssertionError("the plan was asked")
+
+    for name in ("backend_for", "key_of", "_plan_of"):
+        monkeypatch.setattr(measured_plan, name, asked)
+    assert preference.ranking("bn_apply", args) is preference.CUDA_FIRST
+
+
+def test_a_convolution_by_its_weight_and_settings(no_plan):
+    x, weight = torch.randn(1, 4, 6, 6), torch.randn(4, 4, 3, 3)
+
+    def arguments(stride: int) -> tuple:
+        return (x, weight, None, None, None, [stride] * 2, [1, 1], [1, 1], 1, True)
+
+    record("conv_bn_act", arguments(2), "reference")
+    assert preference.ranking("conv_bn_act", arguments(2))[0] == "reference"
+    assert preference.ranking("conv_bn_act", arguments(1)) == preference.CUDA_FIRST
+
+
+def test_torch_compile_does_not_look_at_the_plan(no_plan):
+    """One graph, with the plan in effect, and the same numbers; what runs beneath it may follow the plan."""
+    block = fused_resnet.BasicBlock(8, 8).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last)
+    record("bn_apply", bn_apply_arguments(), "reference")
+    measured_plan.record("thing", (1,), "fast", {})
+    assert measured_plan.speaks and measured_plan.winner("thing", (1,)) == "fast"
+
+    def step(x: Tensor) -> Tensor:
+        y = block(x)
+        return y if measured_plan.winner("thing", (1,)) is None else y + 1000
+
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for training in (False, True):
+        block.train(training)
+        torch.testing.assert_close(compiled(x), block(x))
+    measured_plan.reload()
+    torch.testing.assert_close(compiled(x), block(x))
+
+
+def test_passes_that_are_faster_elsewhere_are_known_by_shape(no_plan):
+    args = bn_apply_arguments()
+    record("bn_apply", args, "reference")
+    assert measured_plan.other_backend_for_passes(args[0], "native")
+    assert not measured_plan.other_backend_for_passes(args[0], "reference")
+    assert not measured_plan.other_backend_for_passes(bn_apply_arguments(16)[0], "native")

@@ -1,0 +1,96 @@
+"""Bytes that a run of a contender reads and writes, counted from the ops that PyTorch runs (``bench/ledger.py``)."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TypeAlias
+
+import torch
+from torch import nn
+
+import fused_resnet
+from fused_resnet.bench.dry_run import DryRun
+from fused_resnet.bench.ledger import ledger
+from fused_resnet.bench.result import TRAINING_STEP
+from fused_resnet.bench.suite.loss import loss_of
+from fused_resnet.bench.suite.network_task import NetworkTask
+from fused_resnet.bench.suite.training import make_optimizer
+from fused_resnet.ops.backend import keeping_masks
+from fused_resnet.ops.reasons import unavailable
+from fused_resnet.training.loop import autocast
+
+EAGER, FROZEN, FUSED, EFFICIENT = "eager", "frozen", "fused", "efficient"
+Way: TypeAlias = str | int | None
+"""EAGER; FUSED at the automatic level, EFFICIENT likewise; a level; FROZEN; or None: nobody can count it."""
+HIGHEST = 3
+
+
+def moved_bytes(task: NetworkTask, way: Way) -> int | None:
+    """Of one run. Nothing is computed: as many operations as the run has, on memory that is not touched.
+
+    None for a way that is none, and for a network with an op whose bytes nobody has written down.
+    """
+    if way is None:
+        return None
+    level = _automatic_level(task) if way in (FUSED, EFFICIENT) else way
+    masks = level == HIGHEST and task.device.type == "cuda" and not unavailable("cuda")
+    with (
+        DryRun(),
+        fused_resnet.use_backend("reference"),
+        fused_resnet.ops.use_fusion_level(level if isinstance(level, int) else None),
+        keeping_masks() if masks else contextlib.nullcontext(),
+    ):
+        module = _module(task, way)
+        try:
+            return _of_training(task, module) if task.training else _of_inference(task, module)
+        except NotImplementedError:
+            return None
+
+
+def _module(task: NetworkTask, way: Way) -> nn.Module:
+    module = task.make_module().train(task.training)
+    if way != EAGER:
+        fused_resnet.fuse(module, memory="efficient" if way == EFFICIENT else "default")
+    if way == FROZEN:
+        return fused_resnet.freeze(module, torch.empty(task.input_shape()), dtype=task.dtype)
+    return module.to(  # type: ignore[call-overload]
+        dtype=torch.float32 if task.training else task.dtype, memory_format=torch.channels_last
+    )
+
+
+def _of_inference(task: NetworkTask, module: nn.Module) -> int:
+    x = torch.empty(task.input_shape(), dtype=task.dtype).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        return ledger(lambda: module(x), task.batch_size).total
+
+
+def _of_training(task: NetworkTask, module: nn.Module) -> int:
+    dtype = task.dtype if task.level_takes_input_gradient else torch.float32
+    x = torch.empty(task.input_shape(), dtype=dtype).to(memory_format=torch.channels_last)
+    x.requires_grad_(task.level_takes_input_gradient)
+    target = task.make_target()
+    if target.is_floating_point():
+        target = target.to(task.dtype).to(memory_format=torch.channels_last)
+    optimizer = make_optimizer(module)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        x.grad = None
+        with autocast(x, task.autocast_dtype):
+            out = module(x)
+            if task.mode != TRAINING_STEP:
+                return
+            loss = loss_of(out, target)
+        loss.backward()
+        optimizer.step()
+
+    if task.mode == TRAINING_STEP:
+        step()  # the first update makes the momenta
+    return ledger(step, task.batch_size).total
+
+
+def _automatic_level(task: NetworkTask) -> int:
+    """What ``ops/plan.py`` chooses for most of a network."""
+    tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    fused = task.device.type == "cuda" and not unavailable("triton") and (task.dtype != torch.float32 or tf32)
+    return HIGHEST if fused else 0

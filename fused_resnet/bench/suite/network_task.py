@@ -1,0 +1,178 @@
+"""What tasks at model and block level have in common: one module, a few random inputs, what is right."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fused_resnet.bench.result import INFERENCE, MODES, TRAINING_STEP
+from fused_resnet.bench.suite.correctness import Expected, expected_results
+from fused_resnet.bench.suite.loss import loss_of
+from fused_resnet.bench.suite.subjects import Subject
+from fused_resnet.bench.suite.task import Prepared, Task
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ROTATING = 3
+"""Inputs that a contender takes in turn."""
+SETTLING = ROTATING + 1
+"""The seed of what running statistics are taken of: not of an input, whose batch statistics they would be."""
+
+
+class NetworkTask(Task):
+    """A module in one mode, on random images (or activations) of one shape.
+
+    float32 is plain. In another dtype inference has the whole module in it where the contender can have that, and
+    training is autocast with parameters in float32.
+
+    Attributes:
+        network: where the module comes from.
+        path: of the module in the network; "" is the network itself.
+    """
+
+    path = ""
+    _latest: NetworkTask | None = None
+
+    def __init__(
+        self,
+        network: Subject,
+        mode: str,
+        batch_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        image_size: int,
+    ) -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}; got {dtype}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+        if image_size < 1:
+            raise ValueError(f"image_size must be at least 1; got {image_size}")
+        self.network, self.mode, self.batch_size, self.dtype = network, mode, batch_size, dtype
+        self.device, self.image_size = torch.device(device), image_size
+
+    def __repr__(self) -> str:
+        size, dtype = f"{self.image_size}px", str(self.dtype).removeprefix("torch.")
+        return f"{self.subject}, {self.mode}, batch {self.batch_size}, {dtype}, {size}, {self.device}"
+
+    @property
+    def training(self) -> bool:
+        return self.mode != INFERENCE
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """Of the training modes; None is no autocast."""
+        return None if self.dtype == torch.float32 else self.dtype
+
+    @abstractmethod
+    def make_module(self) -> nn.Module:
+        """The module on the CPU, in float32 and eval mode, with running statistics of its inputs' distribution."""
+
+    @abstractmethod
+    def input_shape(self) -> tuple[int, ...]:
+        """Of one batch."""
+
+    @abstractmethod
+    def make_target(self) -> Tensor:
+        """What the loss compares with, of the generator as it stands: labels; the gradient of a block's result."""
+
+    @functools.cached_property
+    def module(self) -> nn.Module:
+        """The plain PyTorch module in float32 on the task's device, contiguous, in the mode that is measured. Nobody
+        runs or changes it: `copy` it."""
+        self._let_go_of_others()
+        module = self.make_module()
+        if self.training:
+            _move_statistics(module)
+        return module.to(self.device).train(self.training)
+
+    def copy(self) -> nn.Module:
+        """A module of one's own."""
+        return copy.deepcopy(self.module)
+
+    @functools.cached_property
+    def inputs(self) -> list[Tensor]:
+        """The rotating inputs, float32 and contiguous; their values are numbers of the task's dtype."""
+        self._let_go_of_others()
+        made = [torch.randn(self.input_shape(), generator=self._generator(i)).to(self.dtype) for i in range(ROTATING)]
+        return [x.float().to(self.device) for x in made]
+
+    def inputs_as(
+        self, dtype: torch.dtype = torch.float32, memory_format: torch.memory_format = torch.contiguous_format
+    ) -> list[Tensor]:
+        """Copies in another dtype and memory format: outside of what is measured."""
+        return [x.to(dtype).to(memory_format=memory_format, copy=True) for x in self.inputs]
+
+    @functools.cached_property
+    def targets(self) -> list[Tensor]:
+        """What belongs to each input for the loss."""
+        self._let_go_of_others()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(ROTATING)
+            return [self.make_target().to(self.device) for _ in range(ROTATING)]
+
+    @functools.cached_property
+    def expected(self) -> Expected:
+        """What is right, and how far eager is from it."""
+        return expected_results(self)
+
+    def why_wrong(self, prepared: Prepared) -> tuple[float | None, str | None]:
+        return self.expected.why_wrong(prepared.results())
+
+    def flop(self) -> int | None:
+        """Counted on tensors without memory; a training step's includes its backward."""
+        return self._flop
+
+    @functools.cached_property
+    def _flop(self) -> int:
+        with torch.device("meta"):
+            module = self.network.without_memory(self.path).train(self.training)
+            x = torch.empty(self.input_shape(), requires_grad=self.level_takes_input_gradient and self.training)
+            target = self.make_target()
+        counter = FlopCounterMode(display=False)
+        with counter, torch.set_grad_enabled(self.training):
+            out = module(x)
+            if self.mode == TRAINING_STEP:
+                loss_of(out, target).backward()
+        return counter.get_total_flops()
+
+    level_takes_input_gradient = False
+    """Whether the input wants a gradient, as within a network."""
+
+    def release(self) -> None:
+        """Gives back weights, inputs and what is right; asked for again, they are made again and are the same."""
+        for name in ("module", "inputs", "targets", "expected"):
+            self.__dict__.pop(name, None)
+
+    def _let_go_of_others(self) -> None:
+        """A list of tasks must not hold the weights and the inputs of all of them."""
+        before, NetworkTask._latest = NetworkTask._latest, self
+        if before is not None and before is not self:
+            before.release()
+
+    def _generator(self, seed: int) -> torch.Generator:
+        return torch.Generator().manual_seed(seed)
+
+
+def _move_statistics(module: nn.Module) -> None:
+    """Running statistics that are not those of the inputs: whoever does not update them, or uses them in training, then
+    gives other numbers."""
+    for norm in module.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.track_running_stats:
+            assert norm.running_mean is not None and norm.running_var is not None
+            norm.running_mean += norm.running_var.sqrt()
+            norm.running_var *= 2
+
+
+def combinations(
+    modes: Sequence[str], batch_sizes: Sequence[int], dtypes: Sequence[torch.dtype]
+) -> list[tuple[str, int, torch.dtype]]:
+    """In the order in which tasks are measured."""
+    return [(mode, batch, dtype) for mode in modes for dtype in dtypes for batch in batch_sizes]

@@ -1,0 +1,197 @@
+"""The training of one norm, with what stands behind it up to the ReLU, as a task: forward and backward by autograd."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fused_resnet.bench.norm_inputs import EPS, Norm
+from fused_resnet.bench.passes import PASSES, STATS_APPLY, why_wrong
+from fused_resnet.bench.result import TRAINING_STEP
+from fused_resnet.bench.saved_bytes import saved_bytes
+from fused_resnet.bench.suite.op_base import COMPILE, EAGER, OpTask, counted
+from fused_resnet.bench.suite.op_sites import PROJECTION, RELU, RESIDUAL, NormSite
+from fused_resnet.bench.suite.task import Results
+from fused_resnet.ops import BatchNorm, bn_act, bn_act_dual, use_backend
+from fused_resnet.ops.backend import keeps_masks, takes_one_launch
+
+MOMENTUM = 0.1
+PASSES_OF = {
+    RELU: ["bn_stats", "bn_apply", "bn_grad_stats recomputed", "bn_grad_apply recomputed"],
+    RESIDUAL: ["bn_stats", "bn_apply residual", "bn_grad_stats of out", "bn_grad_apply no mask"],
+    PROJECTION: [
+        *("bn_stats", "bn_stats", "bn_apply_dual"),
+        *("bn_grad_stats of out", "bn_grad_apply no mask", "bn_grad_stats no mask", "bn_grad_apply no mask"),
+    ],
+}
+"""The passes of a step, by what follows the norm, where the output is kept for backward; README counts them."""
+PASSES_WITH_BITS = {
+    RELU: PASSES_OF[RELU],
+    RESIDUAL: ["bn_stats", "bn_apply_mask residual", "bn_grad_stats of bits", "bn_grad_apply of bits, with dz"],
+    PROJECTION: [
+        *("bn_stats", "bn_stats", "bn_apply_dual_mask"),
+        *("bn_grad_stats of bits", "bn_grad_apply of bits", "bn_grad_stats of bits", "bn_grad_apply of bits"),
+    ],
+}
+"""The same where bits are kept."""
+_BYTES = {norm_pass.name: norm_pass for norm_pass in PASSES}
+
+
+class NormStepInputs:
+    """What ``bn_act`` or ``bn_act_dual`` takes in training, requiring gradients where it can."""
+
+    def __init__(self, ending: str, norm: Norm) -> None:
+        self.ending, self.norm = ending, norm
+        tensors = [norm.x, norm.weight, norm.bias]
+        tensors += {RELU: [], RESIDUAL: [norm.residual], PROJECTION: [norm.x2, norm.weight2, norm.bias2]}[ending]
+        self.leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+        zeros = torch.zeros_like(norm.bias)
+        self.running = [[zeros.clone(), torch.ones_like(zeros)] for _ in range(2)]
+
+    @functools.cached_property
+    def grad_out(self) -> Tensor:
+        """Random, and 0 where the ReLU's input is nearly 0: rounding alone would decide which way it goes."""
+        leaves = [leaf.detach().double() for leaf in self.leaves]
+        z = plain(self.ending, leaves, [[vector.double() for vector in pair] for pair in self.running], relu=False)
+        return torch.randn_like(self.norm.x).masked_fill_(z.abs() < 0.05, 0)
+
+
+class NormStepTask(OpTask):
+    """``bn_act`` (``bn_act_dual`` at the end of a block with a projection) forward and backward.
+
+    Results are the output and the gradients of x, weight, bias and, where there is one, the shortcut's x, or its x,
+    weight and bias.
+    """
+
+    def __init__(self, site: NormSite, batch_size: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__(f"bn_act step {site.ending} {site}", TRAINING_STEP, batch_size, dtype, device)
+        self.site = site
+
+    def make_inputs(self) -> NormStepInputs:
+        inputs = NormStepInputs(self.site.ending, Norm(self.site.shape(self.batch_size), self.dtype, self.device))
+        assert inputs.grad_out.dtype == self.dtype  # made here, of the seed
+        return inputs
+
+    def ways(self) -> dict[str, Callable[[NormStepInputs], Callable[[], Results]]]:
+        return {EAGER: lambda inputs: self._step(inputs, plain), COMPILE: self._compiled}
+
+    def ours(self, inputs: NormStepInputs) -> Callable[[], Results]:
+        return self._step(inputs, fused)
+
+    def ops(self, inputs: NormStepInputs) -> list[tuple[str, tuple[Any, ...]]]:
+        """The first and the last: what takes these takes those between."""
+        norm = inputs.norm
+        return [
+            ("bn_stats", (norm.x, None, None, 0.0, EPS)),
+            ("bn_grad_apply", (norm.x, norm.x, norm.bias, norm.weight, None, None, None, None, True)),
+        ]
+
+    def exact(self) -> Results:
+        inputs = self.first
+        leaves = [leaf.detach().double().requires_grad_() for leaf in inputs.leaves]
+        running = [[vector.double() for vector in pair] for pair in inputs.running]
+        return _with_gradients(plain(inputs.ending, leaves, running), leaves, inputs.grad_out.double())
+
+    def why_results_are_wrong(self, results: Results) -> str | None:
+        inputs = self.first
+        names = ["out", "grad_x", "grad_weight", "grad_bias"]
+        names += {RELU: [], RESIDUAL: ["grad_residual"], PROJECTION: ["grad_x2", "grad_weight2", "grad_bias2"]}[
+            inputs.ending
+        ]
+        baseline = self._step(inputs, plain)()
+        for name, ours, theirs, exact in zip(names, results, baseline, self._exact, strict=True):
+            assert ours is not None and exact is not None
+            terms = inputs.norm.values if "weight" in name or "bias" in name else 1
+            if wrong := why_wrong(ours, theirs, exact, terms):
+                return f"{name}: {wrong}"
+        return None
+
+    def least_bytes(self) -> int:
+        """Of a whole step it is the passes of the way that keeps the output; nobody can do without their order."""
+        return self._bytes(PASSES_OF[self.site.ending])
+
+    def moved(self, name: str) -> int | None:
+        if name == COMPILE:
+            return None
+        if name == EAGER:
+            return counted(self._step(self.first, plain))
+        with use_backend(name):
+            bits, one_launch = keeps_masks(self.first.norm.x), takes_one_launch(self.first.norm.x)
+        names = (PASSES_WITH_BITS if bits else PASSES_OF)[self.site.ending]
+        if not one_launch or self.site.ending == PROJECTION:
+            return self._bytes(names)
+        both = STATS_APPLY.moved(self.site.shape(self.batch_size), self.dtype)
+        if self.site.ending == RELU:  # without residual and mask
+            both = 2 * self.first.norm.x.nbytes
+        return both + self._bytes(names[2:])
+
+    def saved(self, name: str) -> int | None:
+        if name == COMPILE:
+            return None
+        inputs = self.first
+        owned = nn.Module()  # what lives anyway
+        vectors = [leaf.detach() for leaf in inputs.leaves if leaf.dim() == 1] + [
+            *inputs.running[0],
+            *inputs.running[1],
+        ]
+        for index, vector in enumerate(vectors):
+            owned.register_buffer(f"vector{index}", vector)
+        if name == EAGER:
+            return saved_bytes(owned, lambda: plain(inputs.ending, inputs.leaves, inputs.running))
+        with use_backend(name):
+            return saved_bytes(owned, lambda: fused(inputs.ending, inputs.leaves, inputs.running))
+
+    def _bytes(self, names: list[str]) -> int:
+        shape = self.site.shape(self.batch_size)
+        return sum(_BYTES[name].moved(shape, self.dtype) for name in names)
+
+    def _compiled(self, inputs: NormStepInputs) -> Callable[[], Results]:
+        if inputs is self.first:  # forget what was compiled before: after eight shapes PyTorch would run it in eager
+            torch.compiler.reset()
+        return self._step(inputs, torch.compile(plain, dynamic=False, backend=self.compile_backend))
+
+    @staticmethod
+    def _step(inputs: NormStepInputs, forward: Callable[..., Tensor]) -> Callable[[], Results]:
+        grad_out = inputs.grad_out
+
+        def run() -> Results:
+            with torch.enable_grad():
+                out = forward(inputs.ending, inputs.leaves, inputs.running)
+            return _with_gradients(out, inputs.leaves, grad_out)
+
+        return run
+
+
+def plain(ending: str, leaves: list[Tensor], running: list[list[Tensor]], relu: bool = True) -> Tensor:
+    """As a network in eager PyTorch runs it."""
+
+    def norm(x: Tensor, weight: Tensor, bias: Tensor, vectors: list[Tensor]) -> Tensor:
+        return F.batch_norm(x, vectors[0], vectors[1], weight, bias, True, MOMENTUM, EPS)
+
+    z = norm(leaves[0], leaves[1], leaves[2], running[0])
+    if ending == RESIDUAL:
+        z = z.add_(leaves[3])
+    if ending == PROJECTION:
+        z = z.add_(norm(leaves[3], leaves[4], leaves[5], running[1]))
+    return z.relu_() if relu else z
+
+
+def fused(ending: str, leaves: list[Tensor], running: list[list[Tensor]]) -> Tensor:
+    x, weight, bias, *others = leaves
+    if ending == PROJECTION:
+        x2, weight2, bias2 = others
+        first = BatchNorm(weight, bias, running[0][0], running[0][1], True, MOMENTUM, EPS)
+        second = BatchNorm(weight2, bias2, running[1][0], running[1][1], True, MOMENTUM, EPS)
+        return bn_act_dual(x, first, x2, second)
+    residual = others[0] if others else None
+    mean, variance = running[0]
+    return bn_act(x, weight, bias, mean, variance, residual, training=True, momentum=MOMENTUM, eps=EPS)
+
+
+def _with_gradients(out: Tensor, leaves: list[Tensor], grad_out: Tensor) -> Results:
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]

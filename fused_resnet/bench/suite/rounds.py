@@ -1,0 +1,209 @@
+"""One measurement's rounds: contenders take turns until there are samples enough, or no time is left.
+
+A turn is a pause in which the threads of whoever came before go to sleep (a runtime's own pool spins on its cores for
+some milliseconds after its work), a call that brings back the contender's weights where one call is short, and the
+calls that are timed. Round i of one contender is round i of all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from fused_resnet.bench.timer import Stopwatch, Timing, rotate
+
+LEAST_ROUNDS = 5
+"""Measured even where the time is used up; ``report.noise`` says nothing of fewer."""
+LEAST_WARMUP, MOST_WARMUP = 2, 10
+STABLE = 0.05
+WARMUP_SHARE = 0.25
+"""Of a measurement's time, at most."""
+SHORT_CALL = 0.25
+MOST_CALLS = 10_000
+
+
+@dataclass(frozen=True)
+class Method:
+    """How long to measure.
+
+    Attributes:
+        rounds: at least so many measured rounds, where time allows.
+        min_seconds: and as many more, until every contender has been timed for so long.
+        most_rounds: but no more than this.
+        sample_seconds: a sample is the mean of as many calls as take this long.
+        pause: seconds of rest before each turn.
+        warm_up: rounds go unmeasured until they are stable.
+    """
+
+    rounds: int = 15
+    min_seconds: float = 2.0
+    most_rounds: int = 60
+    sample_seconds: float = 0.002
+    pause: float = 0.02
+    warm_up: bool = True
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise ValueError(f"rounds must be at least 1; got {self.rounds}")
+        for name in ("min_seconds", "sample_seconds", "pause"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative; got {getattr(self, name)}")
+
+
+@dataclass
+class Rounds:
+    """What came of them.
+
+    Attributes:
+        timings: of those who ran to the end.
+        failures: the others, and the exception of each.
+        warmup: rounds that went unmeasured.
+        stable: whether the last of those took as long as the ones before; None where there were none.
+    """
+
+    timings: dict[str, Timing] = field(default_factory=dict)
+    failures: dict[str, Exception] = field(default_factory=dict)
+    warmup: int = 0
+    stable: bool | None = None
+
+
+def measure_rounds(
+    runs: Mapping[str, Callable[[], object]],
+    device: torch.device | str,
+    method: Method,
+    *,
+    flush_cache: bool = False,
+    seconds: float = math.inf,
+    clock: Callable[[], float] = time.perf_counter,
+    sleep: Callable[[float], object] = time.sleep,
+    after_round: Callable[[float], object] = lambda done: None,
+) -> Rounds:
+    """Times these functions in turns; one that raises is out from then on, and the others go on.
+
+    Args:
+        runs: what to call, by name. They have run before: compiling and packing are over.
+        device, flush_cache: see ``timer.Stopwatch``.
+        seconds: after which there are no more rounds, once `LEAST_ROUNDS` are done.
+        clock, sleep: of this process.
+        after_round: called after every round with how much of all is done, from 0 to 1.
+    """
+    turns = _Turns(runs, Stopwatch(device, clock=clock, flush_cache=flush_cache), method, sleep)
+    start = clock()
+    found = Rounds()
+    if not runs:
+        return found
+    with _no_garbage_collection():
+        totals: list[float] = []
+        while method.warm_up and turns.runs:
+            totals.append(sum(turns.round(len(totals)).values()))
+            after_round(0.0)
+            found.stable = is_stable(totals)
+            much = (clock() - start) * (1 + 1 / len(totals)) > seconds * WARMUP_SHARE
+            if len(totals) >= LEAST_WARMUP and (found.stable or much or len(totals) >= MOST_WARMUP):
+                break
+        found.warmup = len(totals)
+        samples: list[dict[str, float]] = []
+        measured_since = clock()
+        while turns.runs:
+            samples.append(turns.round(len(samples)))
+            gc.collect()  # of this round's making only: quick
+            done = len(samples)
+            a_round = (clock() - measured_since) / done
+            wanted = _rounds_wanted(turns, method)
+            affordable = done + int((start + seconds - clock()) / a_round) if seconds < math.inf else wanted
+            last = min(wanted, max(affordable, min(LEAST_ROUNDS, method.rounds)))
+            after_round(min(1.0, done / last))
+            if done >= last:
+                break
+    found.failures = turns.failures
+    found.timings = {name: Timing(tuple(each[name] for each in samples)) for name in turns.runs}
+    return found
+
+
+def is_stable(totals: list[float]) -> bool:
+    """Whether the last round changed the median of the last three by less than `STABLE`."""
+    if len(totals) < 2:
+        return False
+    now, before = statistics.median(totals[-3:]), statistics.median(totals[-4:-1])
+    return abs(now - before) < STABLE * before
+
+
+def _rounds_wanted(turns: _Turns, method: Method) -> int:
+    """So many that the contender that was timed for the least time so far gets ``min_seconds``."""
+    if not turns.timed:
+        return method.rounds
+    shortest = min(turns.timed.values())
+    by_time = math.ceil(method.min_seconds / shortest) if shortest > 0 else method.most_rounds
+    return max(method.rounds, min(by_time, method.most_rounds))
+
+
+class _Turns:
+    """The contenders that are still in, and how many calls make a sample of each."""
+
+    def __init__(
+        self,
+        runs: Mapping[str, Callable[[], object]],
+        stopwatch: Stopwatch,
+        method: Method,
+        sleep: Callable[[float], object],
+    ) -> None:
+        self.runs = dict(runs)
+        self.failures: dict[str, Exception] = {}
+        self.timed: dict[str, float] = {}
+        """Seconds that a contender was timed for in its latest turn."""
+        self._stopwatch, self._method, self._sleep = stopwatch, method, sleep
+        self._seconds: dict[str, float] = {}
+        self._order = list(runs)
+
+    def round(self, index: int) -> dict[str, float]:
+        """Everyone's turn, beginning with contender ``index``; seconds of one call each."""
+        found: dict[str, float] = {}
+        for name in rotate(self._order, index):
+            if name not in self.runs:
+                continue
+            try:
+                found[name] = self._turn(name)
+            except Exception as error:
+                self.failures[name] = error
+                del self.runs[name]
+                self.timed.pop(name, None)
+        return found
+
+    def _turn(self, name: str) -> float:
+        run, last = self.runs[name], self._seconds.get(name)
+        if self._method.pause:
+            self._sleep(self._method.pause)
+        if last is not None and last < SHORT_CALL:
+            self._stopwatch.time(run)
+        calls = 1 if last is None else calls_for(last, self._method.sample_seconds)
+        seconds = self._stopwatch.time_calls(run, calls)
+        # The least so far: a turn that somebody disturbed must not make later samples shorter.
+        self._seconds[name] = seconds if last is None else min(last, seconds)
+        self.timed[name] = seconds * calls
+        return seconds
+
+
+def calls_for(seconds: float, sample_seconds: float) -> int:
+    """How many calls of so many seconds make a sample of at least ``sample_seconds``."""
+    return max(1, min(MOST_CALLS, math.ceil(sample_seconds / seconds))) if seconds > 0 else MOST_CALLS
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Nothing is collected inside but by ``gc.collect()``, which then looks at new objects only."""
+    was_enabled = gc.isenabled()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if was_enabled:
+            gc.enable()

@@ -1,0 +1,391 @@
+"""benchmarks/run_gpu.sh without a GPU: units that are planted; resuming, failures, budgets, packing; the real plan."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu import archive, kernels, phases, plan, small_ops
+from benchmarks.gpu.state import DONE, FAILED, ROOT, SKIPPED, UNFINISHED, State, fingerprint
+from benchmarks.gpu.unit import Unit, last_line, run
+from fused_resnet.bench.result import INFERENCE, MODEL, RIGHT, WRONG, Measurement, Outcome, Result
+from fused_resnet.bench.suite.measure import NO_TIME
+from fused_resnet.bench.timer import Timing
+
+MakeUnits = Callable[[Path, bool], list[Unit]]
+
+
+def python(code: str) -> Callable[[float], list[str]]:
+    return lambda seconds: [sys.executable, "-c", code]
+
+
+def note_in(path: Path, word: str, then: str = "") -> Callable[[float], list[str]]:
+    """A command that leaves a word in a file, so that a test can count its runs."""
+    return python(f"open({str(path)!r}, 'a').write({word!r} + ' '); print('said ' + {word!r}); {then}")
+
+
+def status_of(folder: Path) -> dict[str, str]:
+    return {name: entry.status for name, entry in State(folder / "state.json").entries.items()}
+
+
+@pytest.fixture
+def ran(tmp_path: Path) -> Path:
+    path = tmp_path / "ran"
+    path.write_text("")
+    return path
+
+
+def test_a_second_call_skips_what_is_done_and_repeats_what_failed(tmp_path: Path, ran: Path, capsys):
+    broken = tmp_path / "broken"
+    broken.write_text("")
+
+    def make(work: Path, dry: bool) -> list[Unit]:
+        return [
+            Unit("build", "info", note_in(ran, "info"), repeated=True),
+            Unit("test", "good", note_in(ran, "good")),
+            Unit("test", "planted", note_in(ran, "planted", f"import os; assert not os.path.exists({str(broken)!r})")),
+            Unit("ops", "absent", note_in(ran, "absent"), why_skipped="no device"),
+            Unit("ops", "later", note_in(ran, "later")),
+        ]
+
+    words = ["--output", str(tmp_path / "out")]
+    assert phases.main(words, make) == phases.SOMETHING_FAILED
+    assert ran.read_text() == "info good planted later "  # a failure stops nobody else
+    assert status_of(tmp_path / "out") == {
+        "build/info": DONE,
+        "test/good": DONE,
+        "test/planted": FAILED,
+        "ops/absent": SKIPPED,
+        "ops/later": DONE,
+    }
+    summary = (tmp_path / "out" / "summary.md").read_text()
+    assert "- test/planted: failed; exit status 1; AssertionError" in summary
+    assert "| test | 1 | 1 | 0 | 0 |" in summary
+    assert "- ops/absent: skipped; no device" in summary
+    assert "failed: test/planted" in capsys.readouterr().out
+
+    broken.unlink()
+    ran.write_text("")
+    assert phases.main(words, make) == phases.OK
+    assert ran.read_text() == "info planted "
+    assert "test/good: done before" in capsys.readouterr().out
+    assert State(tmp_path / "out" / "state.json").entries["test/planted"].tries == 2
+    assert "failed;" not in (tmp_path / "out" / "summary.md").read_text()
+
+    ran.write_text("")
+    assert phases.main([*words, "--again", "ops", "--", "ops"], make) == phases.OK
+    assert ran.read_text() == "later "
+
+
+def test_only_the_phases_that_are_asked_for_and_in_their_order(tmp_path: Path, ran: Path):
+    def make(work: Path, dry: bool) -> list[Unit]:
+        return [Unit(phase, "one", note_in(ran, phase)) for phase in phases.PHASES]
+
+    assert phases.main(["models", "build", "--output", str(tmp_path / "out")], make) == phases.OK
+    assert ran.read_text() == "build models "
+
+
+def test_what_runs_out_of_time_is_asked_to_stop_and_goes_on_in_the_next_call(tmp_path: Path, ran: Path, monkeypatch):
+    """The command saves when it is interrupted, as bench does; nothing behind it is begun in that call."""
+    monkeypatch.setattr("benchmarks.gpu.phases.LEAST", 0.5)
+    saved = tmp_path / "saved"
+    slow = f"""
+import os, sys, time
+if os.path.exists({str(saved)!r}):
+    print("went on"); sys.exit()
+print("begun", flush=True)
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    open({str(saved)!r}, "w").write("half")
+    print("saved")
+    sys.exit(130)
+"""
+
+    def make(work: Path, dry: bool) -> list[Unit]:
+        return [Unit("ops", "slow", python(slow)), Unit("ops", "behind", note_in(ran, "behind"))]
+
+    words = ["ops", "--output", str(tmp_path / "out"), "--budget", "ops=2"]
+    start = time.monotonic()
+    assert phases.main(words, make) == phases.CALL_AGAIN
+    assert time.monotonic() - start < 20
+    assert saved.read_text() == "half"
+    assert ran.read_text() == ""
+    assert status_of(tmp_path / "out") == {"ops/slow": UNFINISHED}
+    assert "unfinished; its 2 s were up; saved" in (tmp_path / "out" / "summary.md").read_text()
+    assert phases.main([*words[:-1], "ops=60"], make) == phases.OK
+    assert status_of(tmp_path / "out") == {"ops/slow": DONE, "ops/behind": DONE}
+    assert "said behind" in (tmp_path / "out" / "logs" / "ops_behind.log").read_text()
+
+
+def test_the_call_ends_before_its_total(tmp_path: Path, ran: Path):
+    def make(work: Path, dry: bool) -> list[Unit]:
+        return [Unit(phase, "one", note_in(ran, phase)) for phase in phases.PHASES]
+
+    assert phases.main(["--output", str(tmp_path / "out"), "--total", "1"], make) == phases.CALL_AGAIN
+    assert ran.read_text() == ""
+
+
+def test_a_command_that_does_not_stop_is_ended_with_its_children(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("benchmarks.gpu.unit.TIME_TO_SAVE", 0.3)
+    code = (
+        "import signal, subprocess, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN);"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']);"
+        "print(child.pid, flush=True); time.sleep(60)"
+    )
+    end = run(Unit("ops", "stubborn", python(code)), 1.5, tmp_path / "log", {})
+    assert end.status == UNFINISHED
+    child = int(last_line(tmp_path / "log"))
+    for _ in range(50):  # init needs a moment to take it away
+        if not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2]:
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail(f"{child} is still there")
+
+
+def test_what_ends_of_a_unit_mean(tmp_path: Path):
+    def status(code: str, seconds: float = 30.0, **settings) -> tuple[str, str]:
+        end = run(Unit("ops", "one", python(code), **settings), seconds, tmp_path / "log", {"HERE": "of all"})
+        return end.status, end.note
+
+    assert status("import os; print(os.environ['HERE'])") == (DONE, "of all")
+    assert status("import sys; print('some left'); sys.exit(75)") == (UNFINISHED, "some left")
+    assert status("import sys; sys.exit(5)", fine=(0, 5))[0] == DONE
+    assert status("import sys; sys.exit(5)") == (FAILED, "exit status 5; it said nothing")
+    assert status("", left=lambda: "3 left") == (UNFINISHED, "3 left")
+    assert status("", left=lambda: None)[0] == DONE
+    slow = "import time; time.sleep(30)"
+    assert status(slow, 1.0, left=lambda: None) == (DONE, "all is measured; there was no time for its page")
+    assert status(slow, 1.0, left=lambda: "3 left") == (UNFINISHED, "3 left")
+    missing = Unit("ops", "one", lambda seconds: ["/no/such/program"])
+    assert run(missing, 5.0, tmp_path / "log", {}).status == FAILED
+
+
+def result(*measurements: Measurement, **arguments: object) -> Result:
+    return Result({"device": "a GPU", "commit": "abc"}, dict(arguments), {}, list(measurements))
+
+
+def measurement(level: str = MODEL, **outcomes: Outcome) -> Measurement:
+    return Measurement(level, "resnet50", INFERENCE, 32, "bfloat16", 224, outcomes)
+
+
+def right(*samples: float) -> Outcome:
+    return Outcome(RIGHT, timing=Timing(samples))
+
+
+def test_headlines_of_the_summary(tmp_path: Path):
+    network = measurement(
+        **{"eager NCHW": right(4.0, 4.0), "torch.compile": right(2.5, 2.5), "frozen": right(2.0, 2.0)},
+        fused=Outcome(WRONG, "its error is 3", Timing((0.1, 0.1))),
+    )
+    ops = [measurement("op", **{"eager": right(3.0), "ours cuda": right(1.0), "ours triton": right(6.0)})]
+    ops.append(measurement("op", **{"eager": right(3.0), "ours cuda": right(0.75)}))
+    result(network).save(tmp_path / "results" / "models_resnet50.json")
+    result(*ops).save(tmp_path / "results" / "ops_batch32.json")
+    (tmp_path / "results" / "blocks_x.json").write_text("{")
+    assert phases.main(["tune", "--output", str(tmp_path)], lambda work, dry: [Unit("tune", "a", python(""))]) == 0
+    summary = (tmp_path / "summary.md").read_text()
+    title = "resnet50, inference, batch 32, bfloat16, 224x224"
+    assert f"| {title} | frozen | 2.00x | torch.compile | 1.25x |" in summary  # not the one that is wrong
+    assert "| ours cuda | 32 | 2 | 3.46x | 3.00x, resnet50 |" in summary  # the root of 3 * 4
+    assert "| ours triton | 32 | 1 | 0.50x | 0.50x, resnet50 |" in summary
+    assert f"- wrong: fused in {title}: its error is 3" in summary
+    assert "blocks_x.json cannot be read" in summary
+    assert "a GPU" in summary
+
+
+def test_what_bench_had_no_time_for_is_left(tmp_path: Path):
+    path = tmp_path / "ops.json"
+    assert plan.left_out(path) == "nothing was measured yet"
+    done = measurement(eager=right(1.0), fused=Outcome("absent", "no GPU"))
+    result(done, left_out=["resnet50: it would take 90 GB, and 1 GB are available"]).save(path)
+    assert plan.left_out(path) is None
+    result(done, left_out=[f"resnet50: {NO_TIME}"]).save(path)
+    assert plan.left_out(path) == "1 measurements and 0 contenders are left for the next call"
+    result(measurement(eager=right(1.0), fused=Outcome("absent", NO_TIME)), left_out=[]).save(path)
+    assert plan.left_out(path) == "0 measurements and 1 contenders are left for the next call"
+    result(done, left_out=[], interrupted=True).save(path)
+    assert plan.left_out(path) is not None
+
+
+def test_what_tune_had_no_time_for_is_left(tmp_path: Path):
+    log = tmp_path / "log"
+    log.write_text("$ tune\nleft: 3 (the time was used up): a, b, c\nplan: x\n$ tune\n3 measured\nplan: x\n")
+    assert plan.left_in_log(log) is None
+    log.write_text("$ tune\n3 measured\nplan: x\n$ tune\nleft: 2 (the time was used up): a, b\nplan: x\n")
+    assert plan.left_in_log(log) == "left: 2 (the time was used up): a, b"
+    log.write_text("$ tune\nmeasuring\n")
+    assert plan.left_in_log(log) == "it was cut off"
+
+
+def test_packed_results_are_few_files_and_the_next_machine_goes_on_from_them(tmp_path: Path, ran: Path, monkeypatch):
+    monkeypatch.setattr(phases, "WORK", tmp_path / "machine 1")
+
+    def make(work: Path, dry: bool) -> list[Unit]:
+        (work / "triton_cache" / "deep" / "er").mkdir(parents=True, exist_ok=True)
+        (work / "triton_cache" / "deep" / "er" / "kernel.cubin").write_bytes(b"code")
+        (work / "results").mkdir(exist_ok=True)
+        (work / "results" / "report.html").write_text("<p>")
+        return [Unit("test", "one", note_in(ran, "one")), Unit("ops", "two", note_in(ran, "two"))]
+
+    out = tmp_path / "out"
+    assert phases.main(["test", "--pack", "--output", str(out)], make) == phases.OK
+    assert {path.name for path in out.iterdir()} == {"summary.md", "report.html", "results.tar.gz", "kernels.tar.gz"}
+    shutil.rmtree(tmp_path / "machine 1")
+
+    monkeypatch.setattr(phases, "WORK", tmp_path / "machine 2")
+    words = ["--pack", "--from", str(out), "--output", str(tmp_path / "out 2")]
+    assert phases.main(words, make) == phases.OK
+    assert ran.read_text() == "one two "
+    assert (tmp_path / "machine 2" / "triton_cache" / "deep" / "er" / "kernel.cubin").read_bytes() == b"code"
+    assert set(status_of(tmp_path / "machine 2")) == {"test/one", "ops/two"}
+    ran.write_text("")
+    assert phases.main(words, make) == phases.OK  # a warm machine has a newer state than the archive
+    assert ran.read_text() == ""
+    assert phases.main(["--from", str(tmp_path), "--output", str(tmp_path / "out 3")], make) == 2
+
+
+def test_an_archive_that_is_too_large_is_left_out_with_a_word(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(archive, "LARGEST", 2000)
+    (tmp_path / "work" / "triton_cache").mkdir(parents=True)
+    (tmp_path / "work" / "triton_cache" / "kernel").write_bytes(os.urandom(5000))
+    (tmp_path / "work" / "summary.md").write_text("short")
+    complaints = archive.pack(tmp_path / "work", tmp_path / "out")
+    assert len(complaints) == 1 and complaints[0].startswith("kernels.tar.gz is 0 MiB")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"summary.md", "results.tar.gz"}
+
+
+def test_results_of_other_sources_are_named(tmp_path: Path, monkeypatch):
+    state = State(tmp_path / "state.json")
+    state.note("ops/one", DONE, 1.0, "")
+    assert state.of_other_sources() == []
+    monkeypatch.setattr("benchmarks.gpu.state.fingerprint", lambda: "changed")
+    assert State(tmp_path / "state.json").of_other_sources() == ["ops/one"]
+
+
+def test_the_fingerprint_changes_with_a_kernel(tmp_path: Path):
+    (tmp_path / "csrc").mkdir()
+    before = fingerprint(tmp_path)
+    (tmp_path / "csrc" / "kernel.cu").write_text("1")
+    after = fingerprint(tmp_path)
+    (tmp_path / "csrc" / "notes.txt").write_text("1")
+    assert before != after == fingerprint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nothing"], "a phase is one of build, test, ops, .*; got 'nothing'"),
+        (["--budget", "ops"], "a budget is a phase and its seconds, such as ops=420; got 'ops'"),
+        (["--budget", "other=3"], "got 'other=3'"),
+    ],
+)
+def test_bad_words_are_refused(words: list[str], message: str, capsys, tmp_path: Path):
+    import re
+
+    with pytest.raises(SystemExit):
+        phases.main([*words, "--output", str(tmp_path)])
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_damaged_state_is_said(tmp_path: Path, capsys):
+    (tmp_path / "state.json").write_text("[]")
+    assert phases.main(["--output", str(tmp_path)], lambda work, dry: []) == 2
+    assert "remove it to begin anew" in capsys.readouterr().err
+
+
+def test_budgets_come_from_the_environment_and_the_words_win(monkeypatch):
+    monkeypatch.setenv("BUDGET_ops", "77")
+    monkeypatch.setenv("BUDGET_test", "78")
+    found = phases.budgets(["test=9"])
+    assert (found["ops"], found["test"], found["build"]) == (77.0, 9.0, plan.BUDGETS["build"])
+
+
+def test_the_script_finds_the_repository_and_the_interpreter(tmp_path: Path):
+    script = ROOT / "benchmarks" / "run_gpu.sh"
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["sh", script, "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--pack" in done.stdout
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_the_real_plan_has_every_phase_and_unique_names(dry: bool, tmp_path: Path):
+    found = plan.units(tmp_path, dry)
+    names = [unit.name for unit in found]
+    assert len(set(names)) == len(names)
+    assert list(dict.fromkeys(unit.phase for unit in found)) == list(plan.PHASES)
+    assert sum(plan.BUDGETS[phase] >= phases.LEAST for phase in plan.PHASES) == len(plan.PHASES)
+
+
+def test_the_real_plan_asks_bench_and_tune_for_what_they_take(tmp_path: Path):
+    """Every command that is one of the package's own is parsed, not run."""
+    import argparse
+
+    from fused_resnet.bench import command as bench
+    from fused_resnet.bench.suite import selections
+    from fused_resnet.bench.tune import command as tune
+
+    parsed = 0
+    for dry in (False, True):
+        for unit in plan.units(tmp_path, dry):
+            words = unit.command(100.0)
+            if words[1:3] != ["-m", "fused_resnet"] or words[3] not in ("bench", "tune") or "report" in words:
+                continue
+            module = {"bench": bench, "tune": tune}[words[3]]
+            parser = argparse.ArgumentParser()
+            module.add_arguments(parser)
+            arguments = parser.parse_args(words[4:])
+            assert arguments.budget == 100.0
+            if module is bench:
+                assert selections.make_contenders(arguments)
+            parsed += 1
+    assert parsed > 10
+
+
+def test_kernels_are_listed_and_made_in_a_pool(capsys):
+    calls = kernels.calls_of("resnet18", 2, torch.float32, 32)
+    ops = {op for op, _ in calls}
+    assert {"conv_stats", "conv_grad_input", "conv_grad_weight", "conv_bn_act", "bn_apply_pool", "bn_stats"} <= ops
+    twice = kernels.grouped([*calls, *kernels.calls_of("resnet18", 4, torch.float32, 32)])
+    assert len(twice) < 2 * len(calls)
+    assert all(len({op for op, _ in group}) == 1 for group in twice)
+    planted = ("bn_apply", (("tensor", (2, 3), (3, 1), torch.float32), *[None] * 5, True))
+    assert kernels.compile_all([[calls[0]], [planted]], "reference", "cpu", jobs=1) == 1
+    said = capsys.readouterr().out
+    assert "failed: bn_apply" in said and "1 calls made, 0 not for reference, 1 failed" in said
+    assert kernels.make(calls, "native", "cpu")[1] > 0  # it has no convolutions, and says so
+
+
+def test_small_ops_find_a_planted_fault(monkeypatch, capsys):
+    from fused_resnet.ops import reference
+
+    words = ["--backend", "reference", "--device", "cpu", "--dtype", "float32"]
+    few = small_ops.tasks(torch.float32, "cpu")[:3]
+    monkeypatch.setattr(small_ops, "tasks", lambda dtype, device: few)
+    assert small_ops.main(words) == 0
+    assert "3 right, 0 wrong" in capsys.readouterr().out
+    real = reference.bn_apply
+
+    def wrong(x: torch.Tensor, *arguments: object) -> torch.Tensor:
+        return real(x, *arguments) + (0 if x.dtype == torch.float64 else 0.1)  # the exact result stays
+
+    monkeypatch.setattr(reference, "bn_apply", wrong)
+    assert small_ops.main(words) == 1
+    assert "error is" in capsys.readouterr().out
+
+
+def test_the_state_is_plain_json(tmp_path: Path):
+    State(tmp_path / "state.json").note("ops/one", DONE, 1.5, "well")
+    (entry,) = json.loads((tmp_path / "state.json").read_text()).values()
+    assert (entry["status"], entry["seconds"], entry["tries"], entry["note"]) == (DONE, 1.5, 1, "well")

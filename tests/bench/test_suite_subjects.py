@@ -1,0 +1,161 @@
+"""Networks by name, their tasks, and the shapes of their blocks."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import resnet
+
+from fused_resnet.bench.result import INFERENCE, MODES, TRAINING_STEP
+from fused_resnet.bench.suite.block_task import block_tasks, residual_blocks
+from fused_resnet.bench.suite.model_task import ModelTask, model_tasks
+from fused_resnet.bench.suite.subjects import find_subject
+
+CIFAR = "fused_resnet.models.cifar:cifar_resnet20"
+
+
+def no_module() -> int:
+    return 3
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [("resnet18", "torchvision"), ("timm:resnet18", "timm"), ("resnet10t", "timm"), (CIFAR, "user")],
+)
+def test_every_kind_of_name_is_found_and_built_twice_alike(name: str, source: str):
+    subject = find_subject(name)
+    assert (subject.name, subject.source) == (name, source)
+    one, other = subject.build(), subject.build()
+    for (key, value), again in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(value, again), key
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet51", "no model is named 'resnet51'; close to it are .*resnet50"),
+        ("timm:resnet51", "close to it are .*timm:resnet50"),
+        ("fused_resnet.models.cifar:cifar_resnet21", "has no 'cifar_resnet21'; close to it are .*cifar_resnet20"),
+        ("fused_resnet.nowhere:net", "'fused_resnet.nowhere' cannot be imported"),
+        ("torch:float32", "must be a callable; got dtype"),
+    ],
+)
+def test_an_unknown_name_says_what_comes_close(name: str, message: str):
+    with pytest.raises(ValueError, match=message):
+        find_subject(name)
+
+
+def test_torchvision_networks_are_plain_ones_and_ours_are_unfused():
+    assert type(find_subject("resnet18").build()) is resnet.ResNet
+    x = torch.randn(2, 3, 32, 32)
+    model = find_subject(CIFAR).build()
+    seen: list[torch.Size] = []
+    model.bn1.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    model(x)  # a fused forward would not call its norms
+    assert seen
+
+
+def test_a_callable_must_give_a_module_and_the_module_logits():
+    with pytest.raises(TypeError, match="no_module must give a torch.nn.Module; got int"):
+        find_subject(f"{__name__}:no_module").build()
+    task = ModelTask("fused_resnet.bench.suite.subjects:nn.Identity", TRAINING_STEP, 1, image_size=8)
+    with pytest.raises(TypeError, match=r"must give logits, a tensor \(N, classes\); got shape \(1, 3, 8, 8\)"):
+        _ = task.targets
+
+
+def test_nothing_random_is_left_in_training():
+    task = ModelTask("efficientnet_b0", "training forward", 2, image_size=32)
+    results = []
+    for _ in range(2):
+        model = task.copy()
+        results.append(model(task.inputs[0]))
+    assert torch.equal(*results)
+
+
+def test_running_statistics_are_settled_by_other_images_than_those_that_are_measured():
+    task = ModelTask(CIFAR, INFERENCE, 16, image_size=32)
+    model = task.copy()
+    norm: nn.BatchNorm2d = model.layer3[2].bn2
+    seen: list[torch.Tensor] = []
+    norm.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    with torch.no_grad():
+        out = model(task.inputs[0])
+    variance = seen[0].var((0, 2, 3))
+    assert out.isfinite().all()
+    assert 0.5 < (variance / norm.running_var).median() < 2
+    assert not torch.allclose(variance, norm.running_var, rtol=1e-4)
+
+
+def test_inputs_rotate_and_are_numbers_of_the_dtype():
+    task = ModelTask(CIFAR, INFERENCE, 2, torch.bfloat16, image_size=8)
+    assert len({x.sum().item() for x in task.inputs}) == 3
+    for x in task.inputs:
+        assert x.dtype == torch.float32
+        assert torch.equal(x, x.bfloat16().float())
+
+
+def test_tasks_of_every_combination_in_order():
+    tasks = model_tasks(["resnet18", CIFAR], MODES, [1, 4], [torch.float32, torch.bfloat16], "cpu", 32)
+    assert len(tasks) == len(set(map(repr, tasks))) == 2 * 3 * 2 * 2
+    assert [task.subject for task in tasks] == ["resnet18"] * 12 + [CIFAR] * 12
+    assert [task.batch_size for task in tasks[:2]] == [1, 4]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"modes": ["training"]}, "mode must be one of inference, .*; got 'training'"),
+        ({"batch_sizes": [0]}, "batch_size must be at least 1; got 0"),
+        ({"dtypes": [torch.float64]}, "dtype must be one of torch.float32, .*; got torch.float64"),
+        ({"image_size": 0}, "image_size must be at least 1; got 0"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict[str, object], message: str):
+    good = {"modes": [INFERENCE], "batch_sizes": [1], "dtypes": [torch.float32], "image_size": 32}
+    with pytest.raises(ValueError, match=message):
+        model_tasks(["resnet18"], device="cpu", **(good | arguments))  # type: ignore[arg-type]
+
+
+def test_flop_are_those_of_the_published_count():
+    inference = ModelTask("resnet50", INFERENCE, 2).flop()
+    assert inference == pytest.approx(2 * 2 * 4.089e9, rel=0.001)  # multiply-adds an image, without norms and pools
+    assert ModelTask("resnet50", TRAINING_STEP, 2).flop() == pytest.approx(3 * inference, rel=0.03)
+
+
+def test_blocks_of_resnet50_alike_ones_once():
+    blocks = residual_blocks(find_subject("resnet50"), 224)
+    assert [(b.path, b.input_shape, b.output_shape, b.count) for b in blocks] == [
+        ("layer1.0", (64, 56, 56), (256, 56, 56), 1),
+        ("layer1.1", (256, 56, 56), (256, 56, 56), 2),
+        ("layer2.0", (256, 56, 56), (512, 28, 28), 1),
+        ("layer2.1", (512, 28, 28), (512, 28, 28), 3),
+        ("layer3.0", (512, 28, 28), (1024, 14, 14), 1),
+        ("layer3.1", (1024, 14, 14), (1024, 14, 14), 5),
+        ("layer4.0", (1024, 14, 14), (2048, 7, 7), 1),
+        ("layer4.1", (2048, 7, 7), (2048, 7, 7), 2),
+    ]
+    assert sum(b.count for b in residual_blocks(find_subject("timm:resnet50"), 64)) == 16
+
+
+def test_a_block_task_is_the_networks_block_on_its_shapes():
+    task = block_tasks(["resnet18"], [TRAINING_STEP], [2], [torch.float32], "cpu", 64)[1]
+    assert (task.level, task.subject) == ("block", "resnet18 layer2.0")
+    assert task.input_shape() == (2, 64, 16, 16)
+    block = task.copy()
+    assert block.training and type(block) is resnet.BasicBlock
+    assert block(task.inputs[0]).shape == task.targets[0].shape == (2, 128, 8, 8)
+    assert block_tasks(["vgg11"], [INFERENCE], [1], [torch.float32], "cpu", 32) == []
+
+
+def test_only_one_task_holds_its_tensors_and_they_come_back_the_same():
+    first, second = model_tasks([CIFAR], [INFERENCE], [1, 2], [torch.float32], "cpu", 8)
+    before = copy.deepcopy(first.inputs[0])
+    weights = first.module.state_dict()
+    _ = second.inputs
+    assert "inputs" not in first.__dict__ and "module" not in first.__dict__
+    assert torch.equal(first.inputs[0], before)
+    for name, value in first.module.state_dict().items():
+        assert torch.equal(value, weights[name])

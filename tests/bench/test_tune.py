@@ -1,0 +1,218 @@
+"""``python -m fused_resnet tune`` from its arguments to the choice of a backend."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fused_resnet.bench.suite.rounds import Method
+from fused_resnet.bench.tune import command, sites
+from fused_resnet.bench.tune.run import tune, unknown
+from fused_resnet.bench.tune.sites import Selection, subjects
+from fused_resnet.ops import backend, measured_plan, plan_file, plan_key, reference, use_backend
+from fused_resnet.ops.reasons import module
+from tests.ops.step import NEEDS_NATIVE
+
+SELECTION = Selection(("resnet18",), ("training",), (("training", (2,)),), ("float32",), "cpu", 32)
+QUICK = Method(rounds=5, min_seconds=0, most_rounds=5, sample_seconds=0.0002, pause=0, warm_up=False)
+SLEEP = 0.003
+
+
+@pytest.fixture(autouse=True)
+def no_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(plan_file.ENVIRONMENT_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(plan_file, "SHIPPED_FOLDER", tmp_path / "shipped")
+    monkeypatch.setattr(command, "METHOD", QUICK)
+    measured_plan.reload()
+    with use_backend("auto"):
+        yield
+    monkeypatch.undo()
+    measured_plan.reload()
+
+
+@pytest.fixture
+def few_subjects(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all the shapes, those of two passes and the first two convolutions."""
+
+    def few(selection, tiles):
+        found = sites.subjects(selection, tiles)
+        convolutions = [subject for subject in found if subject.op == "conv_bn_act"][:2]
+        return [
+            *convolutions,
+            *(subject for subject in found if subject.title.startswith(("bn_stats ", "bn_apply 64"))),
+        ]
+
+    monkeypatch.setattr(command, "subjects", few)
+
+
+def run(*words: str) -> int:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.main(parser.parse_args([*words, "--device", "cpu", "--model", "resnet18"]))
+
+
+def slowed(function):
+    def slow(*arguments):
+        time.sleep(SLEEP)
+        return function(*arguments)
+
+    return slow
+
+
+def chosen_for_bn_apply(batch: int = 2) -> str:
+    x = torch.randn(batch, 64, 16, 16).contiguous(memory_format=torch.channels_last)
+    vector = torch.ones(64)
+    return backend.choose("bn_apply", (x, vector, vector, vector, vector, None, True)).__name__
+
+
+@NEEDS_NATIVE
+def test_what_is_planted_wins_and_is_chosen_from_then_on(few_subjects, monkeypatch, capsys):
+    """The heuristics' choice is made slow for one op, the other candidate for another: only the first changes."""
+    assert chosen_for_bn_apply().endswith("native")
+    monkeypatch.setattr(module("native"), "bn_apply", slowed(module("native").bn_apply))
+    monkeypatch.setattr(reference, "bn_stats", slowed(reference.bn_stats))
+    words = ("--mode", "training", "--batch-size", "2", "--image-size", "32")
+    assert run(*words) == 0
+    output = capsys.readouterr().out
+    decisions = measured_plan.decisions()
+    of_apply = [d for (op, _), d in decisions.items() if op == "bn_apply"]
+    of_stats = [d for (op, _), d in decisions.items() if op == "bn_stats"]
+    assert len(of_apply) == 2 and all((d.winner, d.heuristic) == ("reference", "native") for d in of_apply)
+    assert len(of_stats) == 5 and all((d.winner, d.heuristic) == ("native", "native") for d in of_stats)
+    assert all(d.seconds["native"] > SLEEP > d.seconds["reference"] for d in of_apply)
+    assert "7 measured, 2 of them faster than as written; 0 were known before" in output
+    assert "bn_apply 64x16x16 x 2 float32" in output and str(measured_plan.plan_path()) in output
+
+    assert chosen_for_bn_apply().endswith("reference") and chosen_for_bn_apply(3).endswith("native")
+    measured_plan.reload()
+    assert chosen_for_bn_apply().endswith("reference")
+
+
+@NEEDS_NATIVE
+def test_a_rerun_goes_on_where_the_first_one_stopped(few_subjects, capsys, tmp_path):
+    words = ("--mode", "inference", "training", "--batch-size", "1", "--image-size", "32")
+    file = tmp_path / "mine.json"
+    assert run(*words, "--budget", "0.000001", "--output", str(file)) == 0
+    assert "left: 9 (the time was used up)" in capsys.readouterr().out
+    assert run(*words, "--output", str(file)) == 0
+    assert "9 measured" in capsys.readouterr().out
+    before = file.read_text()
+    assert run(*words, "--output", str(file)) == 0
+    assert "0 measured, 0 of them faster than as written; 9 were known before" in capsys.readouterr().out
+    assert file.read_text() == before
+    assert run(*words, "--output", str(file), "--again") == 0
+    assert "9 measured" in capsys.readouterr().out
+    assert file.read_text() != before
+    assert not measured_plan.plan_path().exists() and chosen_for_bn_apply(1).endswith("native")
+
+
+def test_the_dry_mode_runs_everything_tiny_to_the_end_and_keeps_nothing(capsys):
+    assert run("--mode", "inference", "training", "--dry") == 0
+    output = capsys.readouterr().out
+    for op in ("conv_bn_act", "bn_stats", "bn_apply_dual", "bn_grad_stats", "bn_grad_apply"):
+        assert f"{op} " in output
+    assert "dry: tiny shapes" in output and not measured_plan.plan_path().exists()
+
+
+@NEEDS_NATIVE
+def test_wrong_numbers_are_dropped_and_reported(few_subjects, monkeypatch, capsys):
+    right = reference.bn_apply
+
+    def wrong(*arguments):
+        return right(*arguments) + (1 if arguments[0].dtype == torch.float32 else 0)  # fast, and nearly
+
+    monkeypatch.setattr(module("native"), "bn_apply", slowed(module("native").bn_apply))
+    monkeypatch.setattr(reference, "bn_apply", wrong)
+    assert run("--mode", "training", "--batch-size", "2", "--image-size", "32") == 0
+    output = capsys.readouterr().out
+    assert output.count("dropped: reference of bn_apply 64x") == 2 and "PyTorch's own" in output
+    assert {d.winner for (op, _), d in measured_plan.decisions().items() if op == "bn_apply"} == {"native"}
+
+
+def test_nothing_live_is_touched(few_subjects):
+    """Not the generator, the requested backend, or the plan in effect."""
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    measured_plan.record("thing", (1,), "fast", {})
+    assert run("--mode", "inference", "--batch-size", "1", "--image-size", "32") == 0
+    torch.testing.assert_close(torch.rand(3), expected)
+    assert backend.requested_backend() == "auto" and measured_plan.winner("thing", (1,)) == "fast"
+
+
+def test_ctrl_c_keeps_what_was_measured(monkeypatch):
+    asked = subjects(SELECTION, {})[:4]
+
+    def interrupt(subject):
+        if subject is asked[2]:
+            raise KeyboardInterrupt
+
+    outcome = tune(asked, {}, None, method=QUICK, begin=interrupt)
+    assert outcome.interrupted and outcome.left == [subject.title for subject in asked[2:]]
+    assert unknown(asked, measured_plan.decisions()) == [2, 3]
+
+
+def test_a_budget_is_kept_by_what_the_slowest_of_its_op_took():
+    asked, now = subjects(SELECTION, {})[:5], [0.0]
+
+    def take_ten_seconds(subject, found):
+        now[0] += 10
+
+    outcome = tune(asked, {}, None, method=QUICK, seconds=35, clock=lambda: now[0], finish=take_ten_seconds)
+    assert len({subject.op for subject in asked}) == 1
+    assert len(outcome.found) == 3 and len(outcome.left) == 2  # a fourth would have ended at 40
+
+
+def test_one_that_raises_is_reported_and_the_others_go_on(monkeypatch):
+    asked = subjects(SELECTION, {})[:3]
+    monkeypatch.setattr(asked[1], "candidates", lambda: 1 / 0)
+    outcome = tune(asked, {}, None, method=QUICK)
+    assert len(outcome.found) == 2 and "ZeroDivisionError" in outcome.failed[asked[1].title]
+
+
+def test_the_questions_are_of_every_pass_and_shape_once():
+    found = subjects(SELECTION, {})
+    keys = [(subject.op, subject.key) for subject in found]
+    assert len(set(keys)) == len(keys) and {op for op, _ in keys} == {
+        *("bn_stats", "bn_apply", "bn_apply_dual", "bn_grad_stats", "bn_grad_apply")
+    }
+    for subject in found[:3]:  # a key is made of one image, and is that of the whole batch
+        op, args = subject.task.ops(subject.task.first)[0]
+        assert plan_key.key_of(op, args) == subject.key and subject.key[0][0] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--budget", "0"], "must be a number of seconds above 0; got '0'"),
+        (["--batch-size", "0"], "must be a whole number of at least 1; got '0'"),
+        (["--image-size", "16"], "must be at least 32; got 16"),
+        (["--jobs", "two"], "must be a whole number of at least 1; got 'two'"),
+        (["--model", "vgg16"], "invalid choice: 'vgg16'"),
+    ],
+)
+def test_bad_arguments(words, message, capsys):
+    with pytest.raises(SystemExit):
+        run(*words)
+    assert message in capsys.readouterr().err
+
+
+def test_what_cannot_be_is_refused_before_anything_is_measured(tmp_path, capsys, monkeypatch):
+    strange = tmp_path / "letter.txt"
+    strange.write_text("Dear Sir")
+    assert run("--output", str(strange)) == 1
+    assert "letter.txt is not a plan" in capsys.readouterr().err and strange.read_text() == "Dear Sir"
+    assert run("--output", str(strange / "plan.json")) == 1
+    assert "letter.txt" in capsys.readouterr().err
+    for device, message in (("cuda:63", "is not here"), ("meta", "must be cpu, cuda"), ("gpu?", "must be cpu, cuda")):
+        parser = argparse.ArgumentParser()
+        command.add_arguments(parser)
+        assert command.main(parser.parse_args(["--device", device])) == 1
+        assert message in capsys.readouterr().err
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert run() == 1
+    assert "needs rich" in capsys.readouterr().err
