@@ -120,19 +120,28 @@ void average(const CpuConv& images, const void* x, void* out) {
     using Element = decltype(element);
     using Storage = typename Element::Storage;
     const int channels = images.channels;
-    const int64_t vectors = divided_up(channels, kVectorLanes), pixels = int64_t{images.height} * images.width;
+    const int64_t pixels = int64_t{images.height} * images.width;
     in_parallel(images.threads, [&](int part, int parts) {
-      const Share mine = share(images.images * vectors, part, parts);
-      for (int64_t i = mine.begin; i < mine.end; ++i) {
-        const int64_t image = i / vectors, channel = i % vectors * kVectorLanes;
-        const int lanes = static_cast<int>(std::min<int64_t>(kVectorLanes, channels - channel));
-        const Storage* from = static_cast<const Storage*>(x) + image * pixels * channels + channel;
-        Vector sum{};
-        for (int64_t pixel = 0; pixel < pixels; ++pixel, from += channels) {
-          sum += lanes == kVectorLanes ? Element::load(from) : load_some<Element>(from, lanes);
+      thread_local Scratch scratch;
+      float* const sums = scratch.words(channels + kVectorLanes);
+      const Share mine = share(images.images, part, parts);
+      for (int64_t image = mine.begin; image < mine.end; ++image) {
+        const Storage* from = static_cast<const Storage*>(x) + image * pixels * channels;
+        std::fill_n(sums, channels + kVectorLanes, 0.0f);
+        for (int64_t pixel = 0; pixel < pixels; ++pixel, from += channels) {  // along memory: its rows lie pages apart
+          int c = 0;
+          for (; c + kVectorLanes <= channels; c += kVectorLanes) {
+            store_vector(sums + c, load_vector(sums + c) + Element::load(from + c));
+          }
+          if (c < channels) {
+            store_vector(sums + c, load_vector(sums + c) + load_some<Element>(from + c, channels - c));
+          }
         }
-        store_some<Element>(static_cast<Storage*>(out) + image * channels + channel, sum / static_cast<float>(pixels),
-                            lanes);
+        Storage* const to = static_cast<Storage*>(out) + image * channels;
+        for (int c = 0; c < channels; c += kVectorLanes) {
+          store_some<Element>(to + c, load_vector(sums + c) / static_cast<float>(pixels),
+                              std::min(kVectorLanes, channels - c));
+        }
       }
     });
   });

@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kBlockTiles = 8;    // whose inputs, 8 x 14 x 1 KiB, stay in the second cache
 constexpr int kBlockPanels = 16;  // whose unfinished sums, 224 KiB with those tiles, do too
-constexpr int kSmallTiles = 8;    // of a thread: with fewer, threads share the filters, to read each weight once
+constexpr int kSmallTiles = 4;    // of a thread: with fewer, threads share the filters, to read each weight once
 
 template <typename Element>
 class GemmPart {
