@@ -89,6 +89,8 @@ void define_conv(py::module_& m) {
       .def("add", [](ConvChain& chain, std::shared_ptr<PackedConv> conv, int64_t images, int height, int width,
                      int threads, int x, int residual, bool relu,
                      int out) { chain.add(std::move(conv), images, height, width, threads, x, residual, relu, out); })
+      .def("add_max_pool", &ConvChain::add_max_pool)
+      .def("add_average", &ConvChain::add_average)
       .def("run", &run_chain, NoGil());
   m.def("max_pool", &max_pool, NoGil());
   m.def("average", &average, NoGil());

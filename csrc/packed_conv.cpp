@@ -58,14 +58,29 @@ void ConvChain::check(int activation) const {
   }
 }
 
+void ConvChain::add_step(Step step) {
+  check(step.x);
+  check(step.out);
+  if (step.residual != -1) check(step.residual);
+  if (step.out == 0 || step.out == step.x) {
+    throw std::invalid_argument("out must be neither the chain's input nor the step's");
+  }
+  steps_.push_back(std::move(step));
+}
+
 void ConvChain::add(std::shared_ptr<const PackedConv> packed, int64_t images, int height, int width, int threads, int x,
                     int residual, bool relu, int out) {
-  check(x);
-  check(out);
-  if (residual != -1) check(residual);
-  if (out == 0 || out == x) throw std::invalid_argument("out must be neither the chain's input nor the convolution's");
   const CpuConv conv = on_images(packed->conv(), images, height, width, threads);
-  steps_.push_back({std::move(packed), conv, x, residual, relu, out});
+  add_step({Kind::conv, std::move(packed), conv, x, residual, relu, out});
+}
+
+void ConvChain::add_max_pool(const CpuConv& window, int64_t images, int height, int width, int threads, int x,
+                             int out) {
+  add_step({Kind::max_pool, nullptr, on_images(window, images, height, width, threads), x, -1, false, out});
+}
+
+void ConvChain::add_average(const CpuConv& pixel, int64_t images, int height, int width, int threads, int x, int out) {
+  add_step({Kind::average, nullptr, on_images(pixel, images, height, width, threads), x, -1, false, out});
 }
 
 void ConvChain::run(const void* x, void* out) const {
@@ -76,8 +91,21 @@ void ConvChain::run(const void* x, void* out) const {
     activations.push_back(buffers.back()->data());
   }
   for (const Step& step : steps_) {
-    const void* const residual = step.residual < 0 ? nullptr : activations[step.residual];
-    step.packed->run(step.conv, activations[step.x], residual, step.relu, activations[step.out]);
+    const void* const from = activations[step.x];
+    void* const to = activations[step.out];
+    switch (step.kind) {
+      case Kind::conv: {
+        const void* const residual = step.residual < 0 ? nullptr : activations[step.residual];
+        step.packed->run(step.conv, from, residual, step.relu, to);
+        break;
+      }
+      case Kind::max_pool:
+        conv_kernels().max_pool(step.conv, from, to);
+        break;
+      case Kind::average:
+        conv_kernels().average(step.conv, from, to);
+        break;
+    }
   }
 }
 

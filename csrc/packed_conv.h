@@ -31,8 +31,8 @@ class PackedConv {
   Buffer packed_, bias_;
 };
 
-// The convolutions of blocks in a row, called once. Activations have numbers: 0 is the input, 1 the output, others are
-// memory of the chain's for the time of a call.
+// The convolutions of blocks in a row, or of a network with its poolings, called once. Activations have numbers: 0 is
+// the input, 1 the output, others are memory of the chain's for the time of a call.
 class ConvChain {
  public:
   // Sizes in bytes of activations 2, 3, ...
@@ -41,11 +41,16 @@ class ConvChain {
   // residual: an activation, or -1. The residual's memory may be the output's, no other's.
   void add(std::shared_ptr<const PackedConv> conv, int64_t images, int height, int width, int threads, int x,
            int residual, bool relu, int out);
+  void add_max_pool(const CpuConv& window, int64_t images, int height, int width, int threads, int x, int out);
+  // The mean of each channel of an image; of `pixel` only channels and dtype matter.
+  void add_average(const CpuConv& pixel, int64_t images, int height, int width, int threads, int x, int out);
   void run(const void* x, void* out) const;
 
  private:
+  enum class Kind { conv, max_pool, average };
   struct Step {
-    std::shared_ptr<const PackedConv> packed;
+    Kind kind;
+    std::shared_ptr<const PackedConv> packed;  // of a convolution
     CpuConv conv;
     int x, residual;
     bool relu;
@@ -53,6 +58,7 @@ class ConvChain {
   };
 
   void check(int activation) const;
+  void add_step(Step step);
 
   std::vector<int64_t> bytes_;
   std::vector<Step> steps_;

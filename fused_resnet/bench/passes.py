@@ -30,7 +30,7 @@ class NormPass:
     Attributes:
         op: its name in ``ops/schemas.py``.
         reads, writes: in T; ``masks``: masks read or written.
-        endings: of `benchmarks.shapes.Site`, where a network that keeps bits or one that keeps outputs runs it.
+        endings: of `bench.suite.op_sites.NormSite`, where a network that keeps bits or one that keeps outputs runs it.
         arguments: of the op.
         eager: what PyTorch runs for it, giving what the op gives, None in the place of a result that eager has not.
         sums: the results that are sums over all values of a channel.

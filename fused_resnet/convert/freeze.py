@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_resnet.convert.frozen_network import NetworkChains
 from fused_resnet.convert.fuse import fuse
 from fused_resnet.models.cifar import CIFARResNet, PlainBlock
 from fused_resnet.models.resnet import ResNet
@@ -45,6 +46,7 @@ class FrozenModel(nn.Module):
         self._pixels = None if normalize is None else pixel_scale_and_shift(*normalize)
         self.register_buffer("_like", torch.empty(0, dtype=dtype), persistent=False)
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._chains = NetworkChains(module)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -58,7 +60,9 @@ class FrozenModel(nn.Module):
         (ValueError otherwise) and, if one of the two is uint8, of its dtype (TypeError)."""
         self._check(x)
         if self._graph is None:
-            return self.module(self._as_module_takes(x))
+            x = self._as_module_takes(x)
+            out = self._chains(x)
+            return self.module(x) if out is None else out
         if (x.dtype == torch.uint8) != (self._graph_input.dtype == torch.uint8):
             raise TypeError(
                 f"x must have the dtype the CUDA graph was captured with, {self._graph_input.dtype}; got {x.dtype}"
@@ -112,7 +116,12 @@ class FrozenModel(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_graph": None, "_graph_input": None, "_graph_output": None}
+        own = {name: value for name, value in self.__dict__.items() if name != "_chains"}
+        return {**own, "_graph": None, "_graph_input": None, "_graph_output": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._chains = NetworkChains(self.module)
 
     def train(self, mode: bool = True) -> FrozenModel:
         if mode:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_resnet.modules.bn_act import has_global_hooks, is_intercepted
+from fused_resnet.modules.untouched import weights_changed
 from fused_resnet.ops.backend import AUTO, is_listened_to, remembered, requested_backend
 from fused_resnet.ops.conv_bn_act import fold
 from fused_resnet.ops.native_chain import Block, NativeChain
@@ -54,6 +55,7 @@ class FrozenConvAct(nn.Module):
 
     def _forget(self) -> None:
         """What was made or decided for the weight as it was."""
+        weights_changed()
         self._packed: dict[torch.Size, tuple[Tensor, Tensor]] = {}
         self._chosen: dict[Any, Any] = {}
         self._native: tuple[NativeConv | None] | None = None

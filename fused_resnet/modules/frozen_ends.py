@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fused_resnet.modules.bn_act import is_intercepted
 from fused_resnet.modules.frozen import FrozenConvAct, runs_unseen
+from fused_resnet.modules.untouched import weights_changed
 from fused_resnet.ops.backend import runs_in_cuda
 from fused_resnet.ops.native_conv import NativeConv, average, max_pool, takes_dtype
 
@@ -79,10 +80,11 @@ class FrozenLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, in_features) or any other shape that ``nn.Linear`` takes."""
         if x.dim() == 2 and x.dtype == self.weight.dtype and runs_unseen(x) and takes_dtype(x.dtype):
-            return self._conv()(x[:, :, None, None])[:, :, 0, 0]
+            return self.native()(x[:, :, None, None])[:, :, 0, 0]
         return super().forward(x)
 
-    def _conv(self) -> NativeConv:
+    def native(self) -> NativeConv:
+        """Our own C++ for this weight."""
         if self._native is None:
             bias = self.weight.new_zeros(self.out_features) if self.bias is None else self.bias
             pixel = ([1, 1], [0, 0], [1, 1])
@@ -90,6 +92,7 @@ class FrozenLinear(nn.Linear):
         return self._native
 
     def _forget(self) -> None:
+        weights_changed()
         self._native = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> FrozenLinear:

@@ -1,7 +1,8 @@
-"""Residual blocks in a row as one call of C++: what is planned once for an input's shape, and run.
+"""Residual blocks in a row, or a whole network, as one call of C++: planned once for an input's shape, and run.
 
-A convolution of a late stage takes as long as Python needs for thirty of its calls; between two of them the processor
-waits. So the convolutions of a whole stage are handed over together, and with them where each activation lies.
+Python between two kernels costs more than its own time, for the weights that stream through the caches throw it out of
+them: some 0.1 ms for each module, where ResNet-50 as a whole takes 20. So everything is handed over together, and with
+it where each activation lies.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_resnet.ops.layout import is_channels_last
-from fused_resnet.ops.native_conv import NativeConv, empty_channels_last, extension
+from fused_resnet.ops.layout import conv_output_size, is_channels_last
+from fused_resnet.ops.native_conv import NativeConv, empty_channels_last, extension, pooling_window
 
 INPUT, OUTPUT = 0, 1
 
@@ -30,13 +31,26 @@ class Block:
     """False: nothing is added."""
 
 
+@dataclass(frozen=True)
+class Ends:
+    """What comes before the blocks of a network, a convolution and a max pooling, and behind them: the mean over all
+    pixels and a last layer, a convolution of one pixel."""
+
+    stem: NativeConv
+    pool: tuple[list[int], list[int], list[int]]
+    """Kernel size, stride and padding."""
+    last: NativeConv
+
+
 @dataclass
 class _Step:
-    conv: NativeConv
     shape: tuple[int, ...]  # of its input
     x: int
-    residual: int
     out: int
+    conv: NativeConv | None = None
+    residual: int = -1
+    pool: tuple[list[int], list[int], list[int]] | None = None
+    """Neither ``conv`` nor ``pool``: the mean."""
 
 
 class NativeChain:
@@ -47,14 +61,20 @@ class NativeChain:
         ValueError: a convolution does not take what it gets.
     """
 
-    def __init__(self, blocks: Sequence[Block], x: Tensor) -> None:
+    def __init__(self, blocks: Sequence[Block], x: Tensor, ends: Ends | None = None) -> None:
         self._steps: list[_Step] = []
         self._shapes: list[tuple[int, ...]] = [tuple(x.shape)]  # of the activations
         self._free: list[int] = []
         self._dtype = x.dtype
         current = INPUT
+        if ends is not None:
+            convolved = self._add(ends.stem, current)
+            current = self._add_pool(ends.pool, convolved)
+            self._free.append(convolved)
         for block in blocks:
             current = self._add_block(block, current)
+        if ends is not None:
+            current = self._add(ends.last, self._add_average(current))
         self._out_shape = list(self._shapes[current])
         self._chain = self._in_order_of_memory(current)
 
@@ -90,8 +110,20 @@ class NativeChain:
             raise ValueError(f"the shortcut's shape must be {shape}; got {self._shapes[residual]}")
         if out is None:
             out = self._take(shape)
-        self._steps.append(_Step(conv, self._shapes[x], x, residual, out))
-        self._shapes[out] = shape
+        self._steps.append(_Step(self._shapes[x], x, out, conv, residual))
+        return out
+
+    def _add_pool(self, pool: tuple[list[int], list[int], list[int]], x: int) -> int:
+        images, channels, *size = self._shapes[x]
+        settings = zip(size, *pool, strict=True)
+        out = self._take((images, channels, *(conv_output_size(*numbers, 1) for numbers in settings)))
+        self._steps.append(_Step(self._shapes[x], x, out, pool=pool))
+        return out
+
+    def _add_average(self, x: int) -> int:
+        images, channels, *_ = self._shapes[x]
+        out = self._take((images, channels, 1, 1))
+        self._steps.append(_Step(self._shapes[x], x, out))
         return out
 
     def _take(self, shape: tuple[int, ...]) -> int:
@@ -109,9 +141,17 @@ class NativeChain:
         places = {INPUT: INPUT, last: OUTPUT, -1: -1} | {activation: 2 + i for i, activation in enumerate(others)}
         sizes = [math.prod(self._shapes[activation]) * self._dtype.itemsize for activation in others]
         chain = extension().ConvChain(sizes)
+        most_threads = torch.get_num_threads()
         for step in self._steps:
-            packed, relu, threads = step.conv.call(step.shape, self._dtype)
-            images, _, height, width = step.shape
-            operands = (places[step.x], places[step.residual], relu, places[step.out])
-            chain.add(packed, images, height, width, threads, *operands)
+            images, channels, height, width = step.shape
+            x, residual, out = places[step.x], places[step.residual], places[step.out]
+            if step.conv is not None:
+                packed, relu, threads = step.conv.call(step.shape, self._dtype)
+                chain.add(packed, images, height, width, threads, x, residual, relu, out)
+            elif step.pool is not None:
+                window = pooling_window(channels, *step.pool, self._dtype)
+                chain.add_max_pool(window, images, height, width, most_threads, x, out)
+            else:
+                pixel = pooling_window(channels, [1, 1], [1, 1], [0, 0], self._dtype)
+                chain.add_average(pixel, images, height, width, min(most_threads, images), x, out)
         return chain

@@ -187,11 +187,18 @@ def max_pool(x: Tensor, kernel_size: list[int], stride: list[int], padding: list
     built = extension()
     images, channels, height, width = x.shape
     x = x.contiguous(memory_format=torch.channels_last)
-    pool = built.Conv(channels, channels, kernel_size, stride, padding, [1, 1], 1, _dtype(x.dtype))
+    pool = pooling_window(channels, kernel_size, stride, padding, x.dtype)
     size = [conv_output_size(x.shape[i + 2], kernel_size[i], stride[i], padding[i], 1) for i in (0, 1)]
     out = empty_channels_last([images, channels, *size], x.dtype)
     built.max_pool(pool, images, height, width, torch.get_num_threads(), x.data_ptr(), out.data_ptr())
     return out
+
+
+def pooling_window(
+    channels: int, kernel_size: list[int], stride: list[int], padding: list[int], dtype: torch.dtype
+) -> Any:
+    """A ``_C.Conv`` that says what is pooled."""
+    return extension().Conv(channels, channels, kernel_size, stride, padding, [1, 1], 1, _dtype(dtype))
 
 
 def average(x: Tensor) -> Tensor:
