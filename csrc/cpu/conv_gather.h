@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "../buffers.h"
 #include "conv_methods.h"
 
 namespace fused_resnet {
@@ -181,11 +182,11 @@ bool is_narrow(const CpuConv& conv) {
 }
 
 template <typename Storage>
-Source<Storage> padded(const CpuConv& conv, const Storage* x, Scratch& memory) {
+Source<Storage> padded(const CpuConv& conv, const Storage* x, std::unique_ptr<Buffer>& memory) {
   const int height = conv.height + 2 * conv.padding_height, width = conv.width + 2 * conv.padding_width;
   const int64_t row_elements = int64_t{width} * conv.channels;
-  auto* const to = reinterpret_cast<Storage*>(
-      memory.words(divided_up(conv.images * height * row_elements * sizeof(Storage) + kOverrun, sizeof(float))));
+  memory = std::make_unique<Buffer>(conv.images * height * row_elements * sizeof(Storage) + kOverrun);
+  auto* const to = static_cast<Storage*>(memory->data());
   in_parallel(conv.threads, [&](int part, int parts) {
     const Share rows = share(conv.images * height, part, parts);
     for (int64_t row = rows.begin; row < rows.end; ++row) {

@@ -153,7 +153,7 @@ template <typename Element>
 void gemm_run(const CpuConv& conv, const typename Element::Storage* x, const float* packed,
               const ConvEpilogue& epilogue) {
   using Storage = typename Element::Storage;
-  thread_local Scratch padded_image;
+  std::unique_ptr<Buffer> padded_image;  // of the whole batch, so not kept by the thread
   const Source<Storage> source = is_narrow<Storage>(conv) ? padded(conv, x, padded_image)
                                                           : Source<Storage>{x,
                                                                             conv.height,
