@@ -1,0 +1,141 @@
+// Runs the CPU convolutions of one CPU_CAPABILITY on memory of exactly their size, against the sum as it is written in
+// a textbook, in float64. Prints what is wrong; the exit status is how many were. tests/native/test_conv_driver.py
+// builds it with sanitizers.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "cpu/conv.h"
+#include "cpu/element.h"
+
+using namespace fused_resnet;
+
+namespace {
+
+struct Case {
+  ConvMethod method;
+  int images, channels, height, width, filters, kernel_height, kernel_width, stride, padding, dilation, groups;
+};
+
+constexpr ConvMethod kGemm = ConvMethod::gemm, kWinograd = ConvMethod::winograd, kGrouped = ConvMethod::grouped;
+const Case kCases[] = {
+    {kGemm, 2, 64, 9, 7, 96, 1, 1, 1, 0, 1, 1},      {kGemm, 1, 33, 1, 1, 5, 1, 1, 1, 0, 1, 1},
+    {kGemm, 2, 3, 19, 22, 64, 7, 7, 2, 3, 1, 1},     {kGemm, 1, 5, 9, 11, 20, 3, 2, 1, 0, 1, 1},
+    {kGemm, 1, 300, 7, 7, 40, 3, 3, 2, 1, 1, 1},     {kGemm, 3, 32, 7, 7, 33, 3, 3, 1, 1, 1, 1},
+    {kGemm, 1, 17, 4, 4, 31, 3, 3, 2, 4, 1, 1},      {kGemm, 1, 24, 13, 12, 31, 3, 3, 1, 2, 2, 1},
+    {kGemm, 1, 128, 5, 5, 128, 3, 3, 1, 1, 1, 4},    {kGemm, 1, 600, 3, 5, 7, 1, 1, 1, 0, 1, 1},
+    {kWinograd, 1, 32, 8, 8, 32, 3, 3, 1, 1, 1, 1},  {kWinograd, 2, 16, 11, 7, 37, 3, 3, 1, 1, 1, 1},
+    {kWinograd, 1, 272, 5, 6, 8, 3, 3, 1, 0, 1, 1},  {kWinograd, 1, 16, 3, 3, 5, 3, 3, 1, 2, 1, 1},
+    {kGrouped, 2, 64, 9, 15, 64, 3, 3, 1, 1, 1, 16}, {kGrouped, 1, 48, 9, 8, 48, 3, 3, 2, 1, 1, 6},
+    {kGrouped, 1, 32, 7, 5, 32, 3, 3, 2, 2, 1, 2},
+};
+
+float number(DType dtype, const void* from, int64_t i) {
+  if (dtype == DType::float32) return static_cast<const float*>(from)[i];
+  return CPU_CAPABILITY::BFloat16::load(static_cast<const uint16_t*>(from)[i]);
+}
+
+// Memory that ends where its last element does, of random numbers.
+std::unique_ptr<void, decltype(&std::free)> random_numbers(DType dtype, int64_t count, std::mt19937& generator) {
+  std::uniform_real_distribution<float> any(-1.0f, 1.0f);
+  const int64_t bytes = dtype == DType::float32 ? 4 : 2;
+  std::unique_ptr<void, decltype(&std::free)> memory(std::malloc(count * bytes), &std::free);
+  for (int64_t i = 0; i < count; ++i) {
+    if (dtype == DType::float32) {
+      static_cast<float*>(memory.get())[i] = any(generator);
+    } else {
+      static_cast<uint16_t*>(memory.get())[i] = CPU_CAPABILITY::BFloat16::store(any(generator));
+    }
+  }
+  return memory;
+}
+
+CpuConv conv_of(const Case& c, DType dtype, int threads) {
+  const auto size = [&](int pixels, int kernel) {
+    return (pixels + 2 * c.padding - c.dilation * (kernel - 1) - 1) / c.stride + 1;
+  };
+  CpuConv conv{};
+  conv.images = c.images;
+  conv.height = c.height, conv.width = c.width, conv.channels = c.channels;
+  conv.out_height = size(c.height, c.kernel_height), conv.out_width = size(c.width, c.kernel_width);
+  conv.filters = c.filters, conv.kernel_height = c.kernel_height, conv.kernel_width = c.kernel_width;
+  conv.stride_height = conv.stride_width = c.stride, conv.padding_height = conv.padding_width = c.padding;
+  conv.dilation_height = conv.dilation_width = c.dilation;
+  conv.groups = c.groups, conv.dtype = dtype, conv.threads = threads;
+  return conv;
+}
+
+double exactly(const CpuConv& conv, const void* x, const void* weight, int64_t pixel, int filter) {
+  const int64_t image = pixel / (conv.out_height * conv.out_width);
+  const int row = static_cast<int>(pixel / conv.out_width % conv.out_height);
+  const int column = static_cast<int>(pixel % conv.out_width);
+  const int group = filter / conv.group_filters();
+  double sum = 0.0;
+  for (int i = 0; i < conv.kernel_height; ++i) {
+    for (int j = 0; j < conv.kernel_width; ++j) {
+      const int y = row * conv.stride_height - conv.padding_height + i * conv.dilation_height;
+      const int z = column * conv.stride_width - conv.padding_width + j * conv.dilation_width;
+      if (y < 0 || z < 0 || y >= conv.height || z >= conv.width) continue;
+      for (int c = 0; c < conv.group_channels(); ++c) {
+        const int64_t input = ((image * conv.height + y) * conv.width + z) * conv.channels;
+        const int64_t place = (int64_t{filter} * conv.kernel_height + i) * conv.kernel_width + j;
+        sum += double{number(conv.dtype, x, input + group * conv.group_channels() + c)} *
+               number(conv.dtype, weight, place * conv.group_channels() + c);
+      }
+    }
+  }
+  return sum;
+}
+
+bool is_right(const Case& c, DType dtype, int threads) {
+  const ConvKernels& kernels = CPU_CAPABILITY::kConvKernels;
+  const CpuConv conv = conv_of(c, dtype, threads);
+  if (!kernels.takes(conv, c.method)) return true;
+  std::mt19937 generator(7);
+  const int64_t outputs = conv.pixels() * conv.filters;
+  const auto x = random_numbers(dtype, conv.images * conv.height * conv.width * conv.channels, generator);
+  const auto weight = random_numbers(
+      dtype, int64_t{conv.filters} * conv.kernel_height * conv.kernel_width * conv.group_channels(), generator);
+  const auto bias = random_numbers(DType::float32, conv.filters, generator);
+  const auto residual = random_numbers(dtype, outputs, generator);
+  const auto out = random_numbers(dtype, outputs, generator);
+  const std::unique_ptr<void, decltype(&std::free)> packed(std::malloc(kernels.packed_bytes(conv, c.method)),
+                                                           &std::free);
+  kernels.pack(conv, c.method, weight.get(), packed.get());
+  kernels.run(conv, c.method, x.get(), packed.get(),
+              {static_cast<const float*>(bias.get()), residual.get(), true, out.get()});
+  const double terms = double(conv.group_channels()) * conv.kernel_height * conv.kernel_width;
+  const double limit = dtype == DType::float32 ? 2e-6 * terms : 0.01 * std::sqrt(terms);
+  for (int64_t i = 0; i < outputs; ++i) {
+    const int filter = static_cast<int>(i % conv.filters);
+    const double sum = exactly(conv, x.get(), weight.get(), i / conv.filters, filter) +
+                       number(DType::float32, bias.get(), filter) + number(dtype, residual.get(), i);
+    const double error = std::fabs(number(dtype, out.get(), i) - std::fmax(sum, 0.0));
+    if (!(error <= limit)) {
+      std::printf("case %td, dtype %d, %d threads: output %lld is off by %g\n", &c - kCases, static_cast<int>(dtype),
+                  threads, static_cast<long long>(i), error);
+      return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+int main() {
+  int wrong = 0, all = 0;
+  for (const Case& c : kCases) {
+    for (const DType dtype : {DType::float32, DType::bfloat16}) {
+      for (const int threads : {1, 3}) {
+        wrong += !is_right(c, dtype, threads);
+        ++all;
+      }
+    }
+  }
+  std::printf("%d of %d wrong\n", wrong, all);
+  return wrong;
+}

@@ -1,0 +1,94 @@
+"""The CPU convolutions for every kind of processor that this one can run, and under AddressSanitizer and UBSan.
+
+Built here from csrc/cpu; with a fault planted in the source, to know that the driver and the sanitizer see one.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+SOURCES = ("conv", "conv_gemm", "conv_winograd", "conv_grouped")
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c")
+CAPABILITIES: dict[str, tuple[str, ...]] = {  # as in setup.py
+    "baseline": (),
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "avx512": (*AVX512, "-mprefer-vector-width=512"),
+    "avx512_bf16": (*AVX512, "-mprefer-vector-width=512", "-mavx512bf16"),
+}
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
+PLANTED = {
+    "a window without its last column": (
+        "conv_gather.h",
+        "left + window_width <= source_.width",
+        "left + window_width <= source_.width + 1",
+    ),
+    "padding that is skipped too early": ("conv_gather.h", "last_top + begin * ", "top + begin * "),
+    "a row of the residual": ("tile.h", "first += Element::load(tile.residual + offset)", "first += Vector{}"),
+    "an output's transform": ("conv_winograd.cpp", "to[1] = m[1] - m[2] - m[3];", "to[1] = m[1] - m[2] + m[3];"),
+    "a narrow padded row": ("conv_grouped.cpp", "std::fill_n(to, left, 0.0f);", ""),
+}
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="no g++"),
+    pytest.mark.xdist_group("conv_driver"),
+]
+
+
+def runs_here(capability: str) -> bool:
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    needs = {"avx2": ["avx2", "fma"], "avx512": ["avx512bw", "avx512vl"], "avx512_bf16": ["avx512_bf16"]}
+    return all(f" {need} " in flags.replace("\n", " ") for need in needs.get(capability, []))
+
+
+def widest() -> str:
+    return [capability for capability in CAPABILITIES if runs_here(capability)][-1]
+
+
+def build(folder: Path, capability: str, *flags: str, csrc: Path = CSRC) -> Path:
+    program = folder / "driver"
+    sources = [csrc / "cpu" / f"{name}.cpp" for name in SOURCES]
+    command = ["g++", "-O1", "-g", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", f"-I{csrc}"]
+    command += [f"-DCPU_CAPABILITY={capability}", *CAPABILITIES[capability], *flags]
+    command += [*map(str, sources), str(csrc / "buffers.cpp"), str(ROOT / "tests/native/conv_driver.cpp")]
+    done = subprocess.run([*command, "-o", str(program)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return program
+
+
+def run(program: Path) -> subprocess.CompletedProcess[str]:
+    environment = {"ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "3"}
+    return subprocess.run([str(program)], capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_kind_of_processor(capability: str, tmp_path: Path):
+    if not runs_here(capability):
+        pytest.skip(f"this processor is not {capability}")
+    done = run(build(tmp_path, capability))
+    assert done.returncode == 0, done.stdout
+
+
+def test_address_and_undefined_behaviour_sanitizers(tmp_path: Path):
+    done = run(build(tmp_path, widest(), *SANITIZERS))
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_a_planted_fault_is_found(fault: str, tmp_path: Path):
+    if fault == "a narrow padded row" and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("no grouped method on this processor")
+    name, line, instead = PLANTED[fault]
+    csrc = tmp_path / "csrc"
+    shutil.copytree(CSRC, csrc, ignore=shutil.ignore_patterns("cuda"))
+    source = (csrc / "cpu" / name).read_text()
+    assert source.count(line) >= 1
+    (csrc / "cpu" / name).write_text(source.replace(line, instead, 1))
+    assert run(build(tmp_path, widest(), csrc=csrc)).returncode != 0
