@@ -114,14 +114,20 @@ except KeyboardInterrupt:
     def make(work: Path, dry: bool) -> list[Unit]:
         return [Unit("ops", "slow", python(slow)), Unit("ops", "behind", note_in(ran, "behind"))]
 
-    words = ["ops", "--output", str(tmp_path / "out"), "--budget", "ops=2"]
+    words = [
+        "ops",
+        "--output",
+        str(tmp_path / "out"),
+        "--budget",
+        "ops=8",
+    ]  # two seconds were too few for Python to start on a busy machine
     start = time.monotonic()
     assert phases.main(words, make) == phases.CALL_AGAIN
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 40
     assert saved.read_text() == "half"
     assert ran.read_text() == ""
     assert status_of(tmp_path / "out") == {"ops/slow": UNFINISHED}
-    assert "unfinished; its 2 s were up; saved" in (tmp_path / "out" / "summary.md").read_text()
+    assert "unfinished; its 8 s were up; saved" in (tmp_path / "out" / "summary.md").read_text()
     assert phases.main([*words[:-1], "ops=60"], make) == phases.OK
     assert status_of(tmp_path / "out") == {"ops/slow": DONE, "ops/behind": DONE}
     assert "said behind" in (tmp_path / "out" / "logs" / "ops_behind.log").read_text()
