@@ -20,6 +20,13 @@ CAPABILITIES = {torch.float32: ("avx512", "avx512_bf16"), torch.bfloat16: ("avx5
 """Builds of csrc/cpu in which these convolutions are no slower than oneDNN's, by dtype."""
 NARROWEST_GROUP = 32  # filters of a group: a matrix product of fewer leaves lanes empty
 WORK_OF_A_THREAD = 1 << 19  # multiplications; with fewer a second thread is waited for
+MOST_CALLS = 64  # shapes of x that are remembered
+BUFFER_BYTES = 4 << 20  # below this, malloc itself keeps what is freed
+
+# Of one Zen 4 core, where Winograd's method is weighed against the matrix product.
+FLOAT32_SPEED, BFLOAT16_SPEED = 117e9, 233e9  # operations a second
+MEMORY_SPEED = 12e9  # bytes a second of weights that are in no cache
+TRANSFORMS = 0.1  # of the products' time
 
 
 @functools.cache
@@ -71,8 +78,9 @@ def why_not_native(x: Tensor, weight: Tensor, stride: list[int], dilation: list[
 class NativeConv:
     """``act(F.conv2d(x, weight, bias, stride, padding, dilation, groups) + residual)`` as one pass.
 
-    Copies what it needs of weight and bias. An output is the same bits whatever the number of threads and the other
-    images of its batch. Where Winograd's method runs, an infinite input makes the outputs near it NaN.
+    Copies what it needs of weight and bias. An output is the same bits whatever the number of threads, and whatever the
+    other images of its batch show; how many they are may decide the method. Where Winograd's method runs, an infinite
+    input makes the outputs near it NaN.
 
     Args:
         weight: (K, C / groups, R, S), float32 or bfloat16, any memory format.
@@ -179,9 +187,6 @@ class NativeConv:
         return built.conv_takes(self._conv, getattr(built.ConvMethod, method))
 
 
-MOST_CALLS = 64  # shapes of x that are remembered
-
-
 def max_pool(x: Tensor, kernel_size: list[int], stride: list[int], padding: list[int]) -> Tensor:
     """``F.max_pool2d(x, kernel_size, stride, padding)``; x as `why_not_native` takes it. Returns channels_last."""
     built = extension()
@@ -216,14 +221,11 @@ def empty_channels_last(shape: list[int], dtype: torch.dtype) -> Tensor:
     """Memory for a result; for a large one memory that was used before (csrc/buffers.h says why)."""
     images, channels, height, width = shape
     elements = images * channels * height * width
-    if elements * dtype.itemsize < _BUFFER_BYTES:
+    if elements * dtype.itemsize < BUFFER_BYTES:
         return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
     storage = torch.frombuffer(extension().Buffer(elements * dtype.itemsize), dtype=dtype).untyped_storage()
     strides = (height * width * channels, 1, width * channels, channels)
     return torch.empty(0, dtype=dtype).set_(storage, 0, shape, strides)
-
-
-_BUFFER_BYTES = 4 << 20  # below this, malloc itself keeps what is freed
 
 
 def _prefers_winograd(images: int, height: int, width: int, dtype: torch.dtype) -> bool:
@@ -234,11 +236,6 @@ def _prefers_winograd(images: int, height: int, width: int, dtype: torch.dtype) 
     directly = 2 * 9 * images * height * width / speed
     by_windows = 2 * products * windows / FLOAT32_SPEED * (1 + TRANSFORMS)
     return max(by_windows, 4 * products / MEMORY_SPEED) < directly
-
-
-FLOAT32_SPEED, BFLOAT16_SPEED = 117e9, 233e9  # operations a second
-MEMORY_SPEED = 12e9  # bytes a second of weights that are in no cache
-TRANSFORMS = 0.1  # of the products' time
 
 
 def _conv(weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int) -> Any:
