@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fused_resnet.bench.report.figures import figures
 from fused_resnet.bench.report.roles import PLAIN_EAGER, is_ours, right_timings
 from fused_resnet.bench.report.sections import Column, Section
@@ -64,19 +66,8 @@ def latency(column: Column, section: Section, name: str, order: list[str]) -> st
             timing = timings[contender]
             axes.barh(place, timing.median / second, color=looks[contender][0], height=0.66)
             axes.plot([timing.p20 / second, timing.p80 / second], [place, place], color=colour(INK), linewidth=1.4)
-            axes.annotate(
-                three_digits(timing.median / second),
-                (max(timing.median, timing.p80) / second, place),
-                xytext=(5, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=9,
-            )
-        axes.set_yticks(range(len(names)), names)
-        axes.tick_params(axis="y", length=0)
-        axes.grid(visible=False, axis="y")
-        axes.margins(x=0.12, y=0.02)
-        axes.set_xlim(left=0)
+            _write_beside(axes, timing.median / second, max(timing.median, timing.p80) / second, place)
+        _name_bars(axes, names, margin=0.12)
         axes.set_xlabel(f"{unit} a run, batch {column.measurement.batch_size}")
         said = ", ".join(f"{contender} {duration(timings[contender].median)}" for contender in reversed(names))
         return svg(figure, name, f"{column.measurement.title}: {said}")
@@ -104,19 +95,8 @@ def memory(column: Column, name: str, order: list[str]) -> str | None:
                 if number is None:
                     continue
                 axes.barh(place, number / 1e6, color=looks[contender][0], height=0.66)
-                axes.annotate(
-                    three_digits(number / 1e6),
-                    (number / 1e6, place),
-                    xytext=(5, 0),
-                    textcoords="offset points",
-                    va="center",
-                    fontsize=9,
-                )
-            axes.set_yticks(range(len(names)), names)
-            axes.tick_params(axis="y", length=0)
-            axes.grid(visible=False, axis="y")
-            axes.margins(x=0.16, y=0.02)
-            axes.set_xlim(left=0)
+                _write_beside(axes, number / 1e6, number / 1e6, place)
+            _name_bars(axes, names, margin=0.16)
             axes.locator_params(axis="x", nbins=5)
             axes.set_xlabel(f"{title}, MB")
         said = "; ".join(
@@ -140,3 +120,18 @@ def _chosen(speeds: dict[str, float]) -> list[str]:
     eager = [name for name in fastest if name in PLAIN_EAGER]
     ours = [name for name in fastest if is_ours(name)][:MOST_LINES]
     return [*ours, *[name for name in fastest if name not in eager and not is_ours(name)][:MOST_LINES], *eager]
+
+
+def _write_beside(axes: Any, number: float, end: float, place: int) -> None:
+    """The number behind a bar that ends there."""
+    offset = {"xytext": (5, 0), "textcoords": "offset points"}
+    axes.annotate(three_digits(number), (end, place), **offset, va="center", fontsize=9)
+
+
+def _name_bars(axes: Any, names: list[str], margin: float) -> None:
+    """A name before each bar, and room for the numbers behind them."""
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(visible=False, axis="y")
+    axes.margins(x=margin, y=0.02)
+    axes.set_xlim(left=0)
