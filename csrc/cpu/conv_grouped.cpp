@@ -9,13 +9,27 @@ namespace fused_resnet {
 namespace CPU_CAPABILITY {
 namespace {
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 constexpr bool kHasGrouped = true;
+#if defined(__AVX512F__)
 constexpr int kWidest = 14;  // outputs in registers, beside three weights
+#else
+constexpr int kWidest = 7;
+#endif
 
-// Word `first` of each group's inputs, in every lane of the group: a channel in float32, two in bfloat16.
-template <typename Element, int group>
+// Of a pixel's inputs, those of the groups whose outputs a vector holds: word `first` of each group, in every lane of
+// the group; a word is a channel in float32, two in bfloat16. A group of as many lanes as a vector or more has the
+// vector, or several, to itself.
+template <typename Element, int group, bool shares_vector = (group < kVectorLanes)>
 struct Spread {
+  static constexpr int kPixelWords = group / Element::kPerWord;
+  int first;
+  explicit Spread(int first) : first(first) {}
+  Vector operator()(const float* pixel) const { return broadcast(pixel[first]); }
+};
+#if defined(__AVX512F__)
+template <typename Element, int group>
+struct Spread<Element, group, true> {
   static constexpr int kPixelWords = kVectorLanes / Element::kPerWord;
   __m512i lanes;
   explicit Spread(int first) {
@@ -29,13 +43,17 @@ struct Spread {
     return reinterpret_cast<Vector>(_mm512_permutexvar_ps(lanes, words));
   }
 };
-template <typename Element>
-struct Spread<Element, kVectorLanes> {
-  static constexpr int kPixelWords = kVectorLanes / Element::kPerWord;
-  int first;
-  explicit Spread(int first) : first(first) {}
-  Vector operator()(const float* pixel) const { return broadcast(pixel[first]); }
+#else
+template <>
+struct Spread<Single, 4, true> {  // a half of the vector each, within which one word is spread
+  static constexpr int kPixelWords = kVectorLanes;
+  __m256i lanes;
+  explicit Spread(int first) : lanes(_mm256_set1_epi32(first)) {}
+  Vector operator()(const float* pixel) const {
+    return reinterpret_cast<Vector>(_mm256_permutevar_ps(_mm256_loadu_ps(pixel), lanes));
+  }
 };
+#endif
 
 // `width` outputs side by side from the rows of inputs below `pixels`, of which one is `row_words` long.
 template <typename Element, int group, int stride, int width>
@@ -81,7 +99,7 @@ class GroupedPart {
 
   static constexpr int kPixelWords = Spread<Element, group>::kPixelWords;
 
-  // All outputs of one image in one vector of channels.
+  // All outputs of one image in one vector of filters.
   void run(int64_t image, int slice) const {
     thread_local Scratch scratch;
     float* const padded = scratch.words(rows_ * row_words_);
@@ -98,7 +116,9 @@ class GroupedPart {
         for (int i = 0; i < kWidth; ++i) write(image, row, column + i, slice, sum[i] + bias);
         column += kWidth;
       };
-      while (conv_.out_width - column >= 14) finish(std::integral_constant<int, 14>{});
+      if constexpr (kWidest >= 14) {
+        while (conv_.out_width - column >= 14) finish(std::integral_constant<int, 14>{});
+      }
       while (conv_.out_width - column >= 7) finish(std::integral_constant<int, 7>{});
       while (conv_.out_width - column >= 3) finish(std::integral_constant<int, 3>{});
       while (conv_.out_width - column >= 1) finish(std::integral_constant<int, 1>{});
@@ -106,17 +126,18 @@ class GroupedPart {
   }
 
  private:
-  // This vector of channels of an image, with zeros where a kernel reaches beyond it.
+  // The inputs of this vector of outputs, with zeros where a kernel reaches beyond it.
   void copy_padded(int64_t image, int slice, float* to) const {
     const int64_t left = int64_t{conv_.padding_width} * kPixelWords;
     const int64_t right = left + int64_t{conv_.width} * kPixelWords;
+    const int channel = slice * kVectorLanes / group * group;
     for (int row = 0; row < rows_; ++row, to += row_words_) {
       const int y = row - conv_.padding_height;
       if (y < 0 || y >= conv_.height) {
         std::fill_n(to, row_words_, 0.0f);
         continue;
       }
-      const Storage* from = x_ + (image * conv_.height + y) * conv_.width * conv_.channels + slice * kVectorLanes;
+      const Storage* from = x_ + (image * conv_.height + y) * conv_.width * conv_.channels + channel;
       std::fill_n(to, left, 0.0f);
       for (int64_t word = left; word < right; word += kPixelWords, from += conv_.channels) {
         std::memcpy(to + word, from, kPixelWords * sizeof(float));
@@ -206,7 +227,7 @@ void grouped_pack(const CpuConv& conv, const typename Element::Storage* weight, 
 template <typename Element>
 void grouped_run(const CpuConv& conv, const typename Element::Storage* x, const float* packed,
                  const ConvEpilogue& epilogue) {
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
   with_group_and_stride(conv, [&](auto group, auto stride) {
     run_all<Element, decltype(group)::value, decltype(stride)::value>(conv, x, packed, epilogue);
   });

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fused_resnet.ops.layout import conv_output_size, is_channels_last
 
-CAPABILITIES = {torch.float32: ("avx512", "avx512_bf16"), torch.bfloat16: ("avx512_bf16",)}
+CAPABILITIES = {torch.float32: ("avx2", "avx512", "avx512_bf16"), torch.bfloat16: ("avx512_bf16",)}
 """Builds of csrc/cpu in which these convolutions are no slower than oneDNN's, by dtype."""
 NARROWEST_GROUP = 32  # filters of a group: a matrix product of fewer leaves lanes empty
 WORK_OF_A_THREAD = 1 << 19  # multiplications; with fewer a second thread is waited for
