@@ -20,9 +20,10 @@ do faster (``ops/preference.py``); ``reference`` never has one. An explicit requ
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -134,13 +135,22 @@ def runs_in_cuda(op: str, args: tuple[Any, ...]) -> bool:
 
 def passes_for(x: Tensor, *others: Tensor) -> Any:
     """Whose functions run the passes over x, and over others of its shape, that the caller has checked: the ops of
-    PyTorch's dispatcher, which choose for every call; or the cuda backend itself, where that is the choice and nobody
-    listens at the dispatcher. The way through it and the choice would cost as much again as all else that Python does
-    for a launch. (Profilers then see the kernels, and not the ops.)"""
-    direct = _cuda_takes(x) and not is_listened_to() and not any(map(_is_batched, others))
-    if direct and not measured_plan.other_backend_for_passes(x, "cuda"):
-        return module("cuda")
-    return torch.ops.fused_resnet
+    PyTorch's dispatcher, which choose for every call; or a backend itself, where that is the choice and nobody listens
+    at the dispatcher. The way through it and the choice would cost as much again as all else that Python does for a
+    launch. (Profilers then see the kernels, and not the ops.)"""
+    usual = "cuda" if _cuda_takes(x) else "native" if _native_takes(x) else None
+    if usual is None or is_listened_to() or any(map(_is_batched, others)):
+        return torch.ops.fused_resnet
+    if measured_plan.other_backend_for_passes(x, usual):
+        return torch.ops.fused_resnet
+    return module("cuda") if usual == "cuda" else _native_passes()
+
+
+@functools.cache
+def _native_passes() -> Any:
+    """The native backend's own, and the dispatcher's of those that it has not."""
+    native = module("native")
+    return SimpleNamespace(**{op: getattr(native, op, getattr(torch.ops.fused_resnet, op)) for op in SCHEMAS})
 
 
 def remembered(memory: dict[Any, Any], op: str, x: Tensor, residual: Tensor | None, args: tuple[Any, ...]) -> Any:
@@ -184,6 +194,14 @@ def _cuda_takes(x: Tensor) -> bool:
         return False
     takes = x.dtype in FUSED_DTYPES and type(x) in (Tensor, Parameter) and is_channels_last_once_dense(x)
     return takes and x.numel() > 0
+
+
+def _native_takes(x: Tensor) -> bool:
+    """True if the native backend runs passes over x, automatically or asked for."""
+    if torch.compiler.is_compiling() or _requested not in (AUTO, "native"):
+        return False
+    takes = x.device.type == "cpu" and x.dtype in FUSED_DTYPES and type(x) in (Tensor, Parameter)
+    return takes and x.numel() > 0 and _works("native", x.device)
 
 
 @contextlib.contextmanager

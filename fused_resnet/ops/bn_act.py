@@ -179,7 +179,7 @@ def _statistics(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor, Tensor | No
         assert norm.running_mean is not None and norm.running_var is not None
         dtype = statistics_dtype(x)
         mean = norm.running_mean.to(dtype, copy=grad_mode)  # a copy: backward needs it as it is now
-        return mean, torch.rsqrt(norm.running_var.to(dtype) + norm.eps), None
+        return mean, (norm.running_var.to(dtype) + norm.eps).rsqrt_(), None
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:

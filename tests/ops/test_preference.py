@@ -52,12 +52,14 @@ def cuda_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_launch, "device_type", lambda: "cpu")
 
 
+@NEEDS_NATIVE
 def test_passes_for(cuda_on_the_cpu):
     nhwc = torch.randn(2, 8, 3, 3).to(memory_format=torch.channels_last)
     dispatcher = torch.ops.fused_resnet
     assert backend.passes_for(nhwc) is cuda
     assert backend.passes_for(nn.Parameter(nhwc)) is cuda
-    for other in (nhwc.contiguous(), nhwc.double(), nhwc[:0], nhwc.to("meta")):
+    assert backend.passes_for(nhwc.contiguous()).bn_apply is reasons.module("native").bn_apply
+    for other in (nhwc.double(), nhwc[:0], nhwc.to("meta")):
         assert backend.passes_for(other) is dispatcher
     for name in ("reference", "separate"):
         with fused_resnet.use_backend(name):
@@ -76,6 +78,21 @@ def test_passes_for(cuda_on_the_cpu):
 
     assert backend.passes_for(nhwc.as_subclass(Subclass)) is dispatcher
     assert backend.passes_for(nhwc) is cuda
+
+
+@NEEDS_NATIVE
+def test_passes_on_the_cpu_go_straight_to_native():
+    x = torch.randn(2, 8, 3, 3, dtype=torch.bfloat16)
+    native, dispatcher = reasons.module("native"), torch.ops.fused_resnet
+    assert backend.passes_for(x).bn_apply is native.bn_apply
+    assert backend.passes_for(x).bn_apply_mask is dispatcher.bn_apply_mask  # for which it has nothing
+    with fused_resnet.use_backend("native"):
+        assert backend.passes_for(x).bn_apply is native.bn_apply
+    with fused_resnet.use_backend("reference"):
+        assert backend.passes_for(x) is dispatcher
+    with DryRun():
+        assert backend.passes_for(x) is dispatcher
+    assert backend.passes_for(x.double()) is dispatcher
 
 
 def test_cpu_tensors_do_not_wake_a_gpu(monkeypatch):
