@@ -16,7 +16,7 @@ from fused_resnet.__main__ import main
 from fused_resnet.bench.dry_run import DryRun
 from fused_resnet.bench.ledger import BACKWARD, FORWARD, OPTIMIZER, Ledger, ledger
 from fused_resnet.bench.saved_bytes import saved_bytes
-from fused_resnet.bench.traffic import ROWS
+from fused_resnet.bench.traffic import ROWS, passes
 from fused_resnet.bench.training_ledger import EAGER, LEVELS, training_ledger, training_saved_bytes
 from fused_resnet.ops.schemas import SCHEMAS
 
@@ -70,6 +70,24 @@ def test_an_op_without_a_row_is_an_error():
 
 def test_every_op_of_this_package_has_a_row():
     assert {name.partition(".")[2] for name in ROWS if name.startswith("fused_resnet.")} == set(SCHEMAS)
+
+
+def test_statistics_alone_by_hand():
+    x = torch.randn(2, 5, 8, 8)
+    total, c = 2 * 5 * 8 * 8 * FLOAT, 5 * FLOAT
+    assert groups(ledger(lambda: torch.var_mean(x, (0, 2, 3)))) == {(FORWARD, "statistics"): (total, 2 * c)}
+    # as nn.SyncBatchNorm calls them; they are CUDA's, so their results are made up
+    vectors = [torch.rand(5) for _ in range(7)]
+    aten = torch.ops.aten
+    gathered = passes(
+        aten.batch_norm_gather_stats_with_counts.default,
+        (x, *(torch.rand(2, 5) for _ in range(2)), *vectors[:2], 0.1, 1e-5, torch.ones(2)),
+        {},
+        tuple(vectors[2:4]),
+    )
+    assert [(one.reads, one.writes) for one in gathered] == [(4 * c + 2 * c + 2 * FLOAT, 4 * c)]
+    (applied,) = passes(aten.batch_norm_elemt.default, (x, *vectors[:4], 1e-5), {}, torch.empty_like(x))
+    assert (applied.kind, applied.reads, applied.writes) == ("normalise", total + 4 * c, total)
 
 
 def test_views_allocations_and_inference_of_shapes_move_nothing():

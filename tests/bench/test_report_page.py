@@ -9,13 +9,14 @@ from xml.etree import ElementTree
 
 import pytest
 
-from fused_resnet.bench.report.page import TEMPLATE, page
+from fused_resnet.bench.report.page import MOST_OPS_DRAWN, TEMPLATE, page
 from fused_resnet.bench.report.svg import VARIABLES, colour, series
 from fused_resnet.bench.result import (
     ABSENT,
     FAILED,
     INFERENCE,
     MODEL,
+    OP,
     RIGHT,
     TRAINING_STEP,
     WRONG,
@@ -168,6 +169,25 @@ def test_several_results_stand_side_by_side():
     names = [value for _, name, value in Reader(text).attributes if name == "id"]
     assert len(names) == len(set(names))
     assert "A: batch 1, ms" in text and "B: batch 8, ms" in text and "2 conditions side by side" in text
+
+
+def test_many_ops_share_a_figure():
+    """A hundred of them with figures of their own took a minute and a half to draw."""
+
+    def measured(op: str, shape: int, ours: float) -> Measurement:
+        return Measurement(
+            OP, f"{op} {shape}", INFERENCE, 1, "float32", None, {"eager": right(4), "fused": right(ours)}
+        )
+
+    entries = [measured("bn_apply", shape, 2) for shape in range(MOST_OPS_DRAWN)]
+    few = dataclasses.replace(sample(), measurements=entries, ledgers={})
+    assert len([said for said in drawings(page([few])) if said.startswith("bn_apply")]) == MOST_OPS_DRAWN
+    many = dataclasses.replace(few, measurements=[*entries, measured("bn_stats", 1, 8), measured("bn_stats", 2, 4)])
+    text = page([many])
+    assert list(drawings(text)) == [
+        "The best of ours against the fastest rival, by op: bn_apply 2.00x to 2.00x, bn_stats 0.50x to 1.00x"
+    ]
+    assert text.count("<details") > MOST_OPS_DRAWN and not Reader(text).open
 
 
 def test_nothing_measured():

@@ -29,7 +29,7 @@ from fused_resnet.bench.result import (
 )
 from fused_resnet.bench.roofline import Ceilings
 from fused_resnet.bench.suite import runner, selections
-from fused_resnet.bench.suite.condition import file_name, same_condition
+from fused_resnet.bench.suite.condition import differences, file_name
 from fused_resnet.bench.suite.contender import Contender
 from fused_resnet.bench.suite.rounds import Method
 from fused_resnet.bench.suite.selections import fits, make_tasks, method_for, select
@@ -167,7 +167,7 @@ def test_an_interrupt_writes_what_there_is(tmp_path, monkeypatch, capsys):
     def stop() -> None:
         calls.append(1)
         time.sleep(0.3)
-        if len(calls) > 6:
+        if len(calls) > 8:  # the first measurement makes so many
             raise KeyboardInterrupt
 
     monkeypatch.setattr(sys.modules[__name__], "EVERYONE", [contender("ours", run=stop)])
@@ -352,11 +352,14 @@ def test_names_of_files(changes, expected, monkeypatch):
 def test_conditions_differ_by_every_fact(fact, value):
     facts = {"commit": "abc", "torch": "2.13", "threads": 2, "packages": {"timm": "1"}, "load_average": 0.1}
     before = Result(facts, {"seed": 0}, {}, [])
-    assert same_condition(before, Result(facts | {"load_average": 0.9, "date": "x"}, {"seed": 0}, {}, []))
-    assert not same_condition(before, Result(facts | {fact: value}, {"seed": 0}, {}, []))
-    assert not same_condition(before, Result(facts, {"seed": 1}, {}, []))
+    assert differences(before, Result(facts | {"load_average": 0.9, "date": "x"}, {"seed": 0}, {}, [])) == []
+    assert differences(before, Result(facts | {fact: value}, {"seed": 0}, {}, [])) == [f"another {fact}"]
+    assert differences(before, Result(facts | {fact: value}, {"seed": 1}, {}, [])) == [
+        f"another {fact}",
+        "another seed",
+    ]
     dirty = Result(facts | {"commit": "abc-dirty"}, {"seed": 0}, {}, [])
-    assert not same_condition(dirty, dirty)
+    assert differences(dirty, dirty) == ["the checkout is modified"]
 
 
 def timing(*milliseconds: float) -> Timing:

@@ -10,11 +10,13 @@ from fused_resnet.bench.report import condition, plots, plots_bytes, tables
 from fused_resnet.bench.report.losses import contests, losses
 from fused_resnet.bench.report.markdown import READING, TITLE
 from fused_resnet.bench.report.sections import Section, letters, sections
-from fused_resnet.bench.result import TRAINING_FORWARD, TRAINING_STEP, Result
+from fused_resnet.bench.result import OP, TRAINING_FORWARD, TRAINING_STEP, Result
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
 OPEN_AT_MOST = 4
 """With more sections than this, the page shows the headline and each of them on a click."""
+MOST_OPS_DRAWN = 12
+"""Of more ops, one figure tells of all; each has its table."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ def page(results: Sequence[Result]) -> str:
         lstrip_blocks=True,
     )
     marks = letters(results)
+    many_ops = sum(section.level == OP for section in found) > MOST_OPS_DRAWN
+    drawn = [section for section in found if not (many_ops and section.level == OP)]
     return environment.get_template(TEMPLATE.name).render(
         title=TITLE,
         conditions=[
@@ -60,18 +64,30 @@ def page(results: Sequence[Result]) -> str:
         headline=tables.headline(found),
         losses=losses(found),
         contests=contests(found),
-        parts=[_part(section, f"s{index}", order) for index, section in enumerate(found)],
+        overview=_overview(found) if many_ops else [],
+        parts=[_part(section, f"s{index}", order, section in drawn) for index, section in enumerate(found)],
         all_open=len(found) <= OPEN_AT_MOST,
         ledgers=_ledgers(results, marks),
         rooflines=_rooflines(found, marks, order),
-        memory=_memory(found, order),
+        memory=_memory(drawn, order),
         appendix=[(title, table) for title, table in tables.appendix(found) if table.rows],
         reasons=tables.reasons(found),
     )
 
 
-def _part(section: Section, name: str, order: list[str]) -> Part:
+def _overview(found: Sequence[Section]) -> list[Plot]:
+    text = plots.ops(found, "ops")
+    return (
+        []
+        if text is None
+        else [Plot(text, "Each op, a dot for each shape: the best of ours against the fastest rival")]
+    )
+
+
+def _part(section: Section, name: str, order: list[str], is_drawn: bool) -> Part:
     part = Part(section.title, tables.speed(section))
+    if not is_drawn:
+        return part
     if (drawn := plots.speed_by_batch(section, f"{name}-batch", order)) is not None:
         part.plots.append(Plot(drawn, "Images a second by batch size"))
     smallest = section.columns[0].measurement.batch_size

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from fused_resnet.bench.report.figures import figures
-from fused_resnet.bench.report.roles import PLAIN_EAGER, is_ours, right_timings
+from fused_resnet.bench.report.roles import (
+    PLAIN_EAGER,
+    best_of_ours,
+    best_rival,
+    is_ours,
+    right_timings,
+    times_faster,
+)
 from fused_resnet.bench.report.sections import Column, Section
-from fused_resnet.bench.report.svg import INK, colour, drawing, series, svg
+from fused_resnet.bench.report.svg import INK, OURS, colour, drawing, series, svg
 from fused_resnet.bench.report.wording import duration, three_digits
 from fused_resnet.bench.result import OP
 
@@ -71,6 +80,37 @@ def latency(column: Column, section: Section, name: str, order: list[str]) -> st
         axes.set_xlabel(f"{unit} a run, batch {column.measurement.batch_size}")
         said = ", ".join(f"{contender} {duration(timings[contender].median)}" for contender in reversed(names))
         return svg(figure, name, f"{column.measurement.title}: {said}")
+
+
+def ops(found: Sequence[Section], name: str) -> str | None:
+    """A row for each op, a dot for each of its measurements: how many times as fast the best of ours was as the fastest
+    rival; None where no op has both."""
+    factors: dict[str, list[float]] = {}
+    for section in found:
+        for column in section.columns if section.level == OP else ():
+            ours, rival = best_of_ours(column.measurement), best_rival(column.measurement)
+            if ours is not None and rival is not None:
+                op = section.subject.split()[0]
+                factors.setdefault(op, []).append(times_faster(column.measurement, ours, rival))
+    if not factors:
+        return None
+    names = sorted(factors, reverse=True)
+    with drawing(WIDTH, 1.0 + 0.3 * len(names)) as (figure, axes):
+        axes.axvline(1, color=colour(INK), linewidth=1)
+        for place, op in enumerate(names):
+            axes.plot(factors[op], [place] * len(factors[op]), "o", color=colour(OURS[0]), markersize=6)
+        every = [factor for some in factors.values() for factor in some]
+        ends = (math.floor(math.log2(min(every))), max(math.ceil(math.log2(max(every))), 1))
+        ticks = [2.0**power for power in range(ends[0], ends[1] + 1)]
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_yticks(range(len(names)), names)
+        axes.tick_params(axis="y", length=0)
+        axes.margins(y=0.04)
+        axes.set_xlabel("as fast as the fastest rival")
+        said = ", ".join(f"{op} {min(some):.2f}x to {max(some):.2f}x" for op, some in sorted(factors.items()))
+        return svg(figure, name, f"The best of ours against the fastest rival, by op: {said}")
 
 
 def memory(column: Column, name: str, order: list[str]) -> str | None:

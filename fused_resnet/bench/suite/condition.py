@@ -44,16 +44,15 @@ def file_name(
     return "_".join([*parts, f"{image_size}px", *([] if on_gpu else [f"{threads}threads"])])
 
 
-def same_condition(before: Result, now: Result) -> bool:
-    """Whether a measurement of the one may stand in the other: the same machine, versions and commit.
+def differences(before: Result, now: Result) -> list[str]:
+    """Why no measurement of the one may stand in the other; empty for the same machine, versions, arguments and commit.
 
     A modified checkout is no commit: two of them may differ.
     """
     if str(now.machine.get("commit")).endswith("-dirty"):
-        return False
-    return all(before.machine.get(name) == now.machine.get(name) for name in MACHINE) and all(
-        before.arguments.get(name) == now.arguments.get(name) for name in ARGUMENTS
-    )
+        return ["the checkout is modified"]
+    facts = [("machine", name) for name in MACHINE] + [("arguments", name) for name in ARGUMENTS]
+    return [f"another {name}" for of, name in facts if getattr(before, of).get(name) != getattr(now, of).get(name)]
 
 
 def _slug(name: str) -> str:

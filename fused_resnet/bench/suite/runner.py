@@ -14,7 +14,7 @@ import torch
 from fused_resnet.bench.machine import machine_facts
 from fused_resnet.bench.result import FAILED, TRAINING_FORWARD, TRAINING_STEP, Measurement, Result
 from fused_resnet.bench.roofline import ROUNDS, measure_ceilings
-from fused_resnet.bench.suite.condition import same_condition
+from fused_resnet.bench.suite.condition import differences
 from fused_resnet.bench.suite.contender import Contender
 from fused_resnet.bench.suite.measure import NO_TIME, key_of, measure, title_of
 from fused_resnet.bench.suite.peak_memory import available_bytes
@@ -57,6 +57,9 @@ class Settings:
 
 class Listener:
     """Is told how far a run is; this one does nothing."""
+
+    def resume(self, taken: int, reasons: Sequence[str]) -> None:
+        """So many measurements of an earlier result need not be made again; none, if there are reasons."""
 
     def start(self, weights: Sequence[float]) -> None:
         """There will be so many measurements, of these weights."""
@@ -125,10 +128,15 @@ class _Run:
         self._weights = [weight(task) for task in tasks]
         machine = machine_facts(settings.device)  # before the work, so that the load average is of others
         self.result = Result(machine, dict(settings.arguments) | {LEFT_OUT: []}, {}, [])
-        self._done = usable(before, self.result, [contender.name for contender in contenders])
-        if before is not None and self._done:
-            self.result.ceilings.update(before.ceilings)
-            self.result.ledgers.update(before.ledgers)
+        self._done: dict[tuple[object, ...], Measurement] = {}
+        if before is not None:
+            reasons = differences(before, self.result)
+            if not reasons:
+                self._done = usable(before, [contender.name for contender in contenders])
+            listener.resume(len(self._done), reasons)
+            if self._done:
+                self.result.ceilings.update(before.ceilings)
+                self.result.ledgers.update(before.ledgers)
 
     def run(self) -> Result:
         self._listener.start(self._weights)
@@ -207,11 +215,9 @@ class _Run:
             known[name] = max(value, known.get(name, 0.0))
 
 
-def usable(before: Result | None, now: Result, names: Sequence[str]) -> dict[tuple[object, ...], Measurement]:
-    """The measurements of an earlier result that need not be made again, by key: those of the same condition in which
+def usable(before: Result, names: Sequence[str]) -> dict[tuple[object, ...], Measurement]:
+    """The measurements of an earlier result of the same condition that need not be made again, by key: those in which
     all of these contenders took part, and none was left out for want of time."""
-    if before is None or not same_condition(before, now):
-        return {}
     return {
         measurement.key: measurement
         for measurement in before.measurements
