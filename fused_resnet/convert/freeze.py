@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_resnet.convert.frozen_network import NetworkChains
+from fused_resnet.convert.frozen_network import network_chains
 from fused_resnet.convert.fuse import fuse
 from fused_resnet.models.cifar import CIFARResNet, PlainBlock
 from fused_resnet.models.resnet import ResNet
@@ -46,7 +46,7 @@ class FrozenModel(nn.Module):
         self._pixels = None if normalize is None else pixel_scale_and_shift(*normalize)
         self.register_buffer("_like", torch.empty(0, dtype=dtype), persistent=False)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._chains = NetworkChains(module)
+        self._chains = network_chains(module)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -121,7 +121,7 @@ class FrozenModel(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._chains = NetworkChains(self.module)
+        self._chains = network_chains(self.module)
 
     def train(self, mode: bool = True) -> FrozenModel:
         if mode:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fused_resnet.modules.bn_act import has_global_hooks, is_intercepted
+from fused_resnet.modules.chains import Chains
 from fused_resnet.modules.untouched import weights_changed
-from fused_resnet.ops.backend import AUTO, is_listened_to, remembered, requested_backend
+from fused_resnet.ops.backend import AUTO, remembered, requested_backend, runs_unseen
 from fused_resnet.ops.conv_bn_act import fold
 from fused_resnet.ops.native_chain import Block, NativeChain
 from fused_resnet.ops.native_conv import NativeConv, why_not_native
@@ -150,19 +151,14 @@ class FrozenBlock(nn.Module):
     def is_watched(self) -> bool:
         return has_global_hooks() or is_intercepted(self) or any(map(is_intercepted, self.convs))
 
-    def native_for(self, x: Tensor) -> Block:
-        """All convolutions as our own C++, which takes x."""
-        natives = [conv.native_for(x) for conv in self.all_convs() if conv is not None]
-        convs = [native for native in natives if native is not None]
-        downsample = None if self.downsample is None else convs.pop()
-        return Block(convs, downsample, self.shortcut)
-
-    def all_convs(self) -> list[FrozenConvAct | None]:
-        """With the shortcut's, None where that is something else."""
-        convs = [cast(FrozenConvAct, conv) for conv in self.convs]
-        if self.downsample is None:
-            return [*convs]
-        return [*convs, self.downsample if type(self.downsample) is FrozenConvAct else None]
+    def native_for(self, x: Tensor) -> Block | None:
+        """All convolutions as our own C++; None if one of them cannot take x."""
+        convs = [*self.convs, *([] if self.downsample is None else [self.downsample])]
+        natives = [conv.native_for(x) if type(conv) is FrozenConvAct else None for conv in convs]
+        found = [native for native in natives if native is not None]
+        if len(found) < len(convs):
+            return None
+        return Block(found, None if self.downsample is None else found.pop(), self.shortcut)
 
 
 class FrozenStage(nn.Sequential):
@@ -173,11 +169,11 @@ class FrozenStage(nn.Sequential):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._forget()
+        self._chains = Chains(self, _chain)
 
     def forward(self, x: Tensor) -> Tensor:
-        if (chain := self._chain_for(x)) is not None:
-            return chain(x)
+        if (out := self._chains(x)) is not None:
+            return out
         overwrite = False
         for block in self:
             private = not cast(FrozenBlock, block).is_watched()
@@ -185,36 +181,18 @@ class FrozenStage(nn.Sequential):
             overwrite = private
         return x
 
-    def _forget(self) -> None:
-        self._chains: dict[Any, tuple[list[Any], NativeChain | None]] = {}
-
-    def _chain_for(self, x: Tensor) -> NativeChain | None:
-        """The blocks in C++, if nobody watches them and all of their convolutions run there."""
-        if not runs_unseen(x) or has_global_hooks():
-            return None
-        blocks = [cast(FrozenBlock, block) for block in self]
-        if any(block.is_watched() or is_intercepted(block.downsample or block) for block in blocks):
-            return None
-        key = (x.shape, x.dtype, torch.get_num_threads())
-        natives = [conv and conv.native_for(x) for block in blocks for conv in block.all_convs()]
-        found = self._chains.get(key)
-        if found is None or found[0] != natives:
-            if len(self._chains) >= PACKED_SIZES:
-                self._chains.clear()
-            chain = None if None in natives else NativeChain([block.native_for(x) for block in blocks], x)
-            found = self._chains[key] = (natives, chain)
-        return found[1]
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_chains": {}}
+        return {name: value for name, value in self.__dict__.items() if name != "_chains"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._chains = Chains(self, _chain)
 
 
-def runs_unseen(x: Tensor) -> bool:
-    """True if C++ may run on the memory of x, past PyTorch's dispatcher: a plain CPU tensor that is not empty, nobody
-    that listens at the dispatcher, and no backend asked for."""
-    if torch.compiler.is_compiling() or requested_backend() != AUTO or is_listened_to():
-        return False
-    return type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.numel() > 0
+def _chain(stage: FrozenStage, x: Tensor) -> NativeChain | None:
+    blocks = [cast(FrozenBlock, block).native_for(x) for block in stage]
+    natives = [block for block in blocks if block is not None]
+    return NativeChain(natives, x) if len(natives) == len(blocks) else None
 
 
 def is_watched(module: nn.Module) -> bool:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fused_resnet.modules.bn_act import is_intercepted
-from fused_resnet.modules.frozen import FrozenConvAct, runs_unseen
+from fused_resnet.modules.frozen import FrozenConvAct
 from fused_resnet.modules.untouched import weights_changed
-from fused_resnet.ops.backend import runs_in_cuda
+from fused_resnet.ops.backend import runs_in_cuda, runs_unseen
 from fused_resnet.ops.native_conv import NativeConv, average, max_pool, takes_dtype
 
 _ops = torch.ops.fused_resnet

@@ -174,6 +174,14 @@ def is_listened_to() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None or is_transformed()
 
 
+def runs_unseen(x: Tensor) -> bool:
+    """True if C++ may run on the memory of x, past PyTorch's dispatcher: a plain CPU tensor that is not empty, nobody
+    that listens at the dispatcher, and no backend asked for."""
+    if torch.compiler.is_compiling() or _requested != AUTO or is_listened_to():
+        return False
+    return type(x) in (Tensor, Parameter) and x.device.type == "cpu" and x.numel() > 0
+
+
 def _is_batched(tensor: Tensor) -> bool:
     """True of the gradients of ``torch.autograd.grad(is_grads_batched=True)`` and of ``vmap``."""
     functorch = torch._C._functorch

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fused_resnet import _C  # type: ignore[attr-defined]
+from fused_resnet.ops.extension import empty_strided
 from fused_resnet.ops.layout import dense, dense_like, is_channels_last
 
-_BUFFER_BYTES = 4 << 20  # below this, malloc itself keeps what is freed
 _ELEMENTS_PER_THREAD = 16 * 1024  # with fewer a second thread gains nothing, and on a busy machine it is waited for
 _DTYPES = {
     torch.float32: _C.DType.float32,
@@ -155,11 +155,7 @@ def _shape(x: Tensor):
 
 
 def _empty_like(x: Tensor) -> Tensor:
-    """``torch.empty_like(x)`` of a dense x; large ones in memory that was used before (csrc/buffers.h says why)."""
-    if x.nbytes < _BUFFER_BYTES:
-        return torch.empty_like(x)
-    storage = torch.frombuffer(_C.Buffer(x.nbytes), dtype=x.dtype).untyped_storage()
-    return torch.empty(0, dtype=x.dtype).set_(storage, 0, x.shape, x.stride())
+    return empty_strided(x.shape, x.stride(), x.dtype)
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_resnet.ops.layout import conv_output_size, is_channels_last
-from fused_resnet.ops.native_conv import NativeConv, empty_channels_last, extension, pooling_window
+from fused_resnet.ops.extension import extension
+from fused_resnet.ops.layout import is_channels_last
+from fused_resnet.ops.native_conv import NativeConv, empty_channels_last, pooled_shape, pooling_window
 
 INPUT, OUTPUT = 0, 1
 
@@ -75,16 +76,16 @@ class NativeChain:
             current = self._add_block(block, current)
         if ends is not None:
             current = self._add(ends.last, self._add_average(current))
-        self._out_shape = list(self._shapes[current])
+        self._out_shape, self._has_pixels = list(self._shapes[current]), ends is None
         self._chain = self._in_order_of_memory(current)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x: of the shape and dtype the chain was made for. Returns channels_last."""
+        """x: of the shape and dtype the chain was made for. Returns channels_last; with ``ends`` (N, K)."""
         if not is_channels_last(x):
             x = x.contiguous(memory_format=torch.channels_last)
         out = empty_channels_last(self._out_shape, x.dtype)
         self._chain.run(x.data_ptr(), out.data_ptr())
-        return out
+        return out if self._has_pixels else out[:, :, 0, 0]
 
     def _add_block(self, block: Block, x: int) -> int:
         shortcut = x
@@ -114,9 +115,7 @@ class NativeChain:
         return out
 
     def _add_pool(self, pool: tuple[list[int], list[int], list[int]], x: int) -> int:
-        images, channels, *size = self._shapes[x]
-        settings = zip(size, *pool, strict=True)
-        out = self._take((images, channels, *(conv_output_size(*numbers, 1) for numbers in settings)))
+        out = self._take(pooled_shape(self._shapes[x], *pool))
         self._steps.append(_Step(self._shapes[x], x, out, pool=pool))
         return out
 

@@ -7,13 +7,13 @@ enough; one of 4 to 16 channels a group by vectors that hold several groups; the
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fused_resnet.ops.extension import empty_strided, extension
 from fused_resnet.ops.layout import conv_output_size, is_channels_last
 
 CAPABILITIES = {torch.float32: ("avx2", "avx512", "avx512_bf16"), torch.bfloat16: ("avx512_bf16",)}
@@ -21,21 +21,11 @@ CAPABILITIES = {torch.float32: ("avx2", "avx512", "avx512_bf16"), torch.bfloat16
 NARROWEST_GROUP = 32  # filters of a group: a matrix product of fewer leaves lanes empty
 WORK_OF_A_THREAD = 1 << 19  # multiplications; with fewer a second thread is waited for
 MOST_CALLS = 64  # shapes of x that are remembered
-BUFFER_BYTES = 4 << 20  # below this, malloc itself keeps what is freed
 
 # Of one Zen 4 core, where Winograd's method is weighed against the matrix product.
 FLOAT32_SPEED, BFLOAT16_SPEED = 117e9, 233e9  # operations a second
 MEMORY_SPEED = 12e9  # bytes a second of weights that are in no cache
 TRANSFORMS = 0.1  # of the products' time
-
-
-@functools.cache
-def extension() -> Any:
-    """``fused_resnet._C``, or None where it was not built."""
-    try:
-        return importlib.import_module("fused_resnet._C")
-    except ImportError:
-        return None
 
 
 @functools.cache
@@ -189,14 +179,21 @@ class NativeConv:
 
 def max_pool(x: Tensor, kernel_size: list[int], stride: list[int], padding: list[int]) -> Tensor:
     """``F.max_pool2d(x, kernel_size, stride, padding)``; x as `why_not_native` takes it. Returns channels_last."""
-    built = extension()
     images, channels, height, width = x.shape
     x = x.contiguous(memory_format=torch.channels_last)
     pool = pooling_window(channels, kernel_size, stride, padding, x.dtype)
-    size = [conv_output_size(x.shape[i + 2], kernel_size[i], stride[i], padding[i], 1) for i in (0, 1)]
-    out = empty_channels_last([images, channels, *size], x.dtype)
-    built.max_pool(pool, images, height, width, torch.get_num_threads(), x.data_ptr(), out.data_ptr())
+    out = empty_channels_last(pooled_shape(x.shape, kernel_size, stride, padding), x.dtype)
+    extension().max_pool(pool, images, height, width, torch.get_num_threads(), x.data_ptr(), out.data_ptr())
     return out
+
+
+def pooled_shape(
+    shape: Sequence[int], kernel_size: list[int], stride: list[int], padding: list[int]
+) -> tuple[int, ...]:
+    """Of what a pooling makes of an x of this shape."""
+    images, channels, *size = shape
+    settings = zip(size, kernel_size, stride, padding, strict=True)
+    return (images, channels, *(conv_output_size(*numbers, 1) for numbers in settings))
 
 
 def pooling_window(
@@ -217,15 +214,10 @@ def average(x: Tensor) -> Tensor:
     return out
 
 
-def empty_channels_last(shape: list[int], dtype: torch.dtype) -> Tensor:
-    """Memory for a result; for a large one memory that was used before (csrc/buffers.h says why)."""
-    images, channels, height, width = shape
-    elements = images * channels * height * width
-    if elements * dtype.itemsize < BUFFER_BYTES:
-        return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
-    storage = torch.frombuffer(extension().Buffer(elements * dtype.itemsize), dtype=dtype).untyped_storage()
-    strides = (height * width * channels, 1, width * channels, channels)
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape, strides)
+def empty_channels_last(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Memory for a result."""
+    _, channels, height, width = shape
+    return empty_strided(shape, (height * width * channels, 1, width * channels, channels), dtype)
 
 
 def _prefers_winograd(images: int, height: int, width: int, dtype: torch.dtype) -> bool:

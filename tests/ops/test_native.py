@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fused_resnet import ops
 from fused_resnet.ops import BackendError, backend, bn_act, reference, use_backend
+from fused_resnet.ops.extension import BUFFER_BYTES
 from tests.ops.step import FORMATS, HALF, NEEDS_NATIVE, assert_same, both, make_inputs, step
 
 pytestmark = NEEDS_NATIVE
@@ -99,7 +100,7 @@ def test_running_statistics_that_are_views():
 def test_large_outputs_are_not_overwritten_while_anything_sees_them():
     """Their memory is used again once nobody does."""
     inputs = make_inputs((2, 64, 128, 96), memory_format=FORMATS["nhwc"])
-    assert inputs["x"].nbytes > native._BUFFER_BYTES
+    assert inputs["x"].nbytes > BUFFER_BYTES
     with use_backend("native"):
         first = bn_act(**inputs)
         expected = first.clone()
