@@ -28,6 +28,9 @@ from fused_resnet.ops.plan_key import CHOSEN_OPS, key_of, level_key
 
 LEVEL = "training_level"
 """In the place of the op, of the level at which a convolution trains; the winner is "0" to "3"."""
+METHOD = "frozen_conv_method"
+"""In the place of the op, of how a frozen network's convolution runs on the CPU; the winner is one of
+``NativeConv.candidates``."""
 TILES = "tiles"
 """In the place of the op, of the tile of a Triton kernel; the key begins with the kernel's name."""
 

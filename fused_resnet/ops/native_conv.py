@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_resnet.ops import measured_plan
 from fused_resnet.ops.extension import empty_strided, extension
 from fused_resnet.ops.layout import conv_output_size, is_channels_last
+from fused_resnet.ops.plan_key import method_key
 
 CAPABILITIES = {torch.float32: ("avx2", "avx512", "avx512_bf16"), torch.bfloat16: ("avx512_bf16",)}
 """Builds of csrc/cpu in which these convolutions are no slower than oneDNN's, by dtype."""
@@ -76,6 +78,8 @@ class NativeConv:
         weight: (K, C / groups, R, S), float32 or bfloat16, any memory format.
         bias: (K,).
         relu: whether a ReLU follows.
+        method: one of `candidates`; None for the one that was measured (``python -m fused_resnet tune``) or else
+            estimated to be the fastest for an x of each shape.
     """
 
     def __init__(
@@ -87,6 +91,7 @@ class NativeConv:
         dilation: list[int],
         groups: int,
         relu: bool,
+        method: str | None = None,
     ) -> None:
         self._weight = weight.detach().permute(0, 2, 3, 1).contiguous()
         self._bias = bias.detach().float().contiguous()
@@ -94,6 +99,8 @@ class NativeConv:
         self._settings = list(zip(weight.shape[2:], stride, padding, dilation, strict=True))
         self._grouped = groups > 1 and weight.shape[0] // groups < NARROWEST_GROUP
         self._relu = relu
+        self._key_end = (weight.shape, stride, padding, dilation, groups)
+        self._method = method
         self._packed: dict[str, Any] = {}
         self._calls: dict[torch.Size, tuple[Any, list[int], int]] = {}
 
@@ -132,6 +139,19 @@ class NativeConv:
         """Those that weights were laid out for so far."""
         return list(self._packed)
 
+    @property
+    def candidates(self) -> list[str]:
+        """The methods that can do this convolution."""
+        if self._grouped:
+            return ["grouped"]
+        return ["gemm", "winograd"] if self._takes("winograd") else ["gemm"]
+
+    def estimated(self, shape: Sequence[int], dtype: torch.dtype) -> str:
+        """The method that is likely the fastest for an x of this shape and dtype."""
+        images, _, height, width = self.output_shape(shape, dtype)
+        *_, last = self.candidates
+        return "gemm" if last == "winograd" and not _prefers_winograd(images, height, width, dtype) else last
+
     def call(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[Any, bool, int]:
         """(``_C.PackedConv``, whether a ReLU follows, threads) for an x of this shape and dtype."""
         packed, _, most_threads = self._prepare(torch.Size(shape), dtype)
@@ -157,9 +177,9 @@ class NativeConv:
 
     def _prepare(self, shape: torch.Size, dtype: torch.dtype) -> tuple[Any, list[int], int]:
         images, filters, height, width = self.output_shape(shape, dtype)
-        method = "grouped" if self._grouped else "gemm"
-        if self._takes("winograd") and _prefers_winograd(images, height, width, dtype):
-            method = "winograd"
+        method = self._method or measured_plan.winner(measured_plan.METHOD, method_key(shape, dtype, *self._key_end))
+        if method not in self.candidates:
+            method = self.estimated(shape, dtype)
         if method not in self._packed:
             built = extension()
             self._packed[method] = built.PackedConv(

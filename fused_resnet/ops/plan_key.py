@@ -60,6 +60,21 @@ def level_key(
     return (*image, conv_weight.shape, tuple(stride), tuple(padding), tuple(dilation), groups, _precision(x))
 
 
+def method_key(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Key:
+    """The key of ``measured_plan.METHOD``, the way a frozen network convolves an x of this shape and dtype on the CPU.
+    weight_shape: (K, C / groups, R, S)."""
+    settings = (tuple(weight_shape), tuple(stride), tuple(padding), tuple(dilation), groups)
+    return (tuple(shape), _DTYPES.get(dtype) or str(dtype), *settings)
+
+
 def _layout(x: Tensor) -> str:
     return "channels_last" if x.dim() == 4 and is_channels_last_once_dense(x) else "contiguous"
 

@@ -14,6 +14,7 @@ from fused_resnet.bench.tune import command, sites
 from fused_resnet.bench.tune.run import tune, unknown
 from fused_resnet.bench.tune.sites import Selection, subjects
 from fused_resnet.ops import backend, measured_plan, plan_file, plan_key, reference, use_backend
+from fused_resnet.ops.native_conv import NativeConv, takes_dtype
 from fused_resnet.ops.reasons import module
 from tests.ops.step import NEEDS_NATIVE
 
@@ -183,6 +184,40 @@ def test_the_questions_are_of_every_pass_and_shape_once():
     for subject in found[:3]:  # a key is made of one image, and is that of the whole batch
         op, args = subject.task.ops(subject.task.first)[0]
         assert plan_key.key_of(op, args) == subject.key and subject.key[0][0] == 2
+
+
+@pytest.mark.skipif(not takes_dtype(torch.float32), reason="no C++ convolutions for this processor")
+def test_the_methods_of_a_frozen_network_are_measured_and_used(monkeypatch, capsys):
+    def some(selection, tiles):
+        return [s for s in sites.subjects(selection, tiles) if s.op == measured_plan.METHOD][:2]
+
+    monkeypatch.setattr(command, "subjects", some)
+    monkeypatch.setattr(NativeConv, "estimated", lambda self, shape, dtype: "gemm")
+    right = NativeConv.__call__
+
+    def slow_products(self, x, residual=None, overwrite=False):
+        time.sleep(SLEEP if self._method == "gemm" else 0)
+        return right(self, x, residual, overwrite)
+
+    monkeypatch.setattr(NativeConv, "__call__", slow_products)
+    assert run("--mode", "inference", "--batch-size", "2", "--image-size", "32") == 0
+    assert "winograd, " in capsys.readouterr().out
+    decisions = {key: d for (op, key), d in measured_plan.decisions().items() if op == measured_plan.METHOD}
+    assert {(d.winner, d.heuristic) for d in decisions.values()} == {("winograd", "gemm")}
+    weight = torch.randn(64, 64, 3, 3)
+    conv = NativeConv(weight, torch.zeros(64), [1, 1], [1, 1], [1, 1], 1, True)
+    image = torch.randn(2, 64, 8, 8)
+    conv(image)
+    assert conv.methods == ["winograd"]
+    conv(torch.randn(2, 64, 9, 9))  # which nobody measured
+    assert conv.methods == ["winograd", "gemm"]
+    with measured_plan.ignoring_measured_plan():
+        unasked = NativeConv(weight, torch.zeros(64), [1, 1], [1, 1], [1, 1], 1, True)
+        unasked(image)
+    assert unasked.methods == ["gemm"]
+    measured_plan.record(measured_plan.METHOD, next(iter(decisions)), "of another version", {})
+    conv = NativeConv(weight, torch.zeros(64), [1, 1], [1, 1], [1, 1], 1, True)
+    torch.testing.assert_close(conv(image), torch.relu(torch.conv2d(image, weight, padding=1)), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize(

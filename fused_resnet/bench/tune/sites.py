@@ -9,12 +9,14 @@ import torch
 
 from fused_resnet.bench.result import INFERENCE, TRAINING_STEP
 from fused_resnet.bench.suite.op_base import OpTask
+from fused_resnet.bench.suite.op_conv_inference import ConvInferenceTask
 from fused_resnet.bench.suite.op_conv_training import ConvTrainingTask
 from fused_resnet.bench.suite.op_norm_step import NormStepTask
 from fused_resnet.bench.suite.op_sites import conv_sites
 from fused_resnet.bench.suite.op_stem import StemTask
 from fused_resnet.bench.suite.op_task import op_tasks
 from fused_resnet.bench.tune.level_subject import LevelSubject
+from fused_resnet.bench.tune.method_subject import MethodSubject
 from fused_resnet.bench.tune.op_subject import BackendSubject, TrainingTileSubject
 from fused_resnet.bench.tune.subject import Subject
 from fused_resnet.ops.plan_file import Key
@@ -46,8 +48,8 @@ class Selection:
 
 
 def subjects(selection: Selection, tiles: dict[Key, str]) -> list[Subject]:
-    """The questions, in the order in which they are measured: convolutions and passes, the tiles of the training
-    convolutions, and the levels, in which those tiles are used.
+    """The questions, in the order in which they are measured: convolutions and passes, how a frozen network convolves on
+    the CPU, the tiles of the training convolutions, and the levels, in which those tiles are used.
 
     Args:
         tiles: where whoever measures puts the tiles that he finds, and the levels find them.
@@ -67,6 +69,8 @@ def _all(selection: Selection, tiles: dict[Key, str]) -> Iterator[Subject]:
             assert isinstance(task, OpTask)
             if (subject := _of_task(task, selection.most_tiles)) is not None:
                 yield subject
+            if isinstance(task, ConvInferenceTask) and len((method := MethodSubject(task)).candidates()) > 1:
+                yield method
         if mode == "training" and not why_not_device("triton", device):
             places = {site: None for name in selection.models for site in conv_sites(name, selection.image_size)}
             sites = [site for site in places if site.conv.sizes.groups == 1]
@@ -93,4 +97,4 @@ def _of_task(task: OpTask, most_tiles: int | None) -> Subject | None:
 
 
 def _rank(subject: Subject) -> int:
-    return [BackendSubject, TrainingTileSubject, LevelSubject].index(type(subject))
+    return [BackendSubject, MethodSubject, TrainingTileSubject, LevelSubject].index(type(subject))
