@@ -48,8 +48,8 @@ class Selection:
 
 
 def subjects(selection: Selection, tiles: dict[Key, str]) -> list[Subject]:
-    """The questions, in the order in which they are measured: convolutions and passes, how a frozen network convolves on
-    the CPU, the tiles of the training convolutions, and the levels, in which those tiles are used.
+    """The questions, in the order in which they are measured: convolutions and passes, the methods of a frozen network
+    on the CPU, the tiles of the training convolutions, and the levels, in which those tiles are used.
 
     Args:
         tiles: where whoever measures puts the tiles that he finds, and the levels find them.
