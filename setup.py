@@ -144,18 +144,20 @@ def quoted(words: list[str]) -> str:
 class BuildWithNinja(build_ext):
     """Writes a build.ninja beside the objects, so that a second build compiles only what changed, and runs it."""
 
+    toolchain: Toolchain | None = None
+
     def finalize_options(self) -> None:
         super().finalize_options()
         if self.editable_mode:  # setuptools would throw the objects away
             self.build_temp = str(ROOT / "build" / f"temp.{self.plat_name}-{sys.implementation.cache_tag}")
 
     def build_extension(self, ext: Extension) -> None:
-        assert toolchain is not None
+        assert self.toolchain is not None
         folder = Path(self.build_temp).resolve()
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        self.write_rules(folder / "build.ninja", target, toolchain)
+        self.write_rules(folder / "build.ninja", target, self.toolchain)
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         command = [sys.executable, "-m", "ninja", "-C", str(folder), *jobs, *(["-v"] if self.verbose > 1 else [])]
         if subprocess.run(command).returncode:
@@ -259,16 +261,21 @@ def openmp_flags(cxx: list[str]) -> list[str]:
     return []
 
 
-toolchain, reason = find_toolchain(os.environ.get("FUSED_RESNET_BUILD") or "auto")
-if toolchain is None:
-    print(f"fused_resnet: nothing is compiled ({reason}); the package runs on Triton and ATen", file=sys.stderr)
-sources = [str(path.relative_to(ROOT)) for path in sorted(CSRC.rglob("*.c*")) if path.suffix in (".cpp", ".cu")]
+def main() -> None:
+    toolchain, reason = find_toolchain(os.environ.get("FUSED_RESNET_BUILD") or "auto")
+    BuildWithNinja.toolchain = toolchain
+    if toolchain is None:
+        print(f"fused_resnet: nothing is compiled ({reason}); the package runs on Triton and ATen", file=sys.stderr)
+    sources = [str(path.relative_to(ROOT)) for path in sorted(CSRC.rglob("*.c*")) if path.suffix in (".cpp", ".cu")]
+    setup(
+        # kernels/ is a folder of its own in the repository and a part of the package once installed; the top-level name
+        # `kernels` belongs to another project.
+        packages=[*find_packages(include=["fused_resnet", "fused_resnet.*"]), "fused_resnet.kernels"],
+        package_dir={"fused_resnet.kernels": "kernels"},
+        ext_modules=[Extension("fused_resnet._C", sources)] if toolchain else [],
+        cmdclass={"build_ext": BuildWithNinja},
+    )
 
-setup(
-    # kernels/ is a folder of its own in the repository and a part of the package once installed; the top-level name
-    # `kernels` belongs to another project.
-    packages=[*find_packages(include=["fused_resnet", "fused_resnet.*"]), "fused_resnet.kernels"],
-    package_dir={"fused_resnet.kernels": "kernels"},
-    ext_modules=[Extension("fused_resnet._C", sources)] if toolchain else [],
-    cmdclass={"build_ext": BuildWithNinja},
-)
+
+if __name__ == "__main__":
+    main()

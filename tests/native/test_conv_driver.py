@@ -5,6 +5,7 @@ Built here from csrc/cpu; with a fault planted in the source, to know that the d
 
 from __future__ import annotations
 
+import runpy
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,13 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 SOURCES = ("conv", "conv_gemm", "conv_winograd", "conv_grouped")
-AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c")
-CAPABILITIES: dict[str, tuple[str, ...]] = {  # as in setup.py
-    "baseline": (),
-    "avx2": ("-mavx2", "-mfma", "-mf16c"),
-    "avx512": (*AVX512, "-mprefer-vector-width=512"),
-    "avx512_bf16": (*AVX512, "-mprefer-vector-width=512", "-mavx512bf16"),
-}
+CAPABILITIES: dict[str, list[str]] = runpy.run_path(str(ROOT / "setup.py"))["CPU_CAPABILITIES"]
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
 PLANTED = {
     "a window without its last column": (
