@@ -38,6 +38,10 @@ PEERS = ("onnxruntime", "openvino", "torch_tensorrt", "timm", "apex")
 """Whose versions are told."""
 OURS_ALWAYS = ("fused", "frozen")
 RIVALS = (best_eager, best_rival)
+READING = (
+    "Milliseconds, medians; the fastest in bold. The last columns say how many times as fast as the faster eager, and "
+    "as the fastest of all that this package does not run, the best of ours was: medians of ratios formed by the round."
+)
 NOTHING_MEASURED = "Nothing was measured yet: benchmarks/results holds no result of `python -m fused_resnet bench`."
 
 
@@ -60,7 +64,7 @@ def _measured(paths: Sequence[Path]) -> str:
     files = {path: Result.load(path) for path in paths}
     if not files:
         return NOTHING_MEASURED
-    parts = []
+    parts = [READING]
     for result in merged(list(files.values())):
         names = [path.name for path, one in files.items() if condition.same(result, one)]
         parts += [_condition(result, names), *_networks(result)]
@@ -73,12 +77,8 @@ def _condition(result: Result, names: Sequence[str]) -> str:
         f"{name} {version}" for name in PEERS if (version := (machine.get("packages") or {}).get(name))
     )
     files = ", ".join(f"[{name}](benchmarks/results/{name})" for name in names)
-    return (
-        f"{condition.one_line(result)}{', ' + versions if versions else ''}"
-        f"{'' if load is None else f', load before {load:.1f}'} ({files}). Milliseconds, medians; the fastest in bold. "
-        "The last columns say how many times as fast as the faster eager, and as the fastest of all that this package "
-        "does not run, the best of ours was: medians of ratios formed round by round."
-    )
+    load_text = "" if load is None else f", load before {load:.1f}"
+    return f"{condition.one_line(result)}{', ' + versions if versions else ''}{load_text} ({files})."
 
 
 def _networks(result: Result) -> Iterator[str]:
