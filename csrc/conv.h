@@ -31,7 +31,8 @@ struct CpuConv {
 // winograd: Lavin and Gray (2015), for 3x3 of stride 1 without groups: F(2x2, 3x3) in float32, with 16 products for 2x2
 //           outputs where gemm has 36; for bfloat16 F(4x4, 3x3) in float32, with 36 where gemm has 144 of half the
 //           price.
-// grouped:  3x3 of 4, 8 or 16 channels a group: a vector holds the filters of several groups.
+// grouped:  3x3 of 4, 8 or 16 channels a group, in vectors that hold the filters of several groups or of a part of one;
+//           with AVX2, float32 and 32 channels a group or more, tiles of a group whose inputs are copied once.
 enum class ConvMethod { gemm, winograd, grouped };
 
 // What is added behind the sums: out = act(sum + bias + residual); residual may be null, and may be `out` itself.

@@ -1,6 +1,7 @@
-// 3x3 convolutions of few channels a group, as ResNeXt has them. A vector holds the outputs of whole groups; what each
-// lane needs of an input pixel is one channel of its own group, spread over the group's lanes. An input that was spread
-// is used for the outputs of all three kernel columns, and so most instructions are products.
+// 3x3 convolutions in groups, as ResNeXt has them. Of few channels a group, a vector holds the outputs of several
+// groups, of one, or of a part of one; what each lane needs of an input pixel is one channel of its own group, spread
+// over the group's lanes. An input that was spread is used for the outputs of all three kernel columns, and so most
+// instructions are products.
 #include <algorithm>
 
 #include "conv_methods.h"
@@ -171,6 +172,131 @@ void run_all(const CpuConv& conv, const typename Element::Storage* x, const floa
   });
 }
 
+#if !defined(__AVX512F__)
+// Groups as wide as a panel of filters, multiplied in tiles as conv_gemm.cpp does; but the inputs of a group are copied
+// once, with their padding, and not once for each place of the kernel, which would take a fifth of the time.
+constexpr int kNarrowestPanel = 32;  // channels and filters of such a group
+
+template <int rows>
+void multiply_pixels(const float* const* pixels, int64_t row_words, const Tile<Single>& tile) {
+  Vector sum[rows][kTileVectors];
+#pragma GCC unroll 6
+  for (int row = 0; row < rows; ++row) sum[row][0] = sum[row][1] = Vector{};
+  prefetch_outputs<Single, rows>(tile);
+  const float* at[rows];
+#pragma GCC unroll 6
+  for (int row = 0; row < rows; ++row) at[row] = pixels[row];
+  const float* b = tile.b;
+  Ahead weights_ahead = tile.weights_ahead;
+  for (int kernel_row = 0; kernel_row < 3; ++kernel_row, b += tile.depth * kTileColumns) {
+    const auto inputs = [&at](int row, int64_t k) __attribute__((always_inline)) { return at[row][k]; };
+    add_products<Single, rows>(sum, inputs, b, tile.depth, weights_ahead, tile.inputs_ahead);
+    weights_ahead.from += tile.depth * weights_ahead.step;
+#pragma GCC unroll 6
+    for (int row = 0; row < rows; ++row) at[row] += row_words;
+  }
+  finish_tile<Single, rows>(tile, sum);
+}
+
+class WideGroupPart {
+ public:
+  WideGroupPart(const CpuConv& conv, const float* x, const float* packed, const ConvEpilogue& epilogue)
+      : conv_(conv),
+        x_(x),
+        packed_(packed),
+        epilogue_(epilogue),
+        pixel_words_(conv.group_channels()),
+        rows_(std::max((conv.out_height - 1) * conv.stride_height + 3, conv.height + conv.padding_height)),
+        row_words_(int64_t{std::max((conv.out_width - 1) * conv.stride_width + 3, conv.width + conv.padding_width)} *
+                   pixel_words_) {}
+
+  // All outputs of one image in one group.
+  void run(int64_t image, int group) const {
+    thread_local Scratch scratch;
+    float* const padded = scratch.words(rows_ * row_words_);
+    copy_padded_rows(image, group, padded);
+    const int pixels = conv_.out_height * conv_.out_width, filters = conv_.group_filters();
+    const int64_t tiles = divided_up(pixels, kTileRows), panels = divided_up(filters, kTileColumns);
+    Tile<Single> work{};
+    work.depth = 3 * pixel_words_;
+    work.relu = epilogue_.relu;
+    work.out_stride = conv_.filters;
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const int64_t filter = int64_t{group} * filters + panel * kTileColumns;
+      float bias[kTileColumns] = {};
+      work.filters = static_cast<int>(std::min<int64_t>(kTileColumns, filters - panel * kTileColumns));
+      work.bias = bias;
+      work.b = packed_ + (group * panels + panel) * 3 * work.depth * kTileColumns;
+      const int64_t panel_words = 3 * work.depth;
+      const auto* const next = reinterpret_cast<const char*>(work.b + panel_words * kTileColumns);
+      const int64_t ahead_step = divided_up(kTileColumns * sizeof(float), tiles);
+      work.inputs_ahead = {next, 0};
+      std::copy_n(epilogue_.bias + filter, work.filters, bias);
+      for (int64_t t = 0; t < tiles; ++t) {
+        const Share tile = share(pixels, static_cast<int>(t), static_cast<int>(tiles));
+        const int64_t first = (image * pixels + tile.begin) * conv_.filters + filter;
+        work.out = static_cast<float*>(epilogue_.out) + first;
+        work.residual = epilogue_.residual == nullptr ? nullptr : static_cast<const float*>(epilogue_.residual) + first;
+        work.weights_ahead = {next + t * panel_words * ahead_step, ahead_step};
+        multiply_tile(padded, tile, work);
+      }
+    }
+  }
+
+ private:
+  void multiply_tile(const float* padded, Share tile, const Tile<Single>& work) const {
+    const float* pixels[kTileRows];
+    for (int64_t i = tile.begin; i < tile.end; ++i) {
+      const int64_t row = i / conv_.out_width * conv_.stride_height, column = i % conv_.out_width * conv_.stride_width;
+      pixels[i - tile.begin] = padded + row * row_words_ + column * pixel_words_;
+    }
+    using Function = void (*)(const float* const*, int64_t, const Tile<Single>&);
+    static constexpr Function kFunctions[kTileRows] = {multiply_pixels<1>, multiply_pixels<2>, multiply_pixels<3>,
+                                                       multiply_pixels<4>, multiply_pixels<5>, multiply_pixels<6>};
+    kFunctions[tile.end - tile.begin - 1](pixels, row_words_, work);
+  }
+
+  void copy_padded_rows(int64_t image, int group, float* to) const {
+    const int64_t left = int64_t{conv_.padding_width} * pixel_words_;
+    const int64_t right = left + int64_t{conv_.width} * pixel_words_;
+    for (int row = 0; row < rows_; ++row, to += row_words_) {
+      const int y = row - conv_.padding_height;
+      if (y < 0 || y >= conv_.height) {
+        std::fill_n(to, row_words_, 0.0f);
+        continue;
+      }
+      const float* from = x_ + (image * conv_.height + y) * conv_.width * conv_.channels + group * pixel_words_;
+      std::fill_n(to, left, 0.0f);
+      for (int64_t word = left; word < right; word += pixel_words_, from += conv_.channels) {
+        std::memcpy(to + word, from, pixel_words_ * sizeof(float));
+      }
+      std::fill_n(to + right, row_words_ - right, 0.0f);
+    }
+  }
+
+  const CpuConv& conv_;
+  const float* x_;
+  const float* packed_;
+  const ConvEpilogue& epilogue_;
+  int64_t pixel_words_, rows_, row_words_;
+};
+
+bool is_wide(const CpuConv& conv) {
+  return conv.dtype == DType::float32 && conv.group_channels() >= kNarrowestPanel &&
+         conv.group_filters() >= kNarrowestPanel;
+}
+
+void run_wide(const CpuConv& conv, const float* x, const float* packed, const ConvEpilogue& epilogue) {
+  const WideGroupPart work(conv, x, packed, epilogue);
+  in_parallel(conv.threads, [&](int part, int parts) {
+    const Share mine = share(conv.images * conv.groups, part, parts);
+    for (int64_t i = mine.begin; i < mine.end; ++i) work.run(i / conv.groups, static_cast<int>(i % conv.groups));
+  });
+}
+#else
+bool is_wide(const CpuConv&) { return false; }
+#endif
+
 // Calls run(integral_constant group, integral_constant stride) with those of the convolution.
 template <typename Run>
 void with_group_and_stride(const CpuConv& conv, const Run& run) {
@@ -189,25 +315,32 @@ void with_group_and_stride(const CpuConv& conv, const Run& run) {
 }
 #else
 constexpr bool kHasGrouped = false;
+bool is_wide(const CpuConv&) { return false; }
 #endif
+
+bool is_shared(const CpuConv& conv) {
+  const int group = conv.group_channels();
+  return (group == 4 || group == 8 || group == 16) && conv.group_filters() == group &&
+         conv.channels % kVectorLanes == 0;
+}
 
 }  // namespace
 
 bool grouped_takes(const CpuConv& conv) {
-  const int group = conv.group_channels();
-  return kHasGrouped && (group == 4 || group == 8 || group == 16) && conv.group_filters() == group &&
-         conv.channels % kVectorLanes == 0 && conv.kernel_height == 3 && conv.kernel_width == 3 &&
-         conv.dilation_height == 1 && conv.dilation_width == 1 && conv.stride_height == conv.stride_width &&
-         (conv.stride_width == 1 || conv.stride_width == 2);
+  return kHasGrouped && conv.groups > 1 && (is_shared(conv) || is_wide(conv)) && conv.kernel_height == 3 &&
+         conv.kernel_width == 3 && conv.dilation_height == 1 && conv.dilation_width == 1 &&
+         conv.stride_height == conv.stride_width && (conv.stride_width == 1 || conv.stride_width == 2);
 }
 
 template <typename Element>
 int64_t grouped_packed_words(const CpuConv& conv) {
+  if (is_wide(conv)) return gemm_packed_words<Element>(conv);
   return int64_t{conv.filters} * 9 * (conv.group_channels() / Element::kPerWord);
 }
 
 template <typename Element>
 void grouped_pack(const CpuConv& conv, const typename Element::Storage* weight, float* packed) {
+  if (is_wide(conv)) return gemm_pack<Element>(conv, weight, packed);
   const int group = conv.group_channels();
   auto* to = reinterpret_cast<typename Element::Storage*>(packed);
   for (int slice = 0; slice < conv.filters; slice += kVectorLanes) {
@@ -228,6 +361,9 @@ template <typename Element>
 void grouped_run(const CpuConv& conv, const typename Element::Storage* x, const float* packed,
                  const ConvEpilogue& epilogue) {
 #if defined(__AVX2__)
+#if !defined(__AVX512F__)
+  if (is_wide(conv)) return run_wide(conv, x, packed, epilogue);
+#endif
   with_group_and_stride(conv, [&](auto group, auto stride) {
     run_all<Element, decltype(group)::value, decltype(stride)::value>(conv, x, packed, epilogue);
   });

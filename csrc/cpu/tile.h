@@ -36,15 +36,15 @@ constexpr int kVectorLanes = 4;
 constexpr int kTileRows = 6;
 constexpr int kStepWords = 4;
 #endif
-// kStepWords: of depth, in one round of the loop, which looks ahead once for every two of them. 12 products hide fewer
-// other instructions than 28 do, above all where two threads share a core.
+// kStepWords: of depth, in one round of the loop. Where they are several, it looks ahead at every second of them: 12
+// products hide fewer other instructions than 28 do, above all where two threads share a core.
 constexpr int kTileVectors = 2;
 constexpr int kTileColumns = kTileVectors * kVectorLanes;
 constexpr int kTileSums = kTileRows * kTileColumns;
 constexpr int kDepthWords = 256;  // of a product: 14 rows of it are half of the first cache
 constexpr int kRowWords = kDepthWords + 16;
 constexpr int kCacheLine = 64;                     // bytes
-constexpr int kPrefetchWords = 32 * kTileColumns;  // of weights: a page, at whose end the processor's own prefetch ends
+constexpr int kPrefetchWords = 32 * kTileColumns;  // of weights: past the end of a page, where the processor's own ends
 
 using Vector = float __attribute__((vector_size(kVectorLanes * sizeof(float))));
 
@@ -174,44 +174,73 @@ inline void prefetch_row(Storage* row) {
 }
 
 template <typename Element, int rows>
-void multiply(const Tile<Element>& tile) {
-  Vector sum[rows][kTileVectors];
-#pragma GCC unroll 14
-  for (int row = 0; row < rows; ++row) sum[row][0] = sum[row][1] = Vector{};
-  if (tile.out != nullptr) {
-    for (int row = 0; row < rows; ++row) {
-      const int64_t offset = row * tile.out_stride;
-      if (tile.residual != nullptr) prefetch_row(tile.residual + offset);
-      prefetch_row(tile.out + offset);
-    }
+inline void prefetch_outputs(const Tile<Element>& tile) {
+  for (int row = 0; row < rows; ++row) {
+    const int64_t offset = row * tile.out_stride;
+    if (tile.residual != nullptr) prefetch_row(tile.residual + offset);
+    prefetch_row(tile.out + offset);
   }
-  const float* a = tile.a;
-  const float* b = tile.b;
-  const auto add_products = [&](int k) {
+}
+
+// The sums of a tile: inputs(row, k) is a row's input at k words of the depth.
+template <typename Element, int rows, typename Inputs>
+__attribute__((always_inline)) inline void add_products(Vector (&sum)[rows][kTileVectors], const Inputs& inputs,
+                                                        const float* b, int64_t depth, Ahead weights_ahead,
+                                                        Ahead inputs_ahead) {
+  const auto add = [&](int64_t k) __attribute__((always_inline)) {
     const float* const weights = b + k * kTileColumns;
     const Vector first = load_vector(weights), second = load_vector(weights + kVectorLanes);
     __builtin_prefetch(weights + kPrefetchWords);
     if (kTileColumns * sizeof(float) > kCacheLine) __builtin_prefetch(weights + kPrefetchWords + kVectorLanes);
 #pragma GCC unroll 14
     for (int row = 0; row < rows; ++row) {
-      const Vector input = broadcast(a[row * kRowWords + k]);
+      const Vector input = broadcast(inputs(row, k));
       sum[row][0] = Element::multiply_add(sum[row][0], input, first);
       sum[row][1] = Element::multiply_add(sum[row][1], input, second);
     }
   };
-  const Ahead weights_ahead = tile.weights_ahead, inputs_ahead = tile.inputs_ahead;
   int64_t k = 0;
-  for (; k + kStepWords <= tile.depth; k += kStepWords, a += kStepWords, b += kStepWords * kTileColumns) {
+  for (; k + kStepWords <= depth; k += kStepWords) {
 #pragma GCC unroll 4
     for (int i = 0; i < kStepWords; ++i) {
       if (i % 2 == 0) {
         __builtin_prefetch(weights_ahead.from + (k + i) * weights_ahead.step, 0, 2);
         __builtin_prefetch(inputs_ahead.from + (k + i) * inputs_ahead.step, 0, 2);
       }
-      add_products(i);
+      add(k + i);
     }
   }
-  for (; k < tile.depth; ++k, ++a, b += kTileColumns) add_products(0);
+  for (; k < depth; ++k) add(k);
+}
+
+// The epilogue of all rows.
+template <typename Element, int rows>
+__attribute__((always_inline)) inline void finish_tile(const Tile<Element>& tile,
+                                                       const Vector (&sum)[rows][kTileVectors]) {
+  const Vector bias = load_vector(tile.bias), bias2 = load_vector(tile.bias + kVectorLanes);
+  const auto finish_all = [&](auto residual, auto relu) {
+#pragma GCC unroll 14
+    for (int row = 0; row < rows; ++row) {
+      finish<Element, decltype(residual)::value, decltype(relu)::value>(tile, row, sum[row][0] + bias,
+                                                                        sum[row][1] + bias2);
+    }
+  };
+  if (tile.residual != nullptr && tile.relu) return finish_all(std::true_type{}, std::true_type{});
+  if (tile.residual != nullptr) return finish_all(std::true_type{}, std::false_type{});
+  if (tile.relu) return finish_all(std::false_type{}, std::true_type{});
+  finish_all(std::false_type{}, std::false_type{});
+}
+
+template <typename Element, int rows>
+void multiply(const Tile<Element>& tile) {
+  Vector sum[rows][kTileVectors];
+#pragma GCC unroll 14
+  for (int row = 0; row < rows; ++row) sum[row][0] = sum[row][1] = Vector{};
+  if (tile.out != nullptr) prefetch_outputs<Element, rows>(tile);
+  const float* const a = tile.a;
+  add_products<Element, rows>(
+      sum, [a](int row, int64_t k) __attribute__((always_inline)) { return a[row * kRowWords + k]; }, tile.b,
+      tile.depth, tile.weights_ahead, tile.inputs_ahead);
   // Added behind the products, as the bias is: sums of fewer and smaller numbers are rounded less.
   if (tile.resume) {
 #pragma GCC unroll 14
@@ -228,18 +257,7 @@ void multiply(const Tile<Element>& tile) {
     }
     return;
   }
-  const Vector bias = load_vector(tile.bias), bias2 = load_vector(tile.bias + kVectorLanes);
-  const auto finish_all = [&](auto residual, auto relu) {
-#pragma GCC unroll 14
-    for (int row = 0; row < rows; ++row) {
-      finish<Element, decltype(residual)::value, decltype(relu)::value>(tile, row, sum[row][0] + bias,
-                                                                        sum[row][1] + bias2);
-    }
-  };
-  if (tile.residual != nullptr && tile.relu) return finish_all(std::true_type{}, std::true_type{});
-  if (tile.residual != nullptr) return finish_all(std::true_type{}, std::false_type{});
-  if (tile.relu) return finish_all(std::false_type{}, std::true_type{});
-  finish_all(std::false_type{}, std::false_type{});
+  finish_tile<Element, rows>(tile, sum);
 }
 
 template <typename Element, int... rows>

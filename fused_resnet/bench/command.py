@@ -18,7 +18,7 @@ from fused_resnet.bench.roofline import ROUNDS
 from fused_resnet.bench.suite import selections
 from fused_resnet.bench.suite.condition import file_name
 from fused_resnet.bench.suite.contender import Contender
-from fused_resnet.bench.suite.runner import INTERRUPTED, LEFT_OUT, Settings, run
+from fused_resnet.bench.suite.runner import INTERRUPTED, LEFT_OUT, Settings, reasons_to_start_anew, run
 from fused_resnet.bench.suite.task import Task
 
 COMMANDS = {
@@ -107,8 +107,12 @@ def main(arguments: argparse.Namespace) -> int:
         ceiling_rounds=1 if arguments.dry else ROUNDS,
         arguments=_plain(arguments, selection, contenders),
     )
-    if not arguments.resume and path.exists():
-        path.replace(path.with_name(f"{name}.previous.json"))
+    reasons = [] if before is None else reasons_to_start_anew(before, settings)
+    if path.exists() and (before is None or reasons):
+        previous = path.with_name(f"{name}.previous.json")
+        path.replace(previous)
+        if reasons:
+            print(f"--resume: measured anew, for the earlier result, now {previous}, is of {', '.join(reasons)}")
     return _run(tasks, contenders, settings, path, before)
 
 

@@ -46,7 +46,7 @@ class FrozenModel(nn.Module):
         self._pixels = None if normalize is None else pixel_scale_and_shift(*normalize)
         self.register_buffer("_like", torch.empty(0, dtype=dtype), persistent=False)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._chains = network_chains(module)
+        self._chains = network_chains()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -61,7 +61,7 @@ class FrozenModel(nn.Module):
         self._check(x)
         if self._graph is None:
             x = self._as_module_takes(x)
-            out = self._chains(x)
+            out = None if is_intercepted(self.module) else self._chains(self.module, x)
             return self.module(x) if out is None else out
         if (x.dtype == torch.uint8) != (self._graph_input.dtype == torch.uint8):
             raise TypeError(
@@ -121,7 +121,7 @@ class FrozenModel(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._chains = network_chains(self.module)
+        self._chains = network_chains()
 
     def train(self, mode: bool = True) -> FrozenModel:
         if mode:

@@ -16,9 +16,9 @@ from fused_resnet.ops.native_conv import takes_dtype
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
-def network_chains(network: nn.Module) -> Chains:
-    """x: (N, 3, H, W), as the network takes it; gives (N, classes)."""
-    return Chains(network, _chain)
+def network_chains() -> Chains:
+    """Of one network. x: (N, 3, H, W), as the network takes it; gives (N, classes)."""
+    return Chains(_chain)
 
 
 def _chain(network: nn.Module, x: Tensor) -> NativeChain | None:

@@ -16,31 +16,31 @@ MOST_CHAINS = 4
 
 
 class Chains:
-    """The chains of one module, one for each shape of x.
+    """The chains of one module, one for each shape of x. It does not hold the module, which may hold it.
 
     Args:
-        module: what they stand for.
         plan: called with the module and the first x of a shape; None where a part of it cannot be in a chain.
     """
 
-    def __init__(self, module: nn.Module, plan: Callable[[Any, Tensor], NativeChain | None]) -> None:
-        self._module, self._plan = module, plan
+    def __init__(self, plan: Callable[[Any, Tensor], NativeChain | None]) -> None:
+        self._plan = plan
         self._untouched: Untouched | None = None
-        self._chains: dict[tuple[torch.Size, torch.dtype, int], NativeChain | None] = {}
+        self._chains: dict[tuple[torch.Size, torch.dtype, int], tuple[NativeChain | None]] = {}
 
-    def __call__(self, x: Tensor) -> Tensor | None:
-        """What the module gives for x; None where it has to be called as it is."""
+    def __call__(self, module: nn.Module, x: Tensor) -> Tensor | None:
+        """What the module's forward gives for x; None where its parts have to be called."""
         if not runs_unseen(x):
             return None
         if self._untouched is None or not self._untouched.holds():
-            self._untouched = Untouched(self._module)
+            self._untouched = untouched = Untouched(module)
             self._chains.clear()
-            if not self._untouched.holds():  # hooks, which want every module to be called
+            if not untouched.holds():  # hooks, which want every part to be called
                 return None
         key = (x.shape, x.dtype, torch.get_num_threads())
-        if key not in self._chains:
+        found = self._chains.get(key)  # once: another thread may be clearing them
+        if found is None:
             if len(self._chains) >= MOST_CHAINS:
                 self._chains.clear()
-            self._chains[key] = self._plan(self._module, x)
-        chain = self._chains[key]
+            found = self._chains[key] = (self._plan(module, x),)
+        (chain,) = found
         return None if chain is None else chain(x)

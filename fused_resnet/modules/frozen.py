@@ -169,10 +169,10 @@ class FrozenStage(nn.Sequential):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._chains = Chains(self, _chain)
+        self._chains = Chains(_chain)
 
     def forward(self, x: Tensor) -> Tensor:
-        if (out := self._chains(x)) is not None:
+        if (out := self._chains(self, x)) is not None:
             return out
         overwrite = False
         for block in self:
@@ -186,7 +186,7 @@ class FrozenStage(nn.Sequential):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._chains = Chains(self, _chain)
+        self._chains = Chains(_chain)
 
 
 def _chain(stage: FrozenStage, x: Tensor) -> NativeChain | None:

@@ -19,13 +19,15 @@ def weights_changed() -> None:
 
 
 class Untouched:
-    """What to look at to know that a module and all inside still do what they did when this was made, with the weights
-    they had: nobody hooked, compiled, replaced or reloaded one of them. Weights written in place are not seen."""
+    """What to look at to know that all that is inside a module still does what it did when this was made, with the
+    weights it had: nobody hooked, compiled, replaced or reloaded a part. Weights written in place are not seen; nor is
+    what was done to the module itself, which whoever does not call it has to ask (`is_intercepted`)."""
 
     def __init__(self, module: nn.Module) -> None:
-        modules = list(module.modules())
         self._changes = _changes
-        self._children = [(inner._modules, tuple(inner._modules.values())) for inner in modules if inner._modules]
+        everything = list(module.modules())
+        self._children = [(inner._modules, tuple(inner._modules.values())) for inner in everything if inner._modules]
+        modules = everything[1:]  # without the module's own __dict__, in which this may lie
         self._hooks = [
             hooks
             for inner in modules

@@ -20,10 +20,9 @@ do faster (``ops/preference.py``); ``reference`` never has one. An explicit requ
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 from collections.abc import Iterator
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -143,14 +142,18 @@ def passes_for(x: Tensor, *others: Tensor) -> Any:
         return torch.ops.fused_resnet
     if measured_plan.other_backend_for_passes(x, usual):
         return torch.ops.fused_resnet
-    return module("cuda") if usual == "cuda" else _native_passes()
+    return module("cuda") if usual == "cuda" else _NATIVE_PASSES
 
 
-@functools.cache
-def _native_passes() -> Any:
+class _NativePasses:
     """The native backend's own, and the dispatcher's of those that it has not."""
-    native = module("native")
-    return SimpleNamespace(**{op: getattr(native, op, getattr(torch.ops.fused_resnet, op)) for op in SCHEMAS})
+
+    def __getattr__(self, op: str) -> Any:
+        native = module("native")
+        return getattr(native, op) if hasattr(native, op) else getattr(torch.ops.fused_resnet, op)
+
+
+_NATIVE_PASSES = _NativePasses()
 
 
 def remembered(memory: dict[Any, Any], op: str, x: Tensor, residual: Tensor | None, args: tuple[Any, ...]) -> Any:
@@ -205,8 +208,10 @@ def _cuda_takes(x: Tensor) -> bool:
 
 
 def _native_takes(x: Tensor) -> bool:
-    """True if the native backend runs passes over x, automatically or asked for."""
+    """True if the native backend runs passes over x, automatically or asked for; Triton's interpreter comes first."""
     if torch.compiler.is_compiling() or _requested not in (AUTO, "native"):
+        return False
+    if _requested == AUTO and _works("triton", x.device):
         return False
     takes = x.device.type == "cpu" and x.dtype in FUSED_DTYPES and type(x) in (Tensor, Parameter)
     return takes and x.numel() > 0 and _works("native", x.device)

@@ -25,9 +25,9 @@ def extension() -> Any:
 
 def empty_strided(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
     """``torch.empty_strided`` of a dense tensor; a large one in memory that was used before (csrc/buffers.h says why).
-    The extension is built."""
+    On the CPU, whatever the default device is. The extension is built."""
     elements = math.prod(shape)
     if elements * dtype.itemsize < BUFFER_BYTES:
-        return torch.empty_strided(shape, stride, dtype=dtype)
+        return torch.empty_strided(shape, stride, dtype=dtype, device="cpu")
     storage = torch.frombuffer(extension().Buffer(elements * dtype.itemsize), dtype=dtype).untyped_storage()
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape, stride)
+    return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape, stride)

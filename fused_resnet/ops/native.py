@@ -1,7 +1,8 @@
 """The ``native`` backend: C++ over every core, for dense float32, float16 and bfloat16 activations on the CPU.
 
 Same names and meaning as ``ops/reference.py``, which says what each reads and writes. Tensors become addresses here,
-so everything that could make C++ read the wrong memory is settled here: layout, dtype, lifetime.
+so what could make C++ read the wrong memory is settled here: layout, dtype, lifetime. Shapes and devices are settled
+before: by the public functions, and by ``reasons_against`` for whoever calls an op by itself.
 """
 
 from __future__ import annotations
@@ -159,7 +160,13 @@ def _empty_like(x: Tensor) -> Tensor:
 
 
 def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    """0 for None."""
+    if tensor is None:
+        return 0
+    address = tensor.data_ptr()
+    if address == 0 and tensor.numel() > 0:  # a subclass that wraps others, which C++ would take for None
+        raise TypeError(f"the native backend takes tensors with memory of their own; got {type(tensor).__name__}")
+    return address
 
 
 def _vector(vector: Tensor | None) -> Tensor | None:
@@ -170,7 +177,7 @@ def _vector(vector: Tensor | None) -> Tensor | None:
 
 
 def _channel_vector(x: Tensor) -> Tensor:
-    return torch.empty(x.shape[1], dtype=torch.float32)
+    return torch.empty(x.shape[1], dtype=torch.float32, device="cpu")
 
 
 def _like(tensor: Tensor | None, x: Tensor) -> Tensor | None:

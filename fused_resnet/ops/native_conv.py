@@ -1,7 +1,7 @@
 """Inference convolutions on the CPU by our own C++: bias, add and ReLU in the epilogue, weights laid out once.
 
 csrc/conv.h says which methods there are: a 3x3 convolution of stride 1 by Winograd's method, where the image is large
-enough; one of 4 to 16 channels a group by vectors that hold several groups; the rest as a matrix product.
+enough; one in groups by vectors that hold several groups or a part of one; the rest as a matrix product.
 """
 
 from __future__ import annotations
@@ -80,6 +80,9 @@ class NativeConv:
         relu: whether a ReLU follows.
         method: one of `candidates`; None for the one that was measured (``python -m fused_resnet tune``) or else
             estimated to be the fastest for an x of each shape.
+
+    Raises:
+        ValueError: the method cannot do this.
     """
 
     def __init__(
@@ -97,10 +100,12 @@ class NativeConv:
         self._bias = bias.detach().float().contiguous()
         self._conv = _conv(weight, stride, padding, dilation, groups)
         self._settings = list(zip(weight.shape[2:], stride, padding, dilation, strict=True))
-        self._grouped = groups > 1 and weight.shape[0] // groups < NARROWEST_GROUP
+        self._narrow = groups > 1 and weight.shape[0] // groups < NARROWEST_GROUP
         self._relu = relu
         self._key_end = (weight.shape, stride, padding, dilation, groups)
         self._method = method
+        if method is not None and method not in self.candidates:
+            raise ValueError(f"method must be one of {', '.join(self.candidates)}; got {method!r}")
         self._packed: dict[str, Any] = {}
         self._calls: dict[torch.Size, tuple[Any, list[int], int]] = {}
 
@@ -142,9 +147,9 @@ class NativeConv:
     @property
     def candidates(self) -> list[str]:
         """The methods that can do this convolution."""
-        if self._grouped:
+        if self._narrow:
             return ["grouped"]
-        return ["gemm", "winograd"] if self._takes("winograd") else ["gemm"]
+        return ["gemm", *filter(self._takes, ("grouped", "winograd"))]
 
     def estimated(self, shape: Sequence[int], dtype: torch.dtype) -> str:
         """The method that is likely the fastest for an x of this shape and dtype."""
@@ -227,7 +232,7 @@ def average(x: Tensor) -> Tensor:
     """``F.adaptive_avg_pool2d(x, 1)``, summed in float32; x as `why_not_native` takes it."""
     images, channels, height, width = x.shape
     x = x.contiguous(memory_format=torch.channels_last)
-    out = torch.empty(images, channels, 1, 1, dtype=x.dtype)
+    out = torch.empty(images, channels, 1, 1, dtype=x.dtype, device="cpu")
     threads = min(torch.get_num_threads(), max(x.numel() // WORK_OF_A_THREAD, 1))
     sizes = (images, channels, height, width)
     extension().average(*sizes, _dtype(x.dtype), threads, x.data_ptr(), out.data_ptr())

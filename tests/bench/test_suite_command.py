@@ -141,7 +141,7 @@ def test_an_earlier_file_is_kept_beside_the_new_one(tmp_path):
     assert files == ["mine.json", "mine.previous.json"]
 
 
-def test_resume_goes_on_with_the_file(tmp_path, monkeypatch):
+def test_resume_goes_on_with_the_file(tmp_path, monkeypatch, capsys):
     machine = {"commit": "abc", "device": "x"}
     monkeypatch.setattr("fused_resnet.bench.suite.runner.machine_facts", lambda device: dict(machine))
     words = [*QUICKLY, "--mode", "inference", "--name", "mine", "--output", str(tmp_path)]
@@ -152,6 +152,11 @@ def test_resume_goes_on_with_the_file(tmp_path, monkeypatch):
     assert [m.batch_size for m in after.measurements] == [1, 2]
     assert after.measurements[0] == before.measurements[0]
     assert not (tmp_path / "mine.previous.json").exists()
+    machine["commit"] = "def"
+    assert main([*words, "--batch-size", "1", "--resume"]) == 0
+    assert Result.load(tmp_path / "mine.previous.json") == after
+    assert [m.batch_size for m in Result.load(tmp_path / "mine.json").measurements] == [1]
+    assert "is of another commit" in capsys.readouterr().out
 
 
 def test_resume_refuses_what_is_no_result(tmp_path, capsys):
@@ -359,7 +364,7 @@ def test_conditions_differ_by_every_fact(fact, value):
         "another seed",
     ]
     dirty = Result(facts | {"commit": "abc-dirty"}, {"seed": 0}, {}, [])
-    assert differences(dirty, dirty) == ["the checkout is modified"]
+    assert differences(dirty, dirty) == ["a modified checkout"]
 
 
 def timing(*milliseconds: float) -> Timing:

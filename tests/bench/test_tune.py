@@ -217,7 +217,10 @@ def test_the_methods_of_a_frozen_network_are_measured_and_used(monkeypatch, caps
     assert unasked.methods == ["gemm"]
     measured_plan.record(measured_plan.METHOD, next(iter(decisions)), "of another version", {})
     conv = NativeConv(weight, torch.zeros(64), [1, 1], [1, 1], [1, 1], 1, True)
-    torch.testing.assert_close(conv(image), torch.relu(torch.conv2d(image, weight, padding=1)), rtol=1e-4, atol=1e-3)
+    conv(image)
+    assert conv.methods == ["gemm"]
+    with pytest.raises(ValueError, match="method must be one of gemm, winograd; got 'fft'"):
+        NativeConv(weight, torch.zeros(64), [1, 1], [1, 1], [1, 1], 1, True, "fft")
 
 
 @pytest.mark.parametrize(

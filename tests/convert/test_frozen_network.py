@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import pickle
+import weakref
 
 import pytest
 import torch
@@ -26,7 +29,7 @@ def frozen(request: pytest.FixtureRequest) -> FrozenModel:
 
 
 def chain_of(frozen: FrozenModel, x: Tensor) -> Tensor | None:
-    return frozen._chains(frozen._as_module_takes(x))
+    return frozen._chains(frozen.module, frozen._as_module_takes(x))
 
 
 @torch.no_grad()
@@ -94,3 +97,47 @@ def test_a_network_that_is_not_all_ours_runs_part_by_part(frozen: FrozenModel):
     other = freeze(model, x)
     assert chain_of(other, x) is None and other(x).shape == (2, 10)
     assert other(x[:0]).shape == (0, 10)
+
+
+@torch.no_grad()
+def test_a_stage_alone_hears_of_what_happens_inside_and_is_copied(frozen: FrozenModel):
+    stage = copy.deepcopy(frozen.module.layer2)
+    x = torch.randn(2, stage[0].convs[0].weight.shape[1] * stage[0].convs[0].groups, 16, 16)
+    before = stage(x)
+    assert stage._chains(stage, x) is not None
+    for twin in (copy.deepcopy(stage), pickle.loads(pickle.dumps(stage))):
+        assert torch.equal(twin(x), before) and twin._chains is not stage._chains
+    seen: list[Tensor] = []
+    stage.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    assert torch.equal(stage(x), before) and len(seen) == 1
+    assert stage._chains(stage, x) is not None  # its own hooks are around it
+    block = copy.deepcopy(stage[1])
+    for conv in block.convs:
+        conv.load_state_dict({name: buffer * 2 for name, buffer in conv.state_dict().items()})
+    stage[1] = block
+    after, by_parts = stage(x), x
+    for part in stage:
+        by_parts = part(by_parts)
+    assert torch.equal(after, by_parts) and not torch.equal(after, before)
+
+
+@torch.no_grad()
+def test_stages_go_with_their_last_name(frozen: FrozenModel):
+    stage = copy.deepcopy(frozen.module.layer2)
+    stage(torch.randn(1, stage[0].convs[0].weight.shape[1] * stage[0].convs[0].groups, 8, 8))
+    gone = weakref.ref(stage)
+    gc.disable()  # no collector is needed
+    try:
+        del stage
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+@torch.no_grad()
+def test_another_default_device_changes_nothing(frozen: FrozenModel):
+    x = torch.randn(2, 3, 64, 64)
+    before = frozen(x)
+    with torch.device("meta"):
+        again = copy.deepcopy(frozen)(x)
+    assert torch.equal(again, before)

@@ -31,7 +31,8 @@ const Case kCases[] = {
     {kWinograd, 1, 32, 8, 8, 32, 3, 3, 1, 1, 1, 1},  {kWinograd, 2, 16, 11, 7, 37, 3, 3, 1, 1, 1, 1},
     {kWinograd, 1, 272, 5, 6, 8, 3, 3, 1, 0, 1, 1},  {kWinograd, 1, 16, 3, 3, 5, 3, 3, 1, 2, 1, 1},
     {kGrouped, 2, 64, 9, 15, 64, 3, 3, 1, 1, 1, 16}, {kGrouped, 1, 48, 9, 8, 48, 3, 3, 2, 1, 1, 6},
-    {kGrouped, 1, 32, 7, 5, 32, 3, 3, 2, 2, 1, 2},
+    {kGrouped, 1, 32, 7, 5, 32, 3, 3, 2, 2, 1, 2},   {kGrouped, 2, 128, 9, 15, 128, 3, 3, 1, 1, 1, 4},
+    {kGrouped, 1, 66, 8, 7, 80, 3, 3, 2, 1, 1, 2},   {kGrouped, 1, 96, 3, 5, 108, 3, 3, 1, 2, 1, 3},
 };
 
 float number(DType dtype, const void* from, int64_t i) {

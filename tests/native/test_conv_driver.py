@@ -70,8 +70,9 @@ def test_every_kind_of_processor(capability: str, tmp_path: Path):
     assert done.returncode == 0, done.stdout
 
 
-def test_address_and_undefined_behaviour_sanitizers(tmp_path: Path):
-    done = run(build(tmp_path, widest(), *SANITIZERS))
+@pytest.mark.parametrize("capability", sorted({widest(), "avx2"} & {c for c in CAPABILITIES if runs_here(c)}))
+def test_address_and_undefined_behaviour_sanitizers(capability: str, tmp_path: Path):
+    done = run(build(tmp_path, capability, *SANITIZERS))
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
 
 

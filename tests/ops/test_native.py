@@ -185,3 +185,28 @@ def test_kept_memory_is_bounded_used_again_and_given_back():
     del buffer
     ops.empty_cache()
     assert _C.kept_bytes() == 0
+
+
+def test_another_default_device_changes_nothing():
+    x, weight, bias = torch.randn(2, 64, 4, 4, requires_grad=True), torch.rand(64), torch.rand(64)
+    expected = bn_act(x, weight, bias, None, None, training=True)
+    (grad,) = torch.autograd.grad(expected.sum(), x)
+    with torch.device("meta"):
+        out = bn_act(x, weight, bias, None, None, training=True)
+        (again,) = torch.autograd.grad(out.sum(), x)
+    assert torch.equal(out, expected) and torch.equal(again, grad)
+
+
+def test_a_tensor_that_only_wraps_others_is_no_none():
+    class Wrapper(Tensor):
+        @staticmethod
+        def __new__(cls, inner: Tensor) -> Tensor:
+            return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            raise NotImplementedError(func)
+
+    x = torch.randn(2, 4, 3, 3)
+    with pytest.raises((TypeError, NotImplementedError)):
+        bn_act(x, Wrapper(torch.rand(4)), None, torch.zeros(4), torch.ones(4))

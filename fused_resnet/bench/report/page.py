@@ -16,7 +16,7 @@ TEMPLATE = Path(__file__).with_name("page.html.jinja")
 OPEN_AT_MOST = 4
 """With more sections than this, the page shows the headline and each of them on a click."""
 MOST_OPS_DRAWN = 12
-"""Of more ops, one figure tells of all; each has its table."""
+"""Sections at op level; of more of them one figure tells of all, and each has its table."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def _overview(found: Sequence[Section]) -> list[Plot]:
     return (
         []
         if text is None
-        else [Plot(text, "Each op, a dot for each shape: the best of ours against the fastest rival")]
+        else [Plot(text, "Each op, a dot for each measurement: the best of ours against the fastest rival")]
     )
 
 

@@ -100,7 +100,7 @@ def ops(found: Sequence[Section], name: str) -> str | None:
         for place, op in enumerate(names):
             axes.plot(factors[op], [place] * len(factors[op]), "o", color=colour(OURS[0]), markersize=6)
         every = [factor for some in factors.values() for factor in some]
-        ends = (math.floor(math.log2(min(every))), max(math.ceil(math.log2(max(every))), 1))
+        ends = (min(math.floor(math.log2(min(every))), 0), max(math.ceil(math.log2(max(every))), 1))
         ticks = [2.0**power for power in range(ends[0], ends[1] + 1)]
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])

@@ -50,7 +50,7 @@ def differences(before: Result, now: Result) -> list[str]:
     A modified checkout is no commit: two of them may differ.
     """
     if str(now.machine.get("commit")).endswith("-dirty"):
-        return ["the checkout is modified"]
+        return ["a modified checkout"]
     facts = [("machine", name) for name in MACHINE] + [("arguments", name) for name in ARGUMENTS]
     return [f"another {name}" for of, name in facts if getattr(before, of).get(name) != getattr(now, of).get(name)]
 

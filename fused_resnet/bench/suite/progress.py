@@ -58,12 +58,6 @@ class BenchProgress(Listener):
     ) -> None:
         self._bar.stop()
 
-    def resume(self, taken: int, reasons: Sequence[str]) -> None:
-        if reasons:
-            self._say(f"--resume: nothing is taken over from the earlier result: {', '.join(reasons)}\n")
-        else:
-            self._say(f"--resume: {taken} measurements are taken over from the earlier result\n")
-
     def start(self, weights: Sequence[float]) -> None:
         self._weights = list(weights)
         self._task = self._bar.add_task("", total=sum(weights), what="")

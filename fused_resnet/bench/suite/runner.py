@@ -58,9 +58,6 @@ class Settings:
 class Listener:
     """Is told how far a run is; this one does nothing."""
 
-    def resume(self, taken: int, reasons: Sequence[str]) -> None:
-        """So many measurements of an earlier result need not be made again; none, if there are reasons."""
-
     def start(self, weights: Sequence[float]) -> None:
         """There will be so many measurements, of these weights."""
 
@@ -129,14 +126,11 @@ class _Run:
         machine = machine_facts(settings.device)  # before the work, so that the load average is of others
         self.result = Result(machine, dict(settings.arguments) | {LEFT_OUT: []}, {}, [])
         self._done: dict[tuple[object, ...], Measurement] = {}
-        if before is not None:
-            reasons = differences(before, self.result)
-            if not reasons:
-                self._done = usable(before, [contender.name for contender in contenders])
-            listener.resume(len(self._done), reasons)
-            if self._done:
-                self.result.ceilings.update(before.ceilings)
-                self.result.ledgers.update(before.ledgers)
+        if before is not None and not differences(before, self.result):
+            self._done = usable(before, [contender.name for contender in contenders])
+        if before is not None and self._done:
+            self.result.ceilings.update(before.ceilings)
+            self.result.ledgers.update(before.ledgers)
 
     def run(self) -> Result:
         self._listener.start(self._weights)
@@ -213,6 +207,11 @@ class _Run:
         known = self.result.ceilings.setdefault(str(dtype).removeprefix("torch."), {})
         for name, value in dataclasses.asdict(found).items():
             known[name] = max(value, known.get(name, 0.0))
+
+
+def reasons_to_start_anew(before: Result, settings: Settings) -> list[str]:
+    """Why a run with these settings would take nothing over from an earlier result."""
+    return differences(before, Result(machine_facts(settings.device), settings.arguments, {}, []))
 
 
 def usable(before: Result, names: Sequence[str]) -> dict[tuple[object, ...], Measurement]:

@@ -45,6 +45,7 @@ class MethodSubject(Subject):
 
     def release(self) -> None:
         self.task.release()
+        self.__dict__.pop("_like", None)
 
     @functools.cached_property
     def _like(self) -> NativeConv | None:

@@ -69,8 +69,11 @@ def _all(selection: Selection, tiles: dict[Key, str]) -> Iterator[Subject]:
             assert isinstance(task, OpTask)
             if (subject := _of_task(task, selection.most_tiles)) is not None:
                 yield subject
-            if isinstance(task, ConvInferenceTask) and len((method := MethodSubject(task)).candidates()) > 1:
-                yield method
+            if isinstance(task, ConvInferenceTask) and device.type == "cpu":
+                method = MethodSubject(task)
+                if len(method.candidates()) > 1:
+                    yield method
+                method.release()
         if mode == "training" and not why_not_device("triton", device):
             places = {site: None for name in selection.models for site in conv_sites(name, selection.image_size)}
             sites = [site for site in places if site.conv.sizes.groups == 1]
