@@ -190,7 +190,7 @@ void multiply_pixels(const float* const* pixels, int64_t row_words, const Tile<S
   Ahead weights_ahead = tile.weights_ahead;
   for (int kernel_row = 0; kernel_row < 3; ++kernel_row, b += tile.depth * kTileColumns) {
     const auto inputs = [&at](int row, int64_t k) __attribute__((always_inline)) { return at[row][k]; };
-    add_products<Single, rows>(sum, inputs, b, tile.depth, weights_ahead, tile.inputs_ahead);
+    add_products<Single, false>(sum, inputs, b, tile.depth, weights_ahead, tile.inputs_ahead);
     weights_ahead.from += tile.depth * weights_ahead.step;
 #pragma GCC unroll 6
     for (int row = 0; row < rows; ++row) at[row] += row_words;

@@ -189,7 +189,7 @@ class WinogradPart {
           const auto* const next = reinterpret_cast<const char*>(work.b + work.depth * kTileColumns);
           work.weights_ahead = {next + t * work.depth * ahead_step, ahead_step};
           work.inputs_ahead = {next, 0};
-          multiply(work, static_cast<int>(tile.end - tile.begin));
+          multiply<Single, true>(work, static_cast<int>(tile.end - tile.begin));
         }
       }
     }

@@ -182,16 +182,18 @@ inline void prefetch_outputs(const Tile<Element>& tile) {
   }
 }
 
-// The sums of a tile: inputs(row, k) is a row's input at k words of the depth.
-template <typename Element, int rows, typename Inputs>
+// The sums of a tile: inputs(row, k) is a row's input at k words of the depth. Where `fetch_weights`, they are brought
+// into the first cache in front of their use; the processor does so itself, but not across pages.
+template <typename Element, bool fetch_weights, int rows, typename Inputs>
 __attribute__((always_inline)) inline void add_products(Vector (&sum)[rows][kTileVectors], const Inputs& inputs,
                                                         const float* b, int64_t depth, Ahead weights_ahead,
                                                         Ahead inputs_ahead) {
   const auto add = [&](int64_t k) __attribute__((always_inline)) {
     const float* const weights = b + k * kTileColumns;
     const Vector first = load_vector(weights), second = load_vector(weights + kVectorLanes);
-    __builtin_prefetch(weights + kPrefetchWords);
-    if (kTileColumns * sizeof(float) > kCacheLine) __builtin_prefetch(weights + kPrefetchWords + kVectorLanes);
+    if (fetch_weights) __builtin_prefetch(weights + kPrefetchWords);
+    if (fetch_weights && kTileColumns * sizeof(float) > kCacheLine)
+      __builtin_prefetch(weights + kPrefetchWords + kVectorLanes);
 #pragma GCC unroll 14
     for (int row = 0; row < rows; ++row) {
       const Vector input = broadcast(inputs(row, k));
@@ -231,14 +233,14 @@ __attribute__((always_inline)) inline void finish_tile(const Tile<Element>& tile
   finish_all(std::false_type{}, std::false_type{});
 }
 
-template <typename Element, int rows>
+template <typename Element, bool fetch_weights, int rows>
 void multiply(const Tile<Element>& tile) {
   Vector sum[rows][kTileVectors];
 #pragma GCC unroll 14
   for (int row = 0; row < rows; ++row) sum[row][0] = sum[row][1] = Vector{};
   if (tile.out != nullptr) prefetch_outputs<Element, rows>(tile);
   const float* const a = tile.a;
-  add_products<Element, rows>(
+  add_products<Element, fetch_weights>(
       sum, [a](int row, int64_t k) __attribute__((always_inline)) { return a[row * kRowWords + k]; }, tile.b,
       tile.depth, tile.weights_ahead, tile.inputs_ahead);
   // Added behind the products, as the bias is: sums of fewer and smaller numbers are rounded less.
@@ -260,17 +262,17 @@ void multiply(const Tile<Element>& tile) {
   finish_tile<Element, rows>(tile, sum);
 }
 
-template <typename Element, int... rows>
+template <typename Element, bool fetch_weights, int... rows>
 inline void multiply_rows(const Tile<Element>& tile, int count, std::integer_sequence<int, rows...>) {
   using Function = void (*)(const Tile<Element>&);
-  static constexpr Function kFunctions[] = {multiply<Element, rows + 1>...};
+  static constexpr Function kFunctions[] = {multiply<Element, fetch_weights, rows + 1>...};
   kFunctions[count - 1](tile);
 }
 
 // Multiplies the first `rows` rows, 1 to kTileRows.
-template <typename Element>
+template <typename Element, bool fetch_weights>
 void multiply(const Tile<Element>& tile, int rows) {
-  multiply_rows(tile, rows, std::make_integer_sequence<int, kTileRows>{});
+  multiply_rows<Element, fetch_weights>(tile, rows, std::make_integer_sequence<int, kTileRows>{});
 }
 
 }  // namespace CPU_CAPABILITY
