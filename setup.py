@@ -40,9 +40,9 @@ COMPILE_FLAGS = [
     *("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"),
     *("-Wall", "-Wextra"),
 ]
+AVX2 = ["-mavx2", "-mfma", "-mf16c", "-falign-loops=64"]  # aligned: an eighth faster where two threads share a core
 # Every csrc/cpu/*.cpp is compiled once per row; the widest one that the processor has is chosen when _C is imported.
 # Linked in this order: of an inline function that several rows define, the linker keeps the first, narrowest one.
-AVX2 = ["-mavx2", "-mfma", "-mf16c", "-falign-loops=64"]  # aligned: an eighth faster where two threads share a core
 CPU_CAPABILITIES = {
     "baseline": [],
     "avx2": AVX2,

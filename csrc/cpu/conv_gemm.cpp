@@ -9,9 +9,10 @@ namespace {
 
 constexpr int kBlockTiles = 8;    // whose inputs, 8 x 14 x 1 KiB, stay in the second cache
 constexpr int kBlockPanels = 16;  // whose unfinished sums, 224 KiB with those tiles, do too
-constexpr bool kFetchWeights =
-    kStepWords == 1;            // one instruction of 22 with AVX2, for tiles that mostly find them there
-constexpr int kSmallTiles = 4;  // of a thread: with fewer, threads share the filters, to read each weight once
+constexpr int kSmallTiles = 4;    // of a thread: with fewer, threads share the filters, to read each weight once
+
+// With AVX2 it would be one instruction of 22, for tiles that mostly find them there.
+constexpr bool kFetchWeights = kStepWords == 1;
 
 template <typename Element>
 class GemmPart {

@@ -84,36 +84,72 @@ void outputs_of_row(const float* pixels, int64_t row_words, const float* weight,
   for (int i = 0; i < width; ++i) sum[i] = total[i];
 }
 
+// Some channels of an image with zeros around it, as far as a 3x3 kernel reaches. Words, of each pixel: an integer, or
+// a std::integral_constant, so that short copies are no calls.
+template <typename Words>
+class PaddedCopy {
+ public:
+  PaddedCopy(const CpuConv& conv, Words pixel_words)
+      : conv_(conv),
+        pixel_words_(pixel_words),
+        rows_(std::max((conv.out_height - 1) * conv.stride_height + 3, conv.height + conv.padding_height)),
+        row_words_(int64_t{std::max((conv.out_width - 1) * conv.stride_width + 3, conv.width + conv.padding_width)} *
+                   pixel_words) {}
+
+  int64_t words() const { return rows_ * row_words_; }
+  int64_t row_words() const { return row_words_; }
+
+  // From `channel` on.
+  template <typename Storage>
+  void make(const Storage* x, int64_t image, int64_t channel, float* to) const {
+    const int64_t left = int64_t{conv_.padding_width} * pixel_words_;
+    const int64_t right = left + int64_t{conv_.width} * pixel_words_;
+    for (int row = 0; row < rows_; ++row, to += row_words_) {
+      const int y = row - conv_.padding_height;
+      if (y < 0 || y >= conv_.height) {
+        std::fill_n(to, row_words_, 0.0f);
+        continue;
+      }
+      const Storage* from = x + (image * conv_.height + y) * conv_.width * conv_.channels + channel;
+      std::fill_n(to, left, 0.0f);
+      for (int64_t word = left; word < right; word += pixel_words_, from += conv_.channels) {
+        std::memcpy(to + word, from, pixel_words_ * sizeof(float));
+      }
+      std::fill_n(to + right, row_words_ - right, 0.0f);
+    }
+  }
+
+ private:
+  const CpuConv& conv_;
+  Words pixel_words_;
+  int64_t rows_, row_words_;
+};
+
 template <typename Element, int group, int stride>
 class GroupedPart {
  public:
   using Storage = typename Element::Storage;
 
   GroupedPart(const CpuConv& conv, const Storage* x, const float* packed, const ConvEpilogue& epilogue)
-      : conv_(conv),
-        x_(x),
-        packed_(packed),
-        epilogue_(epilogue),
-        rows_(std::max((conv.out_height - 1) * stride + 3, conv.height + conv.padding_height)),
-        row_words_(int64_t{std::max((conv.out_width - 1) * stride + 3, conv.width + conv.padding_width)} *
-                   kPixelWords) {}
+      : conv_(conv), x_(x), packed_(packed), epilogue_(epilogue), copy_(conv, {}) {}
 
   static constexpr int kPixelWords = Spread<Element, group>::kPixelWords;
 
   // All outputs of one image in one vector of filters.
   void run(int64_t image, int slice) const {
     thread_local Scratch scratch;
-    float* const padded = scratch.words(rows_ * row_words_);
-    copy_padded(image, slice, padded);
+    float* const padded = scratch.words(copy_.words());
+    copy_.make(x_, image, slice * kVectorLanes / group * group, padded);
     const float* const weight = packed_ + int64_t{slice} * 9 * (group / Element::kPerWord) * kVectorLanes;
     const Vector bias = load_vector(epilogue_.bias + slice * kVectorLanes);
     for (int row = 0; row < conv_.out_height; ++row) {
-      const float* const from = padded + row * stride * row_words_;
+      const float* const from = padded + row * stride * copy_.row_words();
       int column = 0;
       const auto finish = [&](auto width) {
         constexpr int kWidth = decltype(width)::value;
         Vector sum[kWidest];
-        outputs_of_row<Element, group, stride, kWidth>(from + column * stride * kPixelWords, row_words_, weight, sum);
+        outputs_of_row<Element, group, stride, kWidth>(from + column * stride * kPixelWords, copy_.row_words(), weight,
+                                                       sum);
         for (int i = 0; i < kWidth; ++i) write(image, row, column + i, slice, sum[i] + bias);
         column += kWidth;
       };
@@ -127,26 +163,6 @@ class GroupedPart {
   }
 
  private:
-  // The inputs of this vector of outputs, with zeros where a kernel reaches beyond it.
-  void copy_padded(int64_t image, int slice, float* to) const {
-    const int64_t left = int64_t{conv_.padding_width} * kPixelWords;
-    const int64_t right = left + int64_t{conv_.width} * kPixelWords;
-    const int channel = slice * kVectorLanes / group * group;
-    for (int row = 0; row < rows_; ++row, to += row_words_) {
-      const int y = row - conv_.padding_height;
-      if (y < 0 || y >= conv_.height) {
-        std::fill_n(to, row_words_, 0.0f);
-        continue;
-      }
-      const Storage* from = x_ + (image * conv_.height + y) * conv_.width * conv_.channels + channel;
-      std::fill_n(to, left, 0.0f);
-      for (int64_t word = left; word < right; word += kPixelWords, from += conv_.channels) {
-        std::memcpy(to + word, from, kPixelWords * sizeof(float));
-      }
-      std::fill_n(to + right, row_words_ - right, 0.0f);
-    }
-  }
-
   void write(int64_t image, int row, int column, int slice, Vector value) const {
     const int64_t pixel = (image * conv_.out_height + row) * conv_.out_width + column;
     const int64_t offset = pixel * conv_.filters + slice * kVectorLanes;
@@ -158,7 +174,7 @@ class GroupedPart {
   const Storage* x_;
   const float* packed_;
   const ConvEpilogue& epilogue_;
-  int64_t rows_, row_words_;
+  PaddedCopy<std::integral_constant<int, kPixelWords>> copy_;
 };
 
 template <typename Element, int group, int stride>
@@ -206,15 +222,13 @@ class WideGroupPart {
         packed_(packed),
         epilogue_(epilogue),
         pixel_words_(conv.group_channels()),
-        rows_(std::max((conv.out_height - 1) * conv.stride_height + 3, conv.height + conv.padding_height)),
-        row_words_(int64_t{std::max((conv.out_width - 1) * conv.stride_width + 3, conv.width + conv.padding_width)} *
-                   pixel_words_) {}
+        copy_(conv, pixel_words_) {}
 
   // All outputs of one image in one group.
   void run(int64_t image, int group) const {
     thread_local Scratch scratch;
-    float* const padded = scratch.words(rows_ * row_words_);
-    copy_padded_rows(image, group, padded);
+    float* const padded = scratch.words(copy_.words());
+    copy_.make(x_, image, group * pixel_words_, padded);
     const int pixels = conv_.out_height * conv_.out_width, filters = conv_.group_filters();
     const int64_t tiles = divided_up(pixels, kTileRows), panels = divided_up(filters, kTileColumns);
     Tile<Single> work{};
@@ -248,37 +262,20 @@ class WideGroupPart {
     const float* pixels[kTileRows];
     for (int64_t i = tile.begin; i < tile.end; ++i) {
       const int64_t row = i / conv_.out_width * conv_.stride_height, column = i % conv_.out_width * conv_.stride_width;
-      pixels[i - tile.begin] = padded + row * row_words_ + column * pixel_words_;
+      pixels[i - tile.begin] = padded + row * copy_.row_words() + column * pixel_words_;
     }
     using Function = void (*)(const float* const*, int64_t, const Tile<Single>&);
     static constexpr Function kFunctions[kTileRows] = {multiply_pixels<1>, multiply_pixels<2>, multiply_pixels<3>,
                                                        multiply_pixels<4>, multiply_pixels<5>, multiply_pixels<6>};
-    kFunctions[tile.end - tile.begin - 1](pixels, row_words_, work);
-  }
-
-  void copy_padded_rows(int64_t image, int group, float* to) const {
-    const int64_t left = int64_t{conv_.padding_width} * pixel_words_;
-    const int64_t right = left + int64_t{conv_.width} * pixel_words_;
-    for (int row = 0; row < rows_; ++row, to += row_words_) {
-      const int y = row - conv_.padding_height;
-      if (y < 0 || y >= conv_.height) {
-        std::fill_n(to, row_words_, 0.0f);
-        continue;
-      }
-      const float* from = x_ + (image * conv_.height + y) * conv_.width * conv_.channels + group * pixel_words_;
-      std::fill_n(to, left, 0.0f);
-      for (int64_t word = left; word < right; word += pixel_words_, from += conv_.channels) {
-        std::memcpy(to + word, from, pixel_words_ * sizeof(float));
-      }
-      std::fill_n(to + right, row_words_ - right, 0.0f);
-    }
+    kFunctions[tile.end - tile.begin - 1](pixels, copy_.row_words(), work);
   }
 
   const CpuConv& conv_;
   const float* x_;
   const float* packed_;
   const ConvEpilogue& epilogue_;
-  int64_t pixel_words_, rows_, row_words_;
+  int64_t pixel_words_;
+  PaddedCopy<int64_t> copy_;
 };
 
 bool is_wide(const CpuConv& conv) {
