@@ -101,15 +101,15 @@ class Gather {
     }
   }
 
-  // Where the inputs of a pixel of the output begin that are likely not in a cache yet: under the last row of the
-  // kernel. It may lie beyond the image, for it is only prefetched.
+  // Where the inputs of a pixel of the output lie that are likely not in a cache yet: under the last place of the
+  // kernel in this chunk. It may be beyond the image, for it is only prefetched.
   const char* ahead(int group, int64_t pixel, int64_t chunk) const {
     const int64_t out_pixels = int64_t{conv_.out_height} * conv_.out_width;
     const int64_t image = pixel / out_pixels;
     const int64_t row = pixel % out_pixels / conv_.out_width * conv_.stride_height - source_.padding_height;
     const int64_t column = pixel % conv_.out_width * conv_.stride_width - source_.padding_width;
-    const int64_t place = (image * source_.height + row + chunks_[chunk].of_places.back().row) * source_.width + column;
-    const int64_t element = place * source_.pixel_stride + int64_t{group} * source_.run;
+    const int64_t corner = ((image * source_.height + row) * source_.width + column) * source_.pixel_stride;
+    const int64_t element = corner + chunks_[chunk].of_places.back().offset + int64_t{group} * source_.run;
     return reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(source_.x) + element * sizeof(Storage));
   }
 

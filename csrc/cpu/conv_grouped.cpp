@@ -182,16 +182,14 @@ void run_all(const CpuConv& conv, const typename Element::Storage* x, const floa
              const ConvEpilogue& epilogue) {
   const GroupedPart<Element, group, stride> work(conv, x, packed, epilogue);
   const int slices = conv.channels / kVectorLanes;
-  in_parallel(conv.threads, [&](int part, int parts) {
-    const Share mine = share(conv.images * slices, part, parts);
-    for (int64_t i = mine.begin; i < mine.end; ++i) work.run(i / slices, static_cast<int>(i % slices));
-  });
+  in_parallel_over(int64_t{conv.images} * slices, conv.threads,
+                   [&](int64_t part) { work.run(part / slices, static_cast<int>(part % slices)); });
 }
 
 #if !defined(__AVX512F__)
-// Groups as wide as a panel of filters, multiplied in tiles as conv_gemm.cpp does; but the inputs of a group are copied
-// once, with their padding, and not once for each place of the kernel, which would take a fifth of the time.
-constexpr int kNarrowestPanel = 32;  // channels and filters of such a group
+// Groups at least as wide as a panel of filters, multiplied in tiles as conv_gemm.cpp does; but the inputs of a group
+// are copied once, with their padding, and not once for each place of the kernel, which would take a fifth of the time.
+constexpr int kNarrowestPanel = kTileColumns;  // channels and filters of such a group
 
 template <int rows>
 void multiply_pixels(const float* const* pixels, int64_t row_words, const Tile<Single>& tile) {
@@ -247,7 +245,7 @@ class WideGroupPart {
       work.inputs_ahead = {next, 0};
       std::copy_n(epilogue_.bias + filter, work.filters, bias);
       for (int64_t t = 0; t < tiles; ++t) {
-        const Share tile = share(pixels, static_cast<int>(t), static_cast<int>(tiles));
+        const Share tile = share(pixels, t, tiles);
         const int64_t first = (image * pixels + tile.begin) * conv_.filters + filter;
         work.out = static_cast<float*>(epilogue_.out) + first;
         work.residual = epilogue_.residual == nullptr ? nullptr : static_cast<const float*>(epilogue_.residual) + first;
@@ -260,9 +258,13 @@ class WideGroupPart {
  private:
   void multiply_tile(const float* padded, Share tile, const Tile<Single>& work) const {
     const float* pixels[kTileRows];
-    for (int64_t i = tile.begin; i < tile.end; ++i) {
-      const int64_t row = i / conv_.out_width * conv_.stride_height, column = i % conv_.out_width * conv_.stride_width;
-      pixels[i - tile.begin] = padded + row * copy_.row_words() + column * pixel_words_;
+    int row = static_cast<int>(tile.begin) / conv_.out_width, column = static_cast<int>(tile.begin) % conv_.out_width;
+    for (int64_t i = 0; i < tile.end - tile.begin; ++i) {
+      pixels[i] = padded + row * conv_.stride_height * copy_.row_words() + column * conv_.stride_width * pixel_words_;
+      if (++column == conv_.out_width) {
+        column = 0;
+        ++row;
+      }
     }
     using Function = void (*)(const float* const*, int64_t, const Tile<Single>&);
     static constexpr Function kFunctions[kTileRows] = {multiply_pixels<1>, multiply_pixels<2>, multiply_pixels<3>,
@@ -285,10 +287,8 @@ bool is_wide(const CpuConv& conv) {
 
 void run_wide(const CpuConv& conv, const float* x, const float* packed, const ConvEpilogue& epilogue) {
   const WideGroupPart work(conv, x, packed, epilogue);
-  in_parallel(conv.threads, [&](int part, int parts) {
-    const Share mine = share(conv.images * conv.groups, part, parts);
-    for (int64_t i = mine.begin; i < mine.end; ++i) work.run(i / conv.groups, static_cast<int>(i % conv.groups));
-  });
+  in_parallel_over(int64_t{conv.images} * conv.groups, conv.threads,
+                   [&](int64_t part) { work.run(part / conv.groups, static_cast<int>(part % conv.groups)); });
 }
 #else
 bool is_wide(const CpuConv&) { return false; }
@@ -307,7 +307,7 @@ void with_group_and_stride(const CpuConv& conv, const Run& run) {
     case 8:
       return with_stride(std::integral_constant<int, 8>{});
     case 16:
-      return with_stride(std::integral_constant<int, 16>{});
+      if constexpr (kVectorLanes == 16) return with_stride(std::integral_constant<int, 16>{});
   }
 }
 #else

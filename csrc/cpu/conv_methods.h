@@ -1,7 +1,9 @@
 // The three ways to convolve, each in a file of its own, and what they share. ../conv.h says what they are.
 #pragma once
 
+#include <atomic>
 #include <memory>
+#include <vector>
 
 #include "../conv.h"
 #include "tile.h"
@@ -65,7 +67,9 @@ class Scratch {
 struct Share {
   int64_t begin, end;
 };
-inline Share share(int64_t count, int part, int parts) { return {count * part / parts, count * (part + 1) / parts}; }
+inline Share share(int64_t count, int64_t part, int64_t parts) {
+  return {count * part / parts, count * (part + 1) / parts};
+}
 
 // Calls run(part, parts) on every thread of a team.
 template <typename Run>
@@ -77,6 +81,29 @@ void in_parallel(int threads, const Run& run) {
   static_cast<void>(threads);
   run(0, 1);
 #endif
+}
+
+// Calls run(i) for every i below `count`. A thread has a share of them, one after the other, which lie together so that
+// its caches keep what they have in common; done with it, it takes of the others' shares what they have not begun, for
+// a core may be shared with the work of others, and then equal shares do not take equal times.
+template <typename Run>
+void in_parallel_over(int64_t count, int threads, const Run& run) {
+  struct alignas(64) Queue {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  std::vector<Queue> queues(threads);
+  for (int i = 0; i < threads; ++i) {
+    const Share mine = share(count, i, threads);
+    queues[i].next = mine.begin;
+    queues[i].end = mine.end;
+  }
+  in_parallel(threads, [&](int part, int) {
+    for (int i = 0; i < threads; ++i) {
+      Queue& queue = queues[(part + i) % threads];
+      for (int64_t mine; (mine = queue.next.fetch_add(1, std::memory_order_relaxed)) < queue.end;) run(mine);
+    }
+  });
 }
 
 inline int64_t divided_up(int64_t count, int64_t by) { return (count + by - 1) / by; }

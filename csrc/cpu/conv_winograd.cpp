@@ -102,29 +102,29 @@ class WinogradPart {
         tile_words_(kProducts * chunks_ * kTileRows * kRowWords),
         touched_words_(int64_t{kProducts} * kTileRows * conv.channels) {}
 
-  void run(Share windows, Share panels) {
-    const int64_t wanted = std::clamp<int64_t>(kBlockWords / touched_words_, kLeastTiles, kMostTiles);
-    const int64_t tiles = std::min(wanted, divided_up(windows.end - windows.begin, kTileRows));
+  // How many tiles of windows run() takes at a time: whose inputs stay in the second cache.
+  int64_t block_tiles() const { return std::clamp<int64_t>(kBlockWords / touched_words_, kLeastTiles, kMostTiles); }
+
+  // The outputs of these windows, of the filters of these panels.
+  void run(Share windows, Share panels) const {
+    const int64_t count = windows.end - windows.begin, tiles = divided_up(count, kTileRows);
     float* const inputs = scratch().words(tiles * (tile_words_ + kProducts * kTileSums) + conv_.channels);
     float* const sums = inputs + tiles * tile_words_;
     auto* const zeros = reinterpret_cast<Storage*>(sums + tiles * kProducts * kTileSums);  // pixels beyond the image
     std::fill_n(zeros, conv_.channels, Storage{0});
-    for (int64_t begin = windows.begin; begin < windows.end; begin += tiles * kTileRows) {
-      const int64_t count = std::min(tiles * kTileRows, windows.end - begin);
-      const int64_t used = divided_up(count, kTileRows);
-      for (int64_t t = 0; t < used; ++t) {
-        const Share tile = share(count, static_cast<int>(t), static_cast<int>(used));
-        for (int64_t w = tile.begin; w < tile.end; ++w) {
-          transform_window(begin + w, zeros, inputs + t * tile_words_ + (w - tile.begin) * kRowWords);
-        }
+    for (int64_t t = 0; t < tiles; ++t) {
+      const Share tile = share(count, t, tiles);
+      for (int64_t w = tile.begin; w < tile.end; ++w) {
+        transform_window(windows.begin + w, zeros, inputs + t * tile_words_ + (w - tile.begin) * kRowWords);
       }
-      for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-        multiply_tiles(panel, inputs, count, used, sums);
-        for (int64_t t = 0; t < used; ++t) {
-          const Share tile = share(count, static_cast<int>(t), static_cast<int>(used));
-          for (int64_t row = 0; row < tile.end - tile.begin; ++row) {
-            finish_window(begin + tile.begin + row, panel, sums + t * kProducts * kTileSums + row * kTileColumns);
-          }
+    }
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+      multiply_tiles(panel, inputs, count, tiles, sums);
+      for (int64_t t = 0; t < tiles; ++t) {
+        const Share tile = share(count, t, tiles);
+        for (int64_t row = 0; row < tile.end - tile.begin; ++row) {
+          const int64_t window = windows.begin + tile.begin + row;
+          finish_window(window, panel, sums + t * kProducts * kTileSums + row * kTileColumns);
         }
       }
     }
@@ -183,12 +183,12 @@ class WinogradPart {
         work.depth = std::min<int64_t>(kDepthWords, conv_.channels - before);
         work.resume = chunk > 0;
         for (int64_t t = 0; t < tiles; ++t) {
-          const Share tile = share(count, static_cast<int>(t), static_cast<int>(tiles));
+          const Share tile = share(count, t, tiles);
           work.a = inputs + t * tile_words_ + (chunk * kProducts + product) * kTileRows * kRowWords;
           work.sums = sums + (t * kProducts + product) * kTileSums;
           const auto* const next = reinterpret_cast<const char*>(work.b + work.depth * kTileColumns);
           work.weights_ahead = {next + t * work.depth * ahead_step, ahead_step};
-          work.inputs_ahead = {next, 0};
+          work.inputs_ahead = work.weights_ahead;  // more of them: the inputs are near
           multiply<Single, true>(work, static_cast<int>(tile.end - tile.begin));
         }
       }
@@ -297,12 +297,18 @@ template <typename Element>
 void winograd_run(const CpuConv& conv, const typename Element::Storage* x, const float* packed,
                   const ConvEpilogue& epilogue) {
   constexpr int kStep = winograd_step<Element>;
+  const WinogradPart<Element, kStep> work(conv, x, packed, epilogue);
   const int64_t windows = Windows<kStep>(conv).count, panels = divided_up(conv.filters, kTileColumns);
-  in_parallel(conv.threads, [&](int part, int parts) {
-    const bool by_filters = windows < kSmallTiles * kTileRows * parts && panels >= parts;
-    WinogradPart<Element, kStep> work(conv, x, packed, epilogue);
-    work.run(by_filters ? Share{0, windows} : share(windows, part, parts),
-             by_filters ? share(panels, part, parts) : Share{0, panels});
+  const int64_t tiles = divided_up(windows, kTileRows), threads = conv.threads;
+  const bool by_filters = tiles < kSmallTiles * threads && panels >= threads;
+  const int64_t blocks = divided_up(tiles, work.block_tiles());
+  // As many for each thread.
+  const int64_t window_parts = by_filters ? blocks : std::min(tiles, divided_up(blocks, threads) * threads);
+  const int64_t panel_parts = by_filters ? threads : 1;
+  in_parallel_over(window_parts * panel_parts, conv.threads, [&](int64_t part) {
+    const Share mine = share(tiles, part % window_parts, window_parts);
+    work.run({mine.begin * kTileRows, std::min(mine.end * kTileRows, windows)},
+             share(panels, part / window_parts, panel_parts));
   });
 }
 
