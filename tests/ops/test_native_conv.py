@@ -27,6 +27,8 @@ CASES = {
     "padding beyond the kernel": (GEMM, 1, 16, 4, 4, 33, (3, 3), 2, 4, 1, 1),
     "dilated": (GEMM, 2, 24, 13, 12, 31, (3, 3), 1, 2, 2, 1),
     "wide groups": (GEMM, 2, 128, 9, 9, 128, (3, 3), 1, 1, 1, 4),
+    "many filters": (GEMM, 2, 300, 9, 6, 1100, (1, 1), 1, 0, 1, 1),
+    "more filters than pixels": (GEMM, 1, 40, 3, 2, 1100, (1, 1), 1, 0, 1, 1),
     "odd channels": (GEMM, 1, 37, 8, 9, 37, (3, 3), 2, 1, 1, 1),
     "3x3": (WINOGRAD, 2, 64, 28, 28, 64, (3, 3), 1, 1, 1, 1),
     "3x3, prime sizes": (WINOGRAD, 3, 32, 23, 19, 37, (3, 3), 1, 1, 1, 1),
