@@ -19,8 +19,7 @@ constexpr int kWidest = 7;
 #endif
 
 // Of a pixel's inputs, those of the groups whose outputs a vector holds: word `first` of each group, in every lane of
-// the group; a word is a channel in float32, two in bfloat16. A group of as many lanes as a vector or more has the
-// vector, or several, to itself.
+// the group; a word is a channel in float32, two in bfloat16. A group of as many lanes as a vector has it to itself.
 template <typename Element, int group, bool shares_vector = (group < kVectorLanes)>
 struct Spread {
   static constexpr int kPixelWords = group / Element::kPerWord;
