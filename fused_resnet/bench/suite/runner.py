@@ -18,6 +18,7 @@ from fused_resnet.bench.suite.condition import differences
 from fused_resnet.bench.suite.contender import Contender
 from fused_resnet.bench.suite.measure import NO_TIME, key_of, measure, title_of
 from fused_resnet.bench.suite.peak_memory import available_bytes
+from fused_resnet.bench.suite.resume import Earlier
 from fused_resnet.bench.suite.rounds import Method
 from fused_resnet.bench.suite.step_ledgers import step_ledgers
 from fused_resnet.bench.suite.task import Task
@@ -93,8 +94,8 @@ def run(
         settings: how.
         listener: is told how far it is.
         save: called with the result so far after each measurement, and at the end.
-        before: an earlier result. What it has measured of the same tasks and contenders, in the same condition and at
-            the same commit, is taken over.
+        before: an earlier result. What it has measured in the same condition and at the same commit is taken over:
+            of these tasks what this run need not make, or cannot make better, and of others all (``resume.py``).
         clock, sleep: of this process.
     """
     return _Run(tasks, contenders, settings, listener or Listener(), save, before, clock, sleep).run()
@@ -125,12 +126,7 @@ class _Run:
         self._weights = [weight(task) for task in tasks]
         machine = machine_facts(settings.device)  # before the work, so that the load average is of others
         self.result = Result(machine, dict(settings.arguments) | {LEFT_OUT: []}, {}, [])
-        self._done: dict[tuple[object, ...], Measurement] = {}
-        if before is not None and not differences(before, self.result):
-            self._done = usable(before, [contender.name for contender in contenders])
-        if before is not None and self._done:
-            self.result.ceilings.update(before.ceilings)
-            self.result.ledgers.update(before.ledgers)
+        self._earlier = Earlier(before, self.result, [contender.name for contender in contenders])
 
     def run(self) -> Result:
         self._listener.start(self._weights)
@@ -143,37 +139,46 @@ class _Run:
                 self._measure_ceilings(dtype)
         except KeyboardInterrupt:
             self.result.arguments[INTERRUPTED] = True
+        self.result = self._so_far()
         self._save(self.result)
         return self.result
 
     def _one(self, task: Task) -> None:
-        share = self._share()
-        title = title_of(task)
+        share, title, key = self._share(), title_of(task), key_of(task)
         self._listener.begin(title)
-        measurement = self._done.get(key_of(task))
+        measurement = self._earlier.complete(key)
         if measurement is None:
-            if reason := self._why_not(task):
+            reason = self._why_not(task)
+            measurement = self._earlier.fuller(self._measure(task, share)) if reason is None else self._earlier.get(key)
+            if measurement is None:
                 self.result.arguments[LEFT_OUT].append(f"{title}: {reason}")
-                self._listener.leave_out(title, reason)
+                self._listener.leave_out(title, str(reason))
                 return
-            if task.dtype not in self._measured_dtypes:
-                self._measured_dtypes.append(task.dtype)
-                self._measure_ceilings(task.dtype)
-            torch.manual_seed(self._settings.seed)
-            measurement = measure(
-                task,
-                self._contenders,
-                self._settings.method,
-                seconds=share,
-                clock=self._clock,
-                sleep=self._sleep,
-                stage=self._listener.stage,
-            )
         self.result.measurements.append(measurement)
         for model, ledgers in step_ledgers(measurement, known=self.result.ledgers).items():
             self.result.ledgers[model] = ledgers
-        self._save(self.result)
+        self._save(self._so_far())
         self._listener.finish(measurement, self.result)
+
+    def _measure(self, task: Task, seconds: float) -> Measurement:
+        if task.dtype not in self._measured_dtypes:
+            self._measured_dtypes.append(task.dtype)
+            self._measure_ceilings(task.dtype)
+        torch.manual_seed(self._settings.seed)
+        return measure(
+            task,
+            self._contenders,
+            self._settings.method,
+            seconds=seconds,
+            clock=self._clock,
+            sleep=self._sleep,
+            stage=self._listener.stage,
+        )
+
+    def _so_far(self) -> Result:
+        """With what an earlier result has of all that is not measured yet."""
+        measured = self.result.measurements
+        return dataclasses.replace(self.result, measurements=measured + self._earlier.without(measured))
 
     def _share(self) -> float:
         """Seconds for the next measurement."""
@@ -212,17 +217,6 @@ class _Run:
 def reasons_to_start_anew(before: Result, settings: Settings) -> list[str]:
     """Why a run with these settings would take nothing over from an earlier result."""
     return differences(before, Result(machine_facts(settings.device), settings.arguments, {}, []))
-
-
-def usable(before: Result, names: Sequence[str]) -> dict[tuple[object, ...], Measurement]:
-    """The measurements of an earlier result of the same condition that need not be made again, by key: those in which
-    all of these contenders took part, and none was left out for want of time."""
-    return {
-        measurement.key: measurement
-        for measurement in before.measurements
-        if set(names) <= set(measurement.outcomes)
-        and all(outcome.reason != NO_TIME for outcome in measurement.outcomes.values())
-    }
 
 
 def _line(measurement: Measurement) -> tuple[object, ...]:
