@@ -26,7 +26,7 @@ def saved_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
         key = _storage_key(tensor)
         if key not in owned:
             kept[key] = tensor.detach()  # alive until the count, so that no address comes back as another storage
-        return tensor
+        return tensor.detach()  # not itself: an output that its own node holds is never freed, nor the graph behind it
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         result = forward()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import gc
+import weakref
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -55,3 +59,13 @@ def test_gradients_may_be_off_outside():
     x = torch.randn(1, 3, 8, 8)
     with torch.no_grad():
         assert saved_bytes(model, lambda: model(x)) == x.numel() * FLOAT
+
+
+def test_nothing_stays_alive():
+    """A hook that hands a saved output back as it came ties it to its own node, and the whole graph is never freed."""
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU())
+    weight = weakref.ref(model[0].weight)
+    saved_bytes(model, functools.partial(model, torch.randn(1, 3, 8, 8)))
+    del model
+    gc.collect()
+    assert weight() is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import types
@@ -40,14 +41,24 @@ def compiled_contenders(backend: str = "inductor") -> list[Contender]:
 
 
 def _prepare(backend: str, mode: str | None, freezing: bool, task: NetworkTask) -> Prepared:
-    module = task.copy()
     with _compiling(freezing):
-        if task.training:
-            call = _compile(module.to(memory_format=torch.channels_last), backend, mode)  # type: ignore[call-overload]
-            return prepared_training(task, Training(task, module, call))
-        call = _compile(module_in(task, module, torch.channels_last), backend, mode)
-        inputs = task.inputs_as(task.dtype, torch.channels_last)
-        return prepared_inference(task, call, inputs, guard=torch.no_grad)
+        return dataclasses.replace(_prepared(backend, mode, task), close=_forget)
+
+
+def _prepared(backend: str, mode: str | None, task: NetworkTask) -> Prepared:
+    module = task.copy()
+    if task.training:
+        call = _compile(module.to(memory_format=torch.channels_last), backend, mode)  # type: ignore[call-overload]
+        return prepared_training(task, Training(task, module, call))
+    call = _compile(module_in(task, module, torch.channels_last), backend, mode)
+    inputs = task.inputs_as(task.dtype, torch.channels_last)
+    return prepared_inference(task, call, inputs, guard=torch.no_grad)
+
+
+def _forget() -> None:
+    """PyTorch keeps what it has compiled, frozen weights included, for as long as the process lives. Called when the
+    measurement is over, for what other contenders have compiled goes with it."""
+    torch._dynamo.reset()
 
 
 def _compile(module: nn.Module, backend: str, mode: str | None) -> Any:
