@@ -1,5 +1,6 @@
 #include "buffers.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <iterator>
 #include <list>
@@ -24,9 +25,10 @@ Kept& kept() {
   return *instance;
 }
 
+// At least one: aligned_alloc may answer a wish for nothing with null.
 int64_t rounded(int64_t bytes) {
   const int64_t alignment = static_cast<int64_t>(kAlignment);
-  return (bytes + alignment - 1) / alignment * alignment;
+  return (std::max<int64_t>(bytes, 1) + alignment - 1) / alignment * alignment;
 }
 
 // Frees from the front until no more than `limit` bytes are kept. The mutex is held.

@@ -85,7 +85,7 @@ void define_conv(py::module_& m) {
       .def("run", &run, NoGil())
       .def_property_readonly("bytes", &PackedConv::bytes);
   py::class_<ConvChain>(m, "ConvChain", "Convolutions in a row, called once.")
-      .def(py::init<std::vector<int64_t>>(), py::arg("bytes"))
+      .def(py::init<int64_t, std::vector<int64_t>>(), py::arg("bytes"), py::arg("offsets"))
       .def("add", [](ConvChain& chain, std::shared_ptr<PackedConv> conv, int64_t images, int height, int width,
                      int threads, int x, int residual, bool relu,
                      int out) { chain.add(std::move(conv), images, height, width, threads, x, residual, relu, out); })

@@ -52,16 +52,24 @@ void PackedConv::run(const CpuConv& conv, const void* x, const void* residual, b
   conv_kernels().run(conv, method_, x, packed_.data(), {static_cast<const float*>(bias_.data()), residual, relu, out});
 }
 
-void ConvChain::check(int activation) const {
-  if (activation < 0 || activation >= static_cast<int>(bytes_.size()) + 2) {
+void ConvChain::check(int activation, int64_t bytes) const {
+  if (activation < 0 || activation >= static_cast<int>(offsets_.size()) + 2) {
     throw std::invalid_argument("there is no activation " + std::to_string(activation));
+  }
+  if (activation < 2) return;
+  const int64_t offset = offsets_[activation - 2];
+  if (offset < 0 || offset + bytes > bytes_) {
+    throw std::invalid_argument("activation " + std::to_string(activation) + " must lie inside the chain's memory");
   }
 }
 
 void ConvChain::add_step(Step step) {
-  check(step.x);
-  check(step.out);
-  if (step.residual != -1) check(step.residual);
+  const CpuConv& conv = step.conv;
+  const int64_t out_pixels = step.kind == Kind::average ? conv.images : conv.pixels();
+  const int64_t out_bytes = out_pixels * conv.filters * bytes_of(conv.dtype);
+  check(step.x, conv.images * conv.height * conv.width * conv.channels * bytes_of(conv.dtype));
+  check(step.out, out_bytes);
+  if (step.residual != -1) check(step.residual, out_bytes);
   if (step.out == 0 || step.out == step.x) {
     throw std::invalid_argument("out must be neither the chain's input nor the step's");
   }
@@ -84,12 +92,9 @@ void ConvChain::add_average(const CpuConv& pixel, int64_t images, int height, in
 }
 
 void ConvChain::run(const void* x, void* out) const {
-  std::vector<std::unique_ptr<Buffer>> buffers;
+  const Buffer memory(bytes_);
   std::vector<void*> activations{const_cast<void*>(x), out};
-  for (const int64_t bytes : bytes_) {
-    buffers.push_back(std::make_unique<Buffer>(bytes));
-    activations.push_back(buffers.back()->data());
-  }
+  for (const int64_t offset : offsets_) activations.push_back(static_cast<char*>(memory.data()) + offset);
   for (const Step& step : steps_) {
     const void* const from = activations[step.x];
     void* const to = activations[step.out];

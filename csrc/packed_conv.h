@@ -32,11 +32,12 @@ class PackedConv {
 };
 
 // The convolutions of blocks in a row, or of a network with its poolings, called once. Activations have numbers: 0 is
-// the input, 1 the output, others are memory of the chain's for the time of a call.
+// the input, 1 the output, others lie in memory of the chain's for the time of a call.
 class ConvChain {
  public:
-  // Sizes in bytes of activations 2, 3, ...
-  explicit ConvChain(std::vector<int64_t> bytes) : bytes_(std::move(bytes)) {}
+  // Of that memory: how large it is, and where in it activations 2, 3, ... lie. One that nobody reads any more may lie
+  // where a later one does.
+  ConvChain(int64_t bytes, std::vector<int64_t> offsets) : bytes_(bytes), offsets_(std::move(offsets)) {}
 
   // residual: an activation, or -1. The residual's memory may be the output's, no other's.
   void add(std::shared_ptr<const PackedConv> conv, int64_t images, int height, int width, int threads, int x,
@@ -57,10 +58,11 @@ class ConvChain {
     int out;
   };
 
-  void check(int activation) const;
+  void check(int activation, int64_t bytes) const;
   void add_step(Step step);
 
-  std::vector<int64_t> bytes_;
+  int64_t bytes_;
+  std::vector<int64_t> offsets_;
   std::vector<Step> steps_;
 };
 

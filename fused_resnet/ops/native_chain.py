@@ -2,7 +2,7 @@
 
 Python between two kernels costs more than its own time, for the weights that stream through the caches throw it out of
 them: some 0.1 ms for each module, where ResNet-50 as a whole takes 20. So everything is handed over together, and with
-it where each activation lies.
+it where each activation lies: in one memory, where what nobody reads any more makes room (``arena.py``).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_resnet.ops.arena import Life, place
 from fused_resnet.ops.extension import extension
 from fused_resnet.ops.layout import is_channels_last
 from fused_resnet.ops.native_conv import NativeConv, empty_channels_last, pooled_shape, pooling_window
@@ -65,13 +66,10 @@ class NativeChain:
     def __init__(self, blocks: Sequence[Block], x: Tensor, ends: Ends | None = None) -> None:
         self._steps: list[_Step] = []
         self._shapes: list[tuple[int, ...]] = [tuple(x.shape)]  # of the activations
-        self._free: list[int] = []
         self._dtype = x.dtype
         current = INPUT
         if ends is not None:
-            convolved = self._add(ends.stem, current)
-            current = self._add_pool(ends.pool, convolved)
-            self._free.append(convolved)
+            current = self._add_pool(ends.pool, self._add(ends.stem, current))
         for block in blocks:
             current = self._add_block(block, current)
         if ends is not None:
@@ -94,43 +92,33 @@ class NativeChain:
         *convs, last = block.convs
         between = x
         for conv in convs:
-            before, between = between, self._add(conv, between)
-            if before != x:
-                self._free.append(before)
+            between = self._add(conv, between)
         if not block.shortcut:
-            out = self._add(last, between)
-        else:
-            private = shortcut not in (INPUT, between)
-            out = self._add(last, between, shortcut, shortcut if private else None)
-        self._free += [activation for activation in {x, between} - {INPUT, out}]
-        return out
+            return self._add(last, between)
+        private = shortcut not in (INPUT, between)
+        return self._add(last, between, shortcut, shortcut if private else None)
 
     def _add(self, conv: NativeConv, x: int, residual: int = -1, out: int | None = None) -> int:
         shape = conv.output_shape(self._shapes[x], self._dtype)
         if residual >= 0 and self._shapes[residual] != shape:
             raise ValueError(f"the shortcut's shape must be {shape}; got {self._shapes[residual]}")
         if out is None:
-            out = self._take(shape)
+            out = self._new(shape)
         self._steps.append(_Step(self._shapes[x], x, out, conv, residual))
         return out
 
     def _add_pool(self, pool: tuple[list[int], list[int], list[int]], x: int) -> int:
-        out = self._take(pooled_shape(self._shapes[x], *pool))
+        out = self._new(pooled_shape(self._shapes[x], *pool))
         self._steps.append(_Step(self._shapes[x], x, out, pool=pool))
         return out
 
     def _add_average(self, x: int) -> int:
         images, channels, *_ = self._shapes[x]
-        out = self._take((images, channels, 1, 1))
+        out = self._new((images, channels, 1, 1))
         self._steps.append(_Step(self._shapes[x], x, out))
         return out
 
-    def _take(self, shape: tuple[int, ...]) -> int:
-        """An activation that nobody reads any more and that was of this shape, else a new one."""
-        for activation in self._free:
-            if self._shapes[activation] == shape:
-                self._free.remove(activation)
-                return activation
+    def _new(self, shape: tuple[int, ...]) -> int:
         self._shapes.append(shape)
         return len(self._shapes) - 1
 
@@ -138,8 +126,8 @@ class NativeChain:
         """The chain in C++: the activation that is the result is the caller's, the others are the chain's."""
         others = [activation for activation in range(1, len(self._shapes)) if activation != last]
         places = {INPUT: INPUT, last: OUTPUT, -1: -1} | {activation: 2 + i for i, activation in enumerate(others)}
-        sizes = [math.prod(self._shapes[activation]) * self._dtype.itemsize for activation in others]
-        chain = extension().ConvChain(sizes)
+        offsets, total = place([self._life(activation) for activation in others])
+        chain = extension().ConvChain(total, offsets)
         most_threads = torch.get_num_threads()
         for step in self._steps:
             images, channels, height, width = step.shape
@@ -154,3 +142,7 @@ class NativeChain:
                 pixel = pooling_window(channels, [1, 1], [1, 1], [0, 0], self._dtype)
                 chain.add_average(pixel, images, height, width, min(most_threads, images), x, out)
         return chain
+
+    def _life(self, activation: int) -> Life:
+        using = [i for i, step in enumerate(self._steps) if activation in (step.x, step.residual, step.out)]
+        return Life(math.prod(self._shapes[activation]) * self._dtype.itemsize, using[0], using[-1])
