@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import numpy
 import pytest
@@ -23,6 +24,8 @@ from fused_resnet.bench.timer import Timing
 RIVALS = ("eager NCHW", "eager channels_last", "onnxruntime")
 OURS = ("fused", "frozen")
 MACHINE = {"device": "simulated", "threads": 2, "torch": "2.13.0", "commit": "a" * 40, "date": "2026-11-25"}
+MEGA = 10**6
+NOISE = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "noise"
 
 
 def simulated(
@@ -69,6 +72,16 @@ def replaced(result: Result, index: int, name: str, outcome: Outcome | None) -> 
 def test_a_hundred_pairs_of_the_same_commit_show_no_change():
     alarms = [changed(compare(simulated(seed), simulated(1000 + seed))) for seed in range(100)]
     assert sum(map(len, alarms)) <= 1  # of 10 000 times; none of it is a sure thing
+
+
+def test_two_real_runs_of_a_commit_show_no_change_and_a_planted_slowdown_is_reported():
+    """Two networks' inference at two batch sizes on a shared machine; in the third run ``frozen`` waits for a tenth of its time."""
+    first, second, planted = (Result.load(NOISE / f"{name}.json") for name in ("first", "second", "planted"))
+    assert not changed(compare(first, second)) and not changed(compare(second, first))
+    for before in (first, second):
+        found = compare(before, planted)
+        assert found.losses
+        assert {speed.contender for speed in changed(found)} == {"frozen"}
 
 
 def test_a_planted_slowdown_is_found_and_a_small_one_left_alone():
@@ -159,14 +172,17 @@ def test_changes_of_status_are_told_and_a_new_error_is_a_loss():
 
 def test_bytes_that_changed_are_told():
     before = simulated(0)
-    outcome = before.measurements[0].outcomes["fused"]
-    was = replaced(before, 0, "fused", dataclasses.replace(outcome, peak_bytes=1000, saved_bytes=1000, moved_bytes=7))
-    now = replaced(before, 0, "fused", dataclasses.replace(outcome, peak_bytes=1300, saved_bytes=1005, moved_bytes=7))
+
+    def changed(result: Result, index: int, name: str, **bytes_: int) -> Result:
+        return replaced(result, index, name, dataclasses.replace(result.measurements[index].outcomes[name], **bytes_))
+
+    was = changed(before, 0, "fused", peak_bytes=10 * MEGA, saved_bytes=1000, moved_bytes=7)
+    now = changed(before, 0, "fused", peak_bytes=13 * MEGA, saved_bytes=1005, moved_bytes=7)
     (change,) = compare(was, now).bytes
-    assert (change.what, change.before, change.after) == ("peak memory", 1000, 1300)
-    rival = before.measurements[1].outcomes["onnxruntime"]
-    was = replaced(was, 1, "onnxruntime", dataclasses.replace(rival, peak_bytes=1400))
-    now = replaced(now, 1, "onnxruntime", dataclasses.replace(rival, peak_bytes=1000))
+    assert (change.what, change.before, change.after) == ("peak memory", 10 * MEGA, 13 * MEGA)
+    was, now = (changed(one, 2, "onnxruntime", peak_bytes=peak) for one, peak in ((was, 0), (now, 4096)))
+    assert compare(was, now).bytes == [change], "a page more or less is nothing"
+    was, now = (changed(one, 1, "onnxruntime", peak_bytes=peak) for one, peak in ((was, 14 * MEGA), (now, 10 * MEGA)))
     assert not compare(was, now).bytes, "what others show too is noise"
 
 

@@ -22,6 +22,8 @@ SAME_BYTES = 0.01
 """Bytes that are counted and differ by less are the same."""
 SAME_PEAK = 0.05
 """The same of peak memory, which is measured; and what differs by no more than the peak of any rival does is noise."""
+LEAST_PEAK = 1 << 20
+"""Bytes: peaks below it are as good as it. A runtime that keeps its memory between runs holds a page more or none."""
 PEAK = "peak_bytes"
 BYTES = {PEAK: "peak memory", "saved_bytes": "saved for backward", "moved_bytes": "moved"}
 FEWEST_TOGETHER = 3
@@ -239,8 +241,10 @@ def _bytes(one: Measurement, other: Measurement, name: str, peak_noise: float) -
     before, after = one.outcomes.get(name, Outcome(ABSENT)), other.outcomes.get(name, Outcome(ABSENT))
     for attribute, what in BYTES.items():
         was, now = getattr(before, attribute), getattr(after, attribute)
-        tolerance = peak_noise if attribute == PEAK else SAME_BYTES
-        if was is not None and now is not None and _apart(was, now) > tolerance:
+        if was is None or now is None:
+            continue
+        changed = _peaks_apart(was, now) > peak_noise if attribute == PEAK else _apart(was, now) > SAME_BYTES
+        if changed:
             yield Bytes(other.title, name, what, was, now)
 
 
@@ -250,8 +254,12 @@ def _peak_noise(common: Sequence[tuple[Measurement, Measurement]]) -> float:
         for name in _references(one, other):
             was, now = (entry.outcomes[name].peak_bytes for entry in (one, other))
             if was is not None and now is not None:
-                found.append(_apart(was, now))
+                found.append(_peaks_apart(was, now))
     return max(found)
+
+
+def _peaks_apart(one: int, other: int) -> float:
+    return _apart(max(one, LEAST_PEAK), max(other, LEAST_PEAK))
 
 
 def _apart(one: int, other: int) -> float:
