@@ -75,7 +75,7 @@ def test_a_hundred_pairs_of_the_same_commit_show_no_change():
 
 
 def test_two_real_runs_of_a_commit_show_no_change_and_a_planted_slowdown_is_reported():
-    """Two networks' inference at two batch sizes on a shared machine; in the third run ``frozen`` waits for a tenth of its time."""
+    """Two networks at two batch sizes on a shared machine; in the third run `frozen` waits for a tenth of its time."""
     first, second, planted = (Result.load(NOISE / f"{name}.json") for name in ("first", "second", "planted"))
     assert not changed(compare(first, second)) and not changed(compare(second, first))
     for before in (first, second):
