@@ -25,10 +25,9 @@ Kept& kept() {
   return *instance;
 }
 
-// At least one: aligned_alloc may answer a wish for nothing with null.
 int64_t rounded(int64_t bytes) {
   const int64_t alignment = static_cast<int64_t>(kAlignment);
-  return (std::max<int64_t>(bytes, 1) + alignment - 1) / alignment * alignment;
+  return (bytes + alignment - 1) / alignment * alignment;
 }
 
 // Frees from the front until no more than `limit` bytes are kept. The mutex is held.
@@ -63,7 +62,7 @@ Buffer::~Buffer() {
   const std::lock_guard<std::mutex> lock(kept().mutex);
   kept().buffers.emplace_back(bytes_, data_);
   kept().bytes += bytes_;
-  shrink_to(kKeptBytes);
+  shrink_to(std::max(kKeptBytes, bytes_));  // not below itself: the next call of a large network asks for it again
 }
 
 int64_t kept_bytes() {

@@ -52,26 +52,32 @@ void PackedConv::run(const CpuConv& conv, const void* x, const void* residual, b
   conv_kernels().run(conv, method_, x, packed_.data(), {static_cast<const float*>(bias_.data()), residual, relu, out});
 }
 
-void ConvChain::check(int activation, int64_t bytes) const {
+ConvChain::Place ConvChain::place(int activation, int64_t bytes) const {
   if (activation < 0 || activation >= static_cast<int>(offsets_.size()) + 2) {
     throw std::invalid_argument("there is no activation " + std::to_string(activation));
   }
-  if (activation < 2) return;
+  if (activation < 2) return {0, 0};
   const int64_t offset = offsets_[activation - 2];
-  if (offset < 0 || offset + bytes > bytes_) {
+  if (offset < 0 || bytes > bytes_ - offset) {
     throw std::invalid_argument("activation " + std::to_string(activation) + " must lie inside the chain's memory");
   }
+  return {offset, offset + bytes};
 }
 
 void ConvChain::add_step(Step step) {
   const CpuConv& conv = step.conv;
+  const bool is_conv = step.kind == Kind::conv;
+  const int64_t x_bytes = conv.images * conv.height * conv.width * conv.channels * bytes_of(conv.dtype);
   const int64_t out_pixels = step.kind == Kind::average ? conv.images : conv.pixels();
-  const int64_t out_bytes = out_pixels * conv.filters * bytes_of(conv.dtype);
-  check(step.x, conv.images * conv.height * conv.width * conv.channels * bytes_of(conv.dtype));
-  check(step.out, out_bytes);
-  if (step.residual != -1) check(step.residual, out_bytes);
-  if (step.out == 0 || step.out == step.x) {
+  const int64_t out_bytes = out_pixels * (is_conv ? conv.filters : conv.channels) * bytes_of(conv.dtype);
+  const Place x = place(step.x, x_bytes), out = place(step.out, out_bytes);
+  const Place residual = step.residual == -1 ? Place{0, 0} : place(step.residual, out_bytes);
+  const auto overlaps = [&out](const Place& other) { return out.begin < other.end && other.begin < out.end; };
+  if (step.out == 0 || step.out == step.x || overlaps(x)) {
     throw std::invalid_argument("out must be neither the chain's input nor the step's");
+  }
+  if (step.residual != step.out && overlaps(residual)) {
+    throw std::invalid_argument("out may be the residual, but not a part of it");
   }
   steps_.push_back(std::move(step));
 }
@@ -92,7 +98,7 @@ void ConvChain::add_average(const CpuConv& pixel, int64_t images, int height, in
 }
 
 void ConvChain::run(const void* x, void* out) const {
-  const Buffer memory(bytes_);
+  const Buffer memory(std::max<int64_t>(bytes_, 1));
   std::vector<void*> activations{const_cast<void*>(x), out};
   for (const int64_t offset : offsets_) activations.push_back(static_cast<char*>(memory.data()) + offset);
   for (const Step& step : steps_) {

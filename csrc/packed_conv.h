@@ -58,7 +58,11 @@ class ConvChain {
     int out;
   };
 
-  void check(int activation, int64_t bytes) const;
+  struct Place {
+    int64_t begin, end;  // in the chain's memory; nothing of it for its input and output
+  };
+  // Throws std::invalid_argument if so many bytes do not fit there.
+  Place place(int activation, int64_t bytes) const;
   void add_step(Step step);
 
   int64_t bytes_;

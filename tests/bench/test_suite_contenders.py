@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -125,6 +128,22 @@ def test_what_one_compiles_another_does_not_find(monkeypatch: pytest.MonkeyPatch
         contender.prepare(task)
     assert compilations == [False, False, True] * 3
     assert torch._dynamo.config.recompile_limit == limit and not torch._inductor.config.freezing
+
+
+def test_what_was_compiled_goes_when_the_measurement_is_over():
+    """A graph keeps frozen weights, and PyTorch the graph."""
+    graphs: list[weakref.ref[torch.fx.GraphModule]] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]):
+        graphs.append(weakref.ref(graph))
+        return graph.forward
+
+    prepared = compiled.compiled_contenders(backend=backend)[2].prepare(model_task(INFERENCE))
+    assert [graph() is not None for graph in graphs] == [True]
+    prepared.close()
+    del prepared
+    gc.collect()
+    assert [graph() for graph in graphs] == [None]
 
 
 def test_a_failed_compilation_leaves_nothing_changed():

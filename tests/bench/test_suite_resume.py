@@ -76,6 +76,28 @@ def test_the_fuller_of_two_measurements_stays(machine):
 
 
 @pytest.mark.usefixtures("same_condition")
+def test_a_measurement_with_contenders_that_are_not_asked_for_stays_and_is_told(machine):
+    a, b, c = (machine.contender(name) for name in "abc")
+    before = run_on(machine, [FakeTask()], [a, b])
+    machine.calls.clear()
+    fewer = run_on(machine, [FakeTask()], [a], before=before)
+    assert fewer.measurements == before.measurements and fewer.arguments[LEFT_OUT] == []
+    other = run_on(machine, [FakeTask()], [a, c], before=before)
+    assert other.measurements == before.measurements
+    assert other.arguments[LEFT_OUT] == ["fake, inference, batch 1, float32: it was measured with b, not asked for now"]
+    assert machine.calls == []
+    assert list(run_on(machine, [FakeTask()], [a, b, c], before=before).measurements[0].outcomes) == ["a", "b", "c"]
+
+
+def test_the_load_is_the_highest_of_all_that_is_in_the_file(machine, monkeypatch):
+    facts = {"commit": "abc", "load_average": 3.0}
+    monkeypatch.setattr(runner, "machine_facts", lambda device: dict(facts))
+    before = run_on(machine, [FakeTask(1)], [machine.contender("a")])
+    facts["load_average"] = 0.5
+    assert run_on(machine, [FakeTask(2)], [machine.contender("a")], before=before).machine["load_average"] == 3.0
+
+
+@pytest.mark.usefixtures("same_condition")
 def test_what_a_resumed_run_has_no_time_for_stays_as_it_was(machine):
     contenders = [machine.contender(name, setup=80.0) for name in NAMES]
     before = run_on(machine, [FakeTask(1), FakeTask(2)], contenders, budget=600.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from fused_resnet.ops import native_conv
 from fused_resnet.ops.native_chain import Block, NativeChain
-from fused_resnet.ops.native_conv import NativeConv, average, max_pool, why_not_native
+from fused_resnet.ops.native_conv import NativeConv, average, max_pool, pooling_window, why_not_native
 from tests.accuracy import assert_at_most_twice
 
 GEMM, WINOGRAD, GROUPED = "gemm", "winograd", "grouped"
@@ -218,3 +219,22 @@ def test_a_chain_is_its_convolutions_one_by_one(dtype: torch.dtype):
     wrong = [Block([conv(32, 16, 1, 1, True)], None, True)]
     with pytest.raises(ValueError, match="shortcut"):
         NativeChain(wrong, x)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "missing", "message"),
+    [
+        ([0, 64], 0, None),
+        ([0, 64], 1, "inside the chain's memory"),
+        ([0, -64], 0, "inside the chain's memory"),
+        ([0, 32], 0, "neither the chain's input nor the step's"),
+    ],
+)
+def test_a_chain_refuses_memory_in_which_a_step_would_overwrite_what_it_reads(offsets, missing, message):
+    if not native_conv.takes_dtype(torch.float32):
+        pytest.skip("no kernels for torch.float32")
+    pool = pooling_window(4, [1, 1], [1, 1], [0, 0], torch.float32)
+    chain = native_conv.extension().ConvChain(64 + 64 - missing, offsets)  # two activations of 2 x 2 pixels
+    chain.add_max_pool(pool, 1, 2, 2, 1, 0, 2)
+    with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+        chain.add_max_pool(pool, 1, 2, 2, 1, 2, 3)

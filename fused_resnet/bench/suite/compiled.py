@@ -56,8 +56,8 @@ def _prepared(backend: str, mode: str | None, task: NetworkTask) -> Prepared:
 
 
 def _forget() -> None:
-    """PyTorch keeps what it has compiled, frozen weights included, for as long as the process lives. Called when the
-    measurement is over, for what other contenders have compiled goes with it."""
+    """PyTorch keeps what it has compiled, frozen weights included, for as long as the process lives. What other
+    contenders have compiled goes with it, and would be compiled again: mostly the measurement is over by then."""
     torch._dynamo.reset()
 
 

@@ -25,6 +25,8 @@ class Earlier:
         self._known: dict[Key, Measurement] = {}
         if before is not None and not differences(before, now):
             self._known = {measurement.key: measurement for measurement in before.measurements}
+            loads = [load for one in (before, now) if (load := one.machine.get("load_average")) is not None]
+            now.machine.update({"load_average": max(loads)} if loads else {})
             now.ceilings.update(before.ceilings)
             now.ledgers.update(before.ledgers)
 
@@ -35,12 +37,18 @@ class Earlier:
     def complete(self, key: Key) -> Measurement | None:
         """One that need not be made again: everybody took part, and nobody was left out for want of time."""
         known = self._known.get(key)
-        return known if known is not None and self._names <= _had_their_turn(known) == set(known.outcomes) else None
+        return known if known is not None and self._names <= _had_their_turn(known) else None
+
+    def why_kept(self, key: Key) -> str | None:
+        """Why a measurement must not be made again, though somebody is missing in it; None where it may be."""
+        known = self._known.get(key)
+        others = set() if known is None else _had_their_turn(known) - self._names
+        return f"it was measured with {', '.join(sorted(others))}, not asked for now" if others else None
 
     def fuller(self, measured: Measurement) -> Measurement:
-        """The new measurement, or the earlier one where that has everybody it has and somebody more."""
+        """The new measurement, or the earlier one where that has somebody more."""
         known = self._known.get(measured.key)
-        return known if known is not None and _had_their_turn(known) > _had_their_turn(measured) else measured
+        return measured if known is None or _had_their_turn(known) <= _had_their_turn(measured) else known
 
     def without(self, measured: Iterable[Measurement]) -> list[Measurement]:
         """All but those of which there is another."""

@@ -148,7 +148,9 @@ class _Run:
         self._listener.begin(title)
         measurement = self._earlier.complete(key)
         if measurement is None:
-            reason = self._why_not(task)
+            if kept := self._earlier.why_kept(key):
+                self.result.arguments[LEFT_OUT].append(f"{title}: {kept}")
+            reason = kept or self._why_not(task)
             measurement = self._earlier.fuller(self._measure(task, share)) if reason is None else self._earlier.get(key)
             if measurement is None:
                 self.result.arguments[LEFT_OUT].append(f"{title}: {reason}")
