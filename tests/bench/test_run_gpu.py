@@ -119,15 +119,15 @@ except KeyboardInterrupt:
         "--output",
         str(tmp_path / "out"),
         "--budget",
-        "ops=8",
-    ]  # two seconds were too few for Python to start on a busy machine
+        "ops=16",
+    ]  # two seconds were too few for Python to start on a busy machine, and once so were eight
     start = time.monotonic()
     assert phases.main(words, make) == phases.CALL_AGAIN
-    assert time.monotonic() - start < 40
+    assert time.monotonic() - start < 50
     assert saved.read_text() == "half"
     assert ran.read_text() == ""
     assert status_of(tmp_path / "out") == {"ops/slow": UNFINISHED}
-    assert "unfinished; its 8 s were up; saved" in (tmp_path / "out" / "summary.md").read_text()
+    assert "unfinished; its 16 s were up; saved" in (tmp_path / "out" / "summary.md").read_text()
     assert phases.main([*words[:-1], "ops=60"], make) == phases.OK
     assert status_of(tmp_path / "out") == {"ops/slow": DONE, "ops/behind": DONE}
     assert "said behind" in (tmp_path / "out" / "logs" / "ops_behind.log").read_text()
