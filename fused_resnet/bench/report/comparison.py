@@ -241,10 +241,8 @@ def _bytes(one: Measurement, other: Measurement, name: str, peak_noise: float) -
     before, after = one.outcomes.get(name, Outcome(ABSENT)), other.outcomes.get(name, Outcome(ABSENT))
     for attribute, what in BYTES.items():
         was, now = getattr(before, attribute), getattr(after, attribute)
-        if was is None or now is None:
-            continue
-        changed = _peaks_apart(was, now) > peak_noise if attribute == PEAK else _apart(was, now) > SAME_BYTES
-        if changed:
+        apart, tolerance = (_peaks_apart, peak_noise) if attribute == PEAK else (_apart, SAME_BYTES)
+        if was is not None and now is not None and apart(was, now) > tolerance:
             yield Bytes(other.title, name, what, was, now)
 
 
