@@ -1,4 +1,5 @@
-// Inference convolutions on the CPU with bias, add and ReLU in the epilogue: what the kernels take and promise.
+// Convolutions on the CPU with bias, add and ReLU in the epilogue, a batch norm and ReLU in front of them, and the
+// gradient of their weights: what the kernels take and promise.
 //
 // Everything is raw addresses and sizes, checked above in fused_resnet/ops/native_conv.py. Activations are dense NHWC
 // of float32 or bfloat16, sums float32. Every output is a sum in an order that depends on the convolution alone, so a
@@ -35,7 +36,25 @@ struct CpuConv {
 //           with AVX2, float32 and 32 channels a group or more, tiles of a group whose inputs are copied once.
 enum class ConvMethod { gemm, winograd, grouped };
 
-// What is added behind the sums: out = act(sum + bias + residual); residual may be null, and may be `out` itself.
+// A kernel's weights of the dtype, wherever they lie: how many elements it is to the next filter, row and column of the
+// kernel, and channel. Negative where the gradient of the input wants the kernel turned around.
+struct ConvWeight {
+  const void* data;
+  int64_t filter, row, column, channel;
+
+  int64_t at(int64_t of_filter, int64_t of_row, int64_t of_column, int64_t of_channel) const {
+    return of_filter * filter + of_row * row + of_column * column + of_channel * channel;
+  }
+};
+
+// What is convolved: x, or where `mean` is not null relu((x - mean) * scale + bias), of each channel. Padding is 0.
+struct ConvInput {
+  const void* x;
+  const float *mean = nullptr, *scale = nullptr, *bias = nullptr;
+};
+
+// What is added behind the sums: out = act(sum + bias + residual); either may be null, and residual may be `out`
+// itself.
 struct ConvEpilogue {
   const float* bias;
   const void* residual;
@@ -46,11 +65,16 @@ struct ConvEpilogue {
 struct ConvKernels {
   // Whether `method` can do this convolution in this build.
   bool (*takes)(const CpuConv& conv, ConvMethod method);
-  // Bytes of the weights as `method` wants them, and they themselves; weight is (filters, kernel_height, kernel_width,
-  // group_channels) of the dtype. They do not depend on images, height and width.
+  // Bytes of the weights as `method` wants them, and they themselves. They do not depend on images, height and width.
   int64_t (*packed_bytes)(const CpuConv& conv, ConvMethod method);
-  void (*pack)(const CpuConv& conv, ConvMethod method, const void* weight, void* packed);
-  void (*run)(const CpuConv& conv, ConvMethod method, const void* x, const void* packed, const ConvEpilogue& epilogue);
+  void (*pack)(const CpuConv& conv, ConvMethod method, const ConvWeight& weight, void* packed);
+  // out_height and out_width may be any: what is beyond the image is 0. Grouped takes x itself only.
+  void (*run)(const CpuConv& conv, ConvMethod method, const ConvInput& input, const void* packed,
+              const ConvEpilogue& epilogue);
+  // The gradient of the weights, float32 in the order (filters, kernel_height, kernel_width, channels), for grad_out,
+  // that of the output. Of float32 without groups; gemm or winograd.
+  void (*grad_weight)(const CpuConv& conv, ConvMethod method, const ConvInput& input, const void* grad_out,
+                      float* grad_weight);
   // As torch.max_pool2d: a NaN wins.
   void (*max_pool)(const CpuConv& pool, const void* x, void* out);
   // The mean of each channel of each image, summed in float32; out is (images, channels).

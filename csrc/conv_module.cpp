@@ -3,7 +3,11 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <optional>
+#include <string>
+#include <vector>
 
+#include "conv_training.h"
 #include "packed_conv.h"
 
 namespace py = pybind11;
@@ -64,6 +68,75 @@ void average(int64_t images, int channels, int height, int width, DType dtype, i
   conv_kernels().average(on_images(pixel, images, height, width, threads), pointer<const void>(x), pointer<void>(out));
 }
 
+// Where the weights lie, in elements, and on how many images a convolution in training runs.
+using Strides = std::array<int64_t, 4>;  // of filter, channel, row and column, as PyTorch has them
+using Images = std::array<int64_t, 4>;   // images, height, width, threads
+
+ConvWeight weight_of(Address address, const Strides& strides) {
+  return {pointer<const void>(address), strides[0], strides[2], strides[3], strides[1]};
+}
+
+CpuConv on(const CpuConv& conv, const Images& images) {
+  return on_images(conv, images[0], static_cast<int>(images[1]), static_cast<int>(images[2]),
+                   static_cast<int>(images[3]));
+}
+
+CpuConv takeable(const CpuConv& conv, ConvMethod method, bool takes) {
+  if (conv.groups != 1 || !takes || method == ConvMethod::grouped || !conv_kernels().takes(conv, method)) {
+    throw py::value_error("this method cannot do this in training: ask conv_trains first");
+  }
+  return conv;
+}
+
+// x, or what a norm and a ReLU make of it, with the vectors that say so.
+class Input {
+ public:
+  Input(Address x, const std::optional<Norm>& norm, int channels) : input_{pointer<const void>(x)} {
+    if (!norm) return;
+    scale_.assign(norm->invstd, norm->invstd + channels);
+    for (int c = 0; norm->weight != nullptr && c < channels; ++c) scale_[c] *= norm->weight[c];
+    if (norm->bias == nullptr) bias_.resize(channels);
+    input_.mean = norm->mean;
+    input_.scale = scale_.data();
+    input_.bias = norm->bias == nullptr ? bias_.data() : norm->bias;
+  }
+  const ConvInput& get() const { return input_; }
+
+ private:
+  ConvInput input_;
+  std::vector<float> scale_, bias_;
+};
+
+void forward(const CpuConv& conv, ConvMethod method, const Images& images, Address x, const std::optional<Norm>& norm,
+             Address weight, const Strides& strides, Address out) {
+  conv_forward(takeable(on(conv, images), method, true), method, Input(x, norm, conv.channels).get(),
+               weight_of(weight, strides), pointer<void>(out));
+}
+
+void grad_input(const CpuConv& conv, ConvMethod method, const Images& images, Address grad_out, Address weight,
+                const Strides& strides, Address residual, Address out) {
+  const CpuConv whole = on(conv, images);
+  takeable(grad_input_conv(whole), method, grad_input_takes(whole));
+  conv_grad_input(whole, method, pointer<const void>(grad_out), weight_of(weight, strides),
+                  pointer<const void>(residual), pointer<void>(out));
+}
+
+void grad_weight(const CpuConv& conv, ConvMethod method, const Images& images, Address x,
+                 const std::optional<Norm>& norm, Address grad_out, Address out) {
+  const CpuConv whole = takeable(on(conv, images), method, conv.dtype == DType::float32);
+  conv_kernels().grad_weight(whole, method, Input(x, norm, conv.channels).get(), pointer<const void>(grad_out),
+                             pointer<float>(out));
+}
+
+// Whether a method does a convolution's forward, "input" or "weight" gradient.
+bool trains(const CpuConv& conv, ConvMethod method, const std::string& what) {
+  if (conv.groups != 1 || conv.dtype != DType::float32 || method == ConvMethod::grouped) return false;
+  if (what != "input") return conv_kernels().takes(conv, method);
+  const bool strided = conv.stride_height > 1 || conv.stride_width > 1;
+  return grad_input_takes(conv) && conv_kernels().takes(grad_input_conv(conv), method) &&
+         !(strided && method == ConvMethod::winograd);
+}
+
 }  // namespace
 
 void define_conv(py::module_& m) {
@@ -76,6 +149,10 @@ void define_conv(py::module_& m) {
       .def(py::init(&window_of), py::arg("channels"), py::arg("filters"), py::arg("kernel_size"), py::arg("stride"),
            py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("dtype"))
       .def_readonly("groups", &CpuConv::groups);
+  m.def("conv_trains", &trains, py::arg("conv"), py::arg("method"), py::arg("what"));
+  m.def("conv_forward", &forward, NoGil());
+  m.def("conv_grad_input", &grad_input, NoGil());
+  m.def("conv_grad_weight", &grad_weight, NoGil());
   m.def("conv_takes", [](const CpuConv& conv, ConvMethod method) { return conv_kernels().takes(conv, method); });
   const auto pack = [](ConvMethod method, Address weight, Address bias, const CpuConv& conv) {
     return std::make_shared<PackedConv>(method, pointer<const void>(weight), pointer<const float>(bias), conv);

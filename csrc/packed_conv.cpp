@@ -44,12 +44,14 @@ PackedConv::PackedConv(ConvMethod method, const void* weight, const float* bias,
       conv_(conv),
       packed_(checked_bytes(method, conv)),
       bias_(conv.filters * static_cast<int64_t>(sizeof(float))) {
-  conv_kernels().pack(conv_, method_, weight, packed_.data());
+  const int64_t channels = conv.group_channels(), row = conv.kernel_width * channels;
+  conv_kernels().pack(conv_, method_, {weight, conv.kernel_height * row, row, channels, 1}, packed_.data());
   std::copy_n(bias, conv.filters, static_cast<float*>(bias_.data()));
 }
 
 void PackedConv::run(const CpuConv& conv, const void* x, const void* residual, bool relu, void* out) const {
-  conv_kernels().run(conv, method_, x, packed_.data(), {static_cast<const float*>(bias_.data()), residual, relu, out});
+  conv_kernels().run(conv, method_, {x}, packed_.data(),
+                     {static_cast<const float*>(bias_.data()), residual, relu, out});
 }
 
 ConvChain::Place ConvChain::place(int activation, int64_t bytes) const {

@@ -80,26 +80,32 @@ int64_t conv_packed_bytes(const CpuConv& conv, ConvMethod method) {
   return words * static_cast<int64_t>(sizeof(float));
 }
 
-void conv_pack(const CpuConv& conv, ConvMethod method, const void* weight, void* packed) {
+void conv_pack(const CpuConv& conv, ConvMethod method, const ConvWeight& weight, void* packed) {
   with_element(conv.dtype, [&](auto element) {
     using Element = decltype(element);
-    const auto* const from = static_cast<const typename Element::Storage*>(weight);
     auto* const to = static_cast<float*>(packed);
-    if (method == ConvMethod::gemm) return gemm_pack<Element>(conv, from, to);
-    if (method == ConvMethod::grouped) return grouped_pack<Element>(conv, from, to);
-    winograd_pack<Element>(conv, from, to);
+    if (method == ConvMethod::gemm) return gemm_pack<Element>(conv, weight, to);
+    if (method == ConvMethod::grouped) return grouped_pack<Element>(conv, weight, to);
+    winograd_pack<Element>(conv, weight, to);
   });
 }
 
-void conv_run(const CpuConv& conv, ConvMethod method, const void* x, const void* packed, const ConvEpilogue& epilogue) {
+void conv_run(const CpuConv& conv, ConvMethod method, const ConvInput& input, const void* packed,
+              const ConvEpilogue& epilogue) {
   with_element(conv.dtype, [&](auto element) {
     using Element = decltype(element);
-    const auto* const from = static_cast<const typename Element::Storage*>(x);
     const auto* const weights = static_cast<const float*>(packed);
-    if (method == ConvMethod::gemm) return gemm_run<Element>(conv, from, weights, epilogue);
-    if (method == ConvMethod::grouped) return grouped_run<Element>(conv, from, weights, epilogue);
-    winograd_run<Element>(conv, from, weights, epilogue);
+    if (method == ConvMethod::gemm) return gemm_run<Element>(conv, input, weights, epilogue);
+    if (method == ConvMethod::winograd) return winograd_run<Element>(conv, input, weights, epilogue);
+    grouped_run<Element>(conv, static_cast<const typename Element::Storage*>(input.x), weights, epilogue);
   });
+}
+
+void conv_grad_weight(const CpuConv& conv, ConvMethod method, const ConvInput& input, const void* grad_out,
+                      float* grad_weight) {
+  const auto* const from = static_cast<const float*>(grad_out);
+  if (method == ConvMethod::winograd) return winograd_grad_weight(conv, input, from, grad_weight);
+  gemm_grad_weight(conv, input, from, grad_weight);
 }
 
 void max_pool(const CpuConv& pool, const void* x, void* out) {

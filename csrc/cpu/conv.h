@@ -7,12 +7,16 @@ namespace CPU_CAPABILITY {
 
 bool conv_takes(const CpuConv& conv, ConvMethod method);
 int64_t conv_packed_bytes(const CpuConv& conv, ConvMethod method);
-void conv_pack(const CpuConv& conv, ConvMethod method, const void* weight, void* packed);
-void conv_run(const CpuConv& conv, ConvMethod method, const void* x, const void* packed, const ConvEpilogue& epilogue);
+void conv_pack(const CpuConv& conv, ConvMethod method, const ConvWeight& weight, void* packed);
+void conv_run(const CpuConv& conv, ConvMethod method, const ConvInput& input, const void* packed,
+              const ConvEpilogue& epilogue);
+void conv_grad_weight(const CpuConv& conv, ConvMethod method, const ConvInput& input, const void* grad_out,
+                      float* grad_weight);
 void max_pool(const CpuConv& pool, const void* x, void* out);
 void average(const CpuConv& images, const void* x, void* out);
 
-constexpr ConvKernels kConvKernels{conv_takes, conv_packed_bytes, conv_pack, conv_run, max_pool, average};
+constexpr ConvKernels kConvKernels{conv_takes,       conv_packed_bytes, conv_pack, conv_run,
+                                   conv_grad_weight, max_pool,          average};
 
 }  // namespace CPU_CAPABILITY
 }  // namespace fused_resnet

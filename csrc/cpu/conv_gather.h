@@ -28,6 +28,7 @@ struct Segment {
   int row, column;  // of their pixel, beside the window's upper left corner
   int64_t offset;   // from that corner's first element
   int64_t count;
+  int64_t channel;  // of the group
 };
 
 // A part of the depth.
@@ -41,7 +42,8 @@ class Gather {
  public:
   using Storage = typename Element::Storage;
 
-  Gather(const CpuConv& conv, const Source<Storage>& source) : conv_(conv), source_(source) {
+  Gather(const CpuConv& conv, const Source<Storage>& source, const ConvInput& input)
+      : conv_(conv), source_(source), input_(input) {
     const bool contiguous = source.run == source.pixel_stride && conv.dilation_width == 1;
     depth_ = int64_t{source.run} * source.kernel_height * source.kernel_width;
     for (int64_t begin = 0; begin < depth_; begin += kDepthWords * Element::kPerWord) {
@@ -85,7 +87,10 @@ class Gather {
       const int64_t corner = ((image * source_.height + top) * source_.width + left) * source_.pixel_stride;
       auto* const target = reinterpret_cast<Storage*>(to);
       Storage* behind;
-      if (top >= 0 && left >= 0 && top + window_height <= source_.height && left + window_width <= source_.width) {
+      if (input_.mean != nullptr) {
+        behind = normalise(x, corner, int64_t{group} * source_.run, top, left, of_places, target);
+      } else if (top >= 0 && left >= 0 && top + window_height <= source_.height &&
+                 left + window_width <= source_.width) {
         behind = copy_inside(x + corner, of_rows.empty() ? of_places : of_rows, target);
       } else {
         behind = copy_across_border(x, corner, top, left, of_places, target);
@@ -123,7 +128,7 @@ class Gather {
       const int row = static_cast<int>(place / source_.kernel_width) * conv_.dilation_height;
       const int column = static_cast<int>(place % source_.kernel_width) * conv_.dilation_width;
       const int64_t pixel = int64_t{row} * source_.width + column;
-      found.push_back({row, column, pixel * source_.pixel_stride + begin % source_.run, count});
+      found.push_back({row, column, pixel * source_.pixel_stride + begin % source_.run, count, begin % source_.run});
       begin += count;
     }
     return found;
@@ -160,6 +165,31 @@ class Gather {
     return to;
   }
 
+  // With the norm and ReLU in front of the convolution; `corner` may lie beyond the image.
+  Storage* normalise(const Storage* x, int64_t corner, int64_t first_channel, int top, int left,
+                     const std::vector<Segment>& segments, Storage* to) const {
+    for (const Segment& segment : segments) {
+      const bool inside = static_cast<unsigned>(top + segment.row) < static_cast<unsigned>(source_.height) &&
+                          static_cast<unsigned>(left + segment.column) < static_cast<unsigned>(source_.width);
+      if (!inside) {
+        to = std::fill_n(to, segment.count, Storage{0});
+        continue;
+      }
+      const Storage* const from = x + corner + segment.offset;
+      for (int64_t i = 0; i < segment.count; i += kVectorLanes) {
+        const int lanes = static_cast<int>(std::min<int64_t>(kVectorLanes, segment.count - i));
+        const Vector value = normalised<Element>(input_, from + i, first_channel + segment.channel + i, lanes);
+        if (lanes == kVectorLanes) {
+          Element::store(to + i, value);
+        } else {
+          store_some<Element>(to + i, value, lanes);
+        }
+      }
+      to += segment.count;
+    }
+    return to;
+  }
+
   // Copies up to kOverrun bytes more, which the next segment, or nobody, overwrites: a row has kRowWords. Stores with a
   // mask are slow on some processors.
   static void copy_and_more(void* to, const void* from, int64_t bytes) {
@@ -170,6 +200,7 @@ class Gather {
 
   const CpuConv& conv_;
   const Source<Storage>& source_;
+  const ConvInput& input_;
   int64_t depth_;
   std::vector<Chunk> chunks_;
 };
@@ -178,7 +209,13 @@ class Gather {
 // contiguous, and no window reaches beyond.
 template <typename Storage>
 bool is_narrow(const CpuConv& conv) {
-  return conv.groups == 1 && conv.channels < kVectorLanes && conv.dilation_width == 1;
+  const auto fits = [](int size, int padding, int out, int stride, int reach) {
+    return padding >= 0 && (out - 1) * stride + reach <= size + 2 * padding;
+  };
+  return conv.groups == 1 && conv.channels < kVectorLanes && conv.dilation_width == 1 &&
+         fits(conv.height, conv.padding_height, conv.out_height, conv.stride_height,
+              (conv.kernel_height - 1) * conv.dilation_height + 1) &&
+         fits(conv.width, conv.padding_width, conv.out_width, conv.stride_width, conv.kernel_width);
 }
 
 template <typename Storage>

@@ -80,9 +80,10 @@ class GemmParts {
  public:
   using Storage = typename Element::Storage;
 
-  GemmParts(const CpuConv& conv, const Source<Storage>& source, const float* packed, const ConvEpilogue& epilogue)
+  GemmParts(const CpuConv& conv, const Source<Storage>& source, const ConvInput& input, const float* packed,
+            const ConvEpilogue& epilogue)
       : conv_(conv),
-        rows_(conv, source),
+        rows_(conv, source, input),
         tiles_(conv, rows_),
         packed_(packed),
         epilogue_(epilogue),
@@ -146,7 +147,7 @@ class GemmParts {
         work.resume = chunk > 0;
         work.out_stride = conv_.filters;
         work.relu = epilogue_.relu;
-        std::copy_n(epilogue_.bias + filter, work.filters, bias);
+        if (epilogue_.bias != nullptr) std::copy_n(epilogue_.bias + filter, work.filters, bias);
         for (int64_t t = 0; t < count; ++t) {
           const Share depth = within(tiles[t].depth, before);
           work.a = inputs + t * kInputs + depth.begin;
@@ -205,51 +206,65 @@ int64_t gemm_packed_words(const CpuConv& conv) {
 }
 
 template <typename Element>
-void gemm_pack(const CpuConv& conv, const typename Element::Storage* weight, float* packed) {
-  const int64_t depth = int64_t{conv.group_channels()} * conv.kernel_height * conv.kernel_width;
-  const int filters = conv.group_filters();
-  auto* to = reinterpret_cast<typename Element::Storage*>(packed);
-  for (int group = 0; group < conv.groups; ++group) {
-    for (int panel = 0; panel < filters; panel += kTileColumns) {
-      for (int64_t k = 0; k < depth; k += Element::kPerWord) {
-        for (int column = panel; column < panel + kTileColumns; ++column) {
-          for (int64_t i = k; i < k + Element::kPerWord; ++i) {
-            const int64_t filter = int64_t{group} * filters + column;
-            *to++ = column < filters && i < depth ? weight[filter * depth + i] : 0;
-          }
-        }
+void gemm_pack(const CpuConv& conv, const ConvWeight& weight, float* packed) {
+  using Storage = typename Element::Storage;
+  std::vector<int64_t> places;  // in the order of the depth
+  for (int row = 0; row < conv.kernel_height; ++row) {
+    for (int column = 0; column < conv.kernel_width; ++column) {
+      for (int channel = 0; channel < conv.group_channels(); ++channel) {
+        places.push_back(weight.at(0, row, column, channel));
       }
     }
   }
+  const int64_t depth = places.size(), words = divided_up(depth, Element::kPerWord);
+  const int64_t filters = conv.group_filters(), panels = divided_up(filters, kTileColumns);
+  in_parallel_over(conv.groups * panels, std::max(conv.threads, 1), [&](int64_t part) {
+    const int64_t first = part % panels * kTileColumns, columns = std::min<int64_t>(kTileColumns, filters - first);
+    const auto* const from =
+        static_cast<const Storage*>(weight.data) + (part / panels * filters + first) * weight.filter;
+    auto* to = reinterpret_cast<Storage*>(packed + part * words * kTileColumns);
+    if (Element::kPerWord == 1 && columns == kTileColumns && weight.filter == 1) {
+      for (const int64_t place : places) to = std::copy_n(from + place, kTileColumns, to);
+      return;
+    }
+    for (int64_t k = 0; k < words * Element::kPerWord; k += Element::kPerWord) {
+      for (int64_t column = 0; column < kTileColumns; ++column) {
+        for (int64_t i = k; i < k + Element::kPerWord; ++i) {
+          *to++ = column < columns && i < depth ? from[places[i] + column * weight.filter] : Storage{0};
+        }
+      }
+    }
+  });
 }
 
 template <typename Element>
-void gemm_run(const CpuConv& conv, const typename Element::Storage* x, const float* packed,
-              const ConvEpilogue& epilogue) {
+void gemm_run(const CpuConv& conv, const ConvInput& input, const float* packed, const ConvEpilogue& epilogue) {
   using Storage = typename Element::Storage;
   std::unique_ptr<Buffer> padded_image;  // of the whole batch, so not kept by the thread
-  const Source<Storage> source = is_narrow<Storage>(conv) ? padded(conv, x, padded_image)
-                                                          : Source<Storage>{x,
-                                                                            conv.height,
-                                                                            conv.width,
-                                                                            conv.channels,
-                                                                            conv.group_channels(),
-                                                                            conv.kernel_height,
-                                                                            conv.kernel_width,
-                                                                            conv.padding_height,
-                                                                            conv.padding_width,
-                                                                            false};
-  const GemmParts<Element> parts(conv, source, packed, epilogue);
+  const auto* const x = static_cast<const Storage*>(input.x);
+  const Source<Storage> source = input.mean == nullptr && is_narrow<Storage>(conv)
+                                     ? padded(conv, x, padded_image)
+                                     : Source<Storage>{x,
+                                                       conv.height,
+                                                       conv.width,
+                                                       conv.channels,
+                                                       conv.group_channels(),
+                                                       conv.kernel_height,
+                                                       conv.kernel_width,
+                                                       conv.padding_height,
+                                                       conv.padding_width,
+                                                       false};
+  const GemmParts<Element> parts(conv, source, input, packed, epilogue);
   in_parallel_over(parts.count(), conv.threads, [&](int64_t part) { parts.run(part); });
 }
 
 template int64_t gemm_packed_words<Single>(const CpuConv&);
-template void gemm_pack<Single>(const CpuConv&, const float*, float*);
-template void gemm_run<Single>(const CpuConv&, const float*, const float*, const ConvEpilogue&);
+template void gemm_pack<Single>(const CpuConv&, const ConvWeight&, float*);
+template void gemm_run<Single>(const CpuConv&, const ConvInput&, const float*, const ConvEpilogue&);
 #if defined(__AVX512BF16__)
 template int64_t gemm_packed_words<Brain>(const CpuConv&);
-template void gemm_pack<Brain>(const CpuConv&, const uint16_t*, float*);
-template void gemm_run<Brain>(const CpuConv&, const uint16_t*, const float*, const ConvEpilogue&);
+template void gemm_pack<Brain>(const CpuConv&, const ConvWeight&, float*);
+template void gemm_run<Brain>(const CpuConv&, const ConvInput&, const float*, const ConvEpilogue&);
 #endif
 
 }  // namespace CPU_CAPABILITY

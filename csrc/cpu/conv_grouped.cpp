@@ -335,17 +335,17 @@ int64_t grouped_packed_words(const CpuConv& conv) {
 }
 
 template <typename Element>
-void grouped_pack(const CpuConv& conv, const typename Element::Storage* weight, float* packed) {
+void grouped_pack(const CpuConv& conv, const ConvWeight& weight, float* packed) {
   if (is_wide(conv)) return gemm_pack<Element>(conv, weight, packed);
   const int group = conv.group_channels();
+  const auto* const from = static_cast<const typename Element::Storage*>(weight.data);
   auto* to = reinterpret_cast<typename Element::Storage*>(packed);
   for (int slice = 0; slice < conv.filters; slice += kVectorLanes) {
     for (int row = 0; row < 3; ++row) {
       for (int channel = 0; channel < group; channel += Element::kPerWord) {
         for (int column = 0; column < 3; ++column) {
           for (int filter = slice; filter < slice + kVectorLanes; ++filter) {
-            to = std::copy_n(weight + ((int64_t{filter} * 3 + row) * 3 + column) * group + channel, Element::kPerWord,
-                             to);
+            for (int i = 0; i < Element::kPerWord; ++i) *to++ = from[weight.at(filter, row, column, channel + i)];
           }
         }
       }
@@ -369,11 +369,11 @@ void grouped_run(const CpuConv& conv, const typename Element::Storage* x, const 
 }
 
 template int64_t grouped_packed_words<Single>(const CpuConv&);
-template void grouped_pack<Single>(const CpuConv&, const float*, float*);
+template void grouped_pack<Single>(const CpuConv&, const ConvWeight&, float*);
 template void grouped_run<Single>(const CpuConv&, const float*, const float*, const ConvEpilogue&);
 #if defined(__AVX512BF16__)
 template int64_t grouped_packed_words<Brain>(const CpuConv&);
-template void grouped_pack<Brain>(const CpuConv&, const uint16_t*, float*);
+template void grouped_pack<Brain>(const CpuConv&, const ConvWeight&, float*);
 template void grouped_run<Brain>(const CpuConv&, const uint16_t*, const float*, const ConvEpilogue&);
 #endif
 

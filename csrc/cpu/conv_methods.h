@@ -19,28 +19,41 @@ namespace CPU_CAPABILITY {
 template <typename Element>
 int64_t gemm_packed_words(const CpuConv& conv);
 template <typename Element>
-void gemm_pack(const CpuConv& conv, const typename Element::Storage* weight, float* packed);
+void gemm_pack(const CpuConv& conv, const ConvWeight& weight, float* packed);
 template <typename Element>
-void gemm_run(const CpuConv& conv, const typename Element::Storage* x, const float* packed,
-              const ConvEpilogue& epilogue);
+void gemm_run(const CpuConv& conv, const ConvInput& input, const float* packed, const ConvEpilogue& epilogue);
 
 bool winograd_takes(const CpuConv& conv);
 template <typename Element>
 int64_t winograd_packed_words(const CpuConv& conv);
 template <typename Element>
-void winograd_pack(const CpuConv& conv, const typename Element::Storage* weight, float* packed);
+void winograd_pack(const CpuConv& conv, const ConvWeight& weight, float* packed);
 template <typename Element>
-void winograd_run(const CpuConv& conv, const typename Element::Storage* x, const float* packed,
-                  const ConvEpilogue& epilogue);
+void winograd_run(const CpuConv& conv, const ConvInput& input, const float* packed, const ConvEpilogue& epilogue);
 
 bool grouped_takes(const CpuConv& conv);
 template <typename Element>
 int64_t grouped_packed_words(const CpuConv& conv);
 template <typename Element>
-void grouped_pack(const CpuConv& conv, const typename Element::Storage* weight, float* packed);
+void grouped_pack(const CpuConv& conv, const ConvWeight& weight, float* packed);
 template <typename Element>
 void grouped_run(const CpuConv& conv, const typename Element::Storage* x, const float* packed,
                  const ConvEpilogue& epilogue);
+
+// In float32; conv.h says what it is.
+void gemm_grad_weight(const CpuConv& conv, const ConvInput& input, const float* grad_out, float* grad_weight);
+void winograd_grad_weight(const CpuConv& conv, const ConvInput& input, const float* grad_out, float* grad_weight);
+
+// `lanes` inputs from channel c on, normalised as conv.h says; mean is not null.
+template <typename Element>
+Vector normalised(const ConvInput& input, const typename Element::Storage* from, int64_t c, int lanes) {
+  if (lanes == kVectorLanes) {
+    const Vector mean = load_vector(input.mean + c), scale = load_vector(input.scale + c);
+    return relu_of((Element::load(from) - mean) * scale + load_vector(input.bias + c));
+  }
+  const Vector mean = load_some<Single>(input.mean + c, lanes), scale = load_some<Single>(input.scale + c, lanes);
+  return relu_of((load_some<Element>(from, lanes) - mean) * scale + load_some<Single>(input.bias + c, lanes));
+}
 
 // Memory of one thread that grows and is used again; what is in it is whatever it was. 64-byte aligned.
 class Scratch {

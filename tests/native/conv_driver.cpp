@@ -107,8 +107,9 @@ bool is_right(const Case& c, DType dtype, int threads) {
   const auto out = random_numbers(dtype, outputs, generator);
   const std::unique_ptr<void, decltype(&std::free)> packed(std::malloc(kernels.packed_bytes(conv, c.method)),
                                                            &std::free);
-  kernels.pack(conv, c.method, weight.get(), packed.get());
-  kernels.run(conv, c.method, x.get(), packed.get(),
+  const int64_t channels = conv.group_channels(), row = conv.kernel_width * channels;
+  kernels.pack(conv, c.method, {weight.get(), conv.kernel_height * row, row, channels, 1}, packed.get());
+  kernels.run(conv, c.method, {x.get()}, packed.get(),
               {static_cast<const float*>(bias.get()), residual.get(), true, out.get()});
   const double terms = double(conv.group_channels()) * conv.kernel_height * conv.kernel_width;
   const double limit = dtype == DType::float32 ? 2e-6 * terms : 0.01 * std::sqrt(terms);

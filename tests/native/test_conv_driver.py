@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
-SOURCES = ("conv", "conv_gemm", "conv_winograd", "conv_grouped")
+SOURCES = ("conv", "conv_gemm", "conv_winograd", "conv_grouped", "conv_grad_weight")
 CAPABILITIES: dict[str, list[str]] = runpy.run_path(str(ROOT / "setup.py"))["CPU_CAPABILITIES"]
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
 PLANTED = {
