@@ -239,5 +239,22 @@ Source<Storage> padded(const CpuConv& conv, const Storage* x, std::unique_ptr<Bu
   return {to, height, width, conv.channels, conv.kernel_width * conv.channels, conv.kernel_height, 1, 0, 0, true};
 }
 
+// `memory` holds the padded image, if there is one: of the whole batch, so not kept by a thread.
+template <typename Storage>
+Source<Storage> source_of(const CpuConv& conv, const ConvInput& input, std::unique_ptr<Buffer>& memory) {
+  const auto* const x = static_cast<const Storage*>(input.x);
+  if (input.mean == nullptr && is_narrow<Storage>(conv)) return padded(conv, x, memory);
+  return {x,
+          conv.height,
+          conv.width,
+          conv.channels,
+          conv.group_channels(),
+          conv.kernel_height,
+          conv.kernel_width,
+          conv.padding_height,
+          conv.padding_width,
+          false};
+}
+
 }  // namespace CPU_CAPABILITY
 }  // namespace fused_resnet

@@ -239,21 +239,8 @@ void gemm_pack(const CpuConv& conv, const ConvWeight& weight, float* packed) {
 
 template <typename Element>
 void gemm_run(const CpuConv& conv, const ConvInput& input, const float* packed, const ConvEpilogue& epilogue) {
-  using Storage = typename Element::Storage;
-  std::unique_ptr<Buffer> padded_image;  // of the whole batch, so not kept by the thread
-  const auto* const x = static_cast<const Storage*>(input.x);
-  const Source<Storage> source = input.mean == nullptr && is_narrow<Storage>(conv)
-                                     ? padded(conv, x, padded_image)
-                                     : Source<Storage>{x,
-                                                       conv.height,
-                                                       conv.width,
-                                                       conv.channels,
-                                                       conv.group_channels(),
-                                                       conv.kernel_height,
-                                                       conv.kernel_width,
-                                                       conv.padding_height,
-                                                       conv.padding_width,
-                                                       false};
+  std::unique_ptr<Buffer> padded_image;
+  const Source<typename Element::Storage> source = source_of<typename Element::Storage>(conv, input, padded_image);
   const GemmParts<Element> parts(conv, source, input, packed, epilogue);
   in_parallel_over(parts.count(), conv.threads, [&](int64_t part) { parts.run(part); });
 }

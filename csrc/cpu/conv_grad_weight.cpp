@@ -3,38 +3,49 @@
 // windows as depth: the transposed of each of its three steps.
 #include <algorithm>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "../buffers.h"
+#include "conv_gather.h"
 #include "conv_winograd.h"
-#include "transpose.h"
 
 namespace fused_resnet {
 namespace CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kBlockRows = 288;     // filters of a part: kDepthWords of them, 300 KB, stay in the second cache
-constexpr int64_t kBlockColumns = 512;  // of a part, for which those are transposed
-constexpr int64_t kWindowRows = 132;    // the same of Winograd's, with 16 of each
-constexpr int64_t kWindowColumns = 256;
-// The depth is split among threads where that leaves fewer parts than these; not by how many threads there are, for a
-// sum's order must not depend on them.
-constexpr int64_t kWantedParts = 32, kLeastDepth = 1024;
-constexpr int64_t kMostSplitWords = 4 << 20;
+constexpr int64_t kDepth = kDepthWords;  // multiplied at a time: a panel of 16 columns takes half of the first cache
+constexpr int64_t kPanelWords = kDepth * kTileColumns;
+constexpr int64_t kRowsWords = kDepth * kTileRows;
+// Vectors that hold a tile's rows; what is beyond them is overwritten by the rows of the next depth, or lies in this
+// room behind everything.
+constexpr int kRowVectors = (kTileRows + kVectorLanes - 1) / kVectorLanes;
+constexpr int64_t kBehind = kRowVectors * kVectorLanes;
 
-// The parts that any thread may compute in any order: rows by columns by splits of the depth, which are sums of their
-// own until all are there.
+// How the whole is cut into parts, which any thread may compute in any order: rows by columns by splits of the depth,
+// which are sums of their own until all are there. It does not depend on how many threads there are, for neither may
+// the order of a sum.
+struct Blocking {
+  int64_t row_tiles, panels;          // of a part, at most: whose rows stay in the second cache, and are laid out
+                                      // anew for that many panels
+  int64_t least_depth, least_panels;  // of a part, where depth or panels are cut to have enough of them
+};
+constexpr int64_t kWantedParts = 16, kMostSplitWords = 4 << 20;
+constexpr Blocking kGemmBlocking{288 / kTileRows, 512 / kTileColumns, 1024, 8};
+constexpr Blocking kWinogradBlocking{132 / kTileRows, 256 / kTileColumns, 256, 4};
+
 class GradParts {
  public:
-  GradParts(int64_t rows, int64_t columns, int64_t depth, int64_t row_block, int64_t column_block, int64_t result_words)
+  GradParts(const Blocking& blocking, int64_t rows, int64_t columns, int64_t depth, int64_t result_words)
       : depth_(depth),
         row_tiles_(divided_up(rows, kTileRows)),
         panels_(divided_up(columns, kTileColumns)),
-        row_blocks_(divided_up(row_tiles_ * kTileRows, row_block)),
-        panel_blocks_(divided_up(panels_ * kTileColumns, column_block)) {
-    const int64_t wanted = divided_up(kWantedParts, row_blocks_ * panel_blocks_);
-    const int64_t most = std::min(depth / kLeastDepth, kMostSplitWords / result_words);
-    splits_ = std::max<int64_t>(std::min(wanted, most), 1);
+        row_blocks_(divided_up(row_tiles_, blocking.row_tiles)) {
+    const int64_t fewest = divided_up(panels_, blocking.panels);
+    const int64_t most_splits = std::min(depth / blocking.least_depth, kMostSplitWords / result_words);
+    splits_ = std::max<int64_t>(std::min(divided_up(kWantedParts, row_blocks_ * fewest), most_splits), 1);
+    const int64_t wanted = divided_up(kWantedParts, row_blocks_ * splits_);
+    panel_blocks_ = std::max({fewest, std::min(wanted, panels_ / blocking.least_panels), int64_t{1}});
   }
 
   int64_t count() const { return row_blocks_ * panel_blocks_ * splits_; }
@@ -49,82 +60,118 @@ class GradParts {
     return {share(row_tiles_, index % row_blocks_, row_blocks_),
             share(panels_, index / row_blocks_ % panel_blocks_, panel_blocks_), share(depth_, split, splits_), split};
   }
-  // Of the filters those of one tile of rows.
-  Share rows_of(int64_t tile, int64_t rows) const { return share(rows, tile, row_tiles_); }
 
  private:
   int64_t depth_, row_tiles_, panels_, row_blocks_, panel_blocks_, splits_;
 };
 
-// Adds (but for the first time: sets) the products of some rows of `a` and a panel `b` to `sums`.
+// The products of a tile of rows and a panel of columns, set or added to `sums`.
 struct GradTile {
-  const float *a, *b;
+  const float* a;  // kTileRows for each of the depth
+  const float* b;  // kTileColumns for each of the depth
   int64_t depth;
   float* sums;
-  int64_t stride;
-  int rows, columns;
+  int64_t stride;  // from one row of the sums to the next
+  int columns;     // that exist
   bool first;
 
-  void multiply() const {
-    static constexpr float kZeros[kTileColumns] = {};
-    Tile<Single> work{};
-    work.a = a;
-    work.b = b;
-    work.depth = depth;
-    work.bias = kZeros;
-    work.residual = first ? nullptr : sums;
-    work.out = sums;
-    work.out_stride = stride;
-    work.filters = columns;
-    // The rows behind these, half by half.
-    const auto* const next = reinterpret_cast<const char*>(a + rows * kRowWords);
-    constexpr int64_t kStep = (kTileRows * kRowWords * sizeof(float) / 2 + kDepthWords - 1) / kDepthWords;
-    work.weights_ahead = {next, kStep};
-    work.inputs_ahead = {next + kStep * depth, kStep};
-    CPU_CAPABILITY::multiply<Single, false>(work, rows);
+  template <int rows>
+  static void multiply(const GradTile& tile) {
+    Vector sum[rows][kTileVectors];
+#pragma GCC unroll 14
+    for (int row = 0; row < rows; ++row) {
+      sum[row][0] = sum[row][1] = Vector{};
+      prefetch_row(tile.sums + row * tile.stride);
+    }
+    const float* const a = tile.a;
+    // What comes after these rows: half of it with each.
+    constexpr int64_t kStep = kTileRows * sizeof(float) / 2;
+    const auto* const next = reinterpret_cast<const char*>(a + kRowsWords);
+    add_products<Single, false>(
+        sum, [a](int row, int64_t k) __attribute__((always_inline)) { return a[k * kTileRows + row]; }, tile.b,
+        tile.depth, {next, kStep}, {next + kStep * kDepth, kStep});
+#pragma GCC unroll 14
+    for (int row = 0; row < rows; ++row) {
+      float* const to = tile.sums + row * tile.stride;
+      if (tile.columns == kTileColumns) {
+        if (!tile.first) {
+          sum[row][0] += load_vector(to);
+          sum[row][1] += load_vector(to + kVectorLanes);
+        }
+        store_vector(to, sum[row][0]);
+        store_vector(to + kVectorLanes, sum[row][1]);
+        continue;
+      }
+      for (int vector = 0; vector < kTileVectors; ++vector) {
+        const int lanes = std::min(tile.columns - vector * kVectorLanes, kVectorLanes);
+        if (lanes <= 0) break;
+        float* const some = to + vector * kVectorLanes;
+        if (!tile.first) sum[row][vector] += load_some<Single>(some, lanes);
+        store_some<Single>(some, sum[row][vector], lanes);
+      }
+    }
+  }
+
+  template <int... rows>
+  void multiply_rows(int count, std::integer_sequence<int, rows...>) const {
+    using Function = void (*)(const GradTile&);
+    static constexpr Function kFunctions[] = {multiply<rows + 1>...};
+    kFunctions[count - 1](*this);
+  }
+  void multiply(int64_t rows) const {
+    multiply_rows(static_cast<int>(rows), std::make_integer_sequence<int, kTileRows>{});
   }
 };
 
+// The gradients of a tile of filters, of which `count` exist, at one pixel.
+inline void load_filters(const float* from, int64_t count, Vector (&to)[kRowVectors]) {
+  for (int i = 0; i < kRowVectors; ++i) {
+    const int64_t lanes = std::clamp<int64_t>(count - i * kVectorLanes, 0, kVectorLanes);
+    to[i] = lanes == kVectorLanes ? load_vector(from + i * kVectorLanes)
+            : lanes == 0          ? Vector{}
+                                  : load_some<Single>(from + i * kVectorLanes, static_cast<int>(lanes));
+  }
+}
+
 class GemmGrad {
  public:
-  GemmGrad(const CpuConv& conv, const ConvInput& input, const float* grad_out)
+  GemmGrad(const CpuConv& conv, const ConvInput& input, const Source<float>& source, const float* grad_out)
       : conv_(conv),
         input_(input),
+        source_(source),
         grad_out_(grad_out),
         columns_(int64_t{conv.kernel_height} * conv.kernel_width * conv.channels),
-        parts_(conv.filters, columns_, conv.pixels(), kBlockRows, kBlockColumns, conv.filters * columns_) {}
+        parts_(kGemmBlocking, conv.filters, columns_, conv.pixels(), conv.filters * columns_) {}
 
   const GradParts& parts() const { return parts_; }
+  int64_t split_words() const { return conv_.filters * columns_; }
 
-  // Its share of every split's sums, which lie one after the other.
+  // Its share of the sums, those of one split behind those of the other.
   void run(int64_t index, float* sums) const {
     thread_local Scratch scratch;
     const GradParts::Part part = parts_[index];
-    const Share rows{parts_.rows_of(part.row_tiles.begin, conv_.filters).begin,
-                     parts_.rows_of(part.row_tiles.end - 1, conv_.filters).end};
-    float* const a = scratch.words((rows.end - rows.begin) * kRowWords + kDepthWords * kTileColumns);
-    float* const b = a + (rows.end - rows.begin) * kRowWords;
-    float* const to = sums + part.split * conv_.filters * columns_;
-    for (int64_t pixel = part.depth.begin; pixel < part.depth.end; pixel += kDepthWords) {
-      const int64_t depth = std::min<int64_t>(kDepthWords, part.depth.end - pixel);
-      transpose(grad_out_ + pixel * conv_.filters + rows.begin, conv_.filters, depth, rows.end - rows.begin, a,
-                kRowWords);
-      Corner corners[kDepthWords];
+    const int64_t tiles = part.row_tiles.end - part.row_tiles.begin;
+    float* const a = scratch.words(tiles * kRowsWords + kBehind + kPanelWords);
+    float* const b = a + tiles * kRowsWords + kBehind;
+    float* const to = sums + part.split * split_words();
+    for (int64_t pixel = part.depth.begin; pixel < part.depth.end; pixel += kDepth) {
+      const int64_t depth = std::min(kDepth, part.depth.end - pixel);
+      for (int64_t t = 0; t < tiles; ++t) fill_rows(part.row_tiles.begin + t, pixel, depth, a + t * kRowsWords);
+      Corner corners[kDepth];
       find_corners(pixel, depth, corners);
       for (int64_t panel = part.panels.begin; panel < part.panels.end; ++panel) {
         fill_panel(panel, corners, depth, b);
-        for (int64_t tile = part.row_tiles.begin; tile < part.row_tiles.end; ++tile) {
-          const Share filters = parts_.rows_of(tile, conv_.filters);
-          const int64_t column = panel * kTileColumns;
-          GradTile{a + (filters.begin - rows.begin) * kRowWords,
+        const int64_t column = panel * kTileColumns;
+        for (int64_t t = 0; t < tiles; ++t) {
+          const int64_t filter = (part.row_tiles.begin + t) * kTileRows;
+          GradTile{a + t * kRowsWords,
                    b,
                    depth,
-                   to + filters.begin * columns_ + column,
+                   to + filter * columns_ + column,
                    columns_,
-                   static_cast<int>(filters.end - filters.begin),
                    static_cast<int>(std::min<int64_t>(kTileColumns, columns_ - column)),
                    pixel == part.depth.begin}
-              .multiply();
+              .multiply(std::min<int64_t>(kTileRows, conv_.filters - filter));
         }
       }
     }
@@ -136,25 +183,44 @@ class GemmGrad {
     int64_t offset;  // of its first element; it may lie beyond the image
   };
 
-  void find_corners(int64_t pixel, int64_t count, Corner* to) const {
-    const int64_t out_pixels = int64_t{conv_.out_height} * conv_.out_width;
-    for (int64_t i = 0; i < count; ++i, ++pixel) {
-      const int64_t image = pixel / out_pixels, place = pixel % out_pixels;
-      const int top = static_cast<int>(place / conv_.out_width) * conv_.stride_height - conv_.padding_height;
-      const int left = static_cast<int>(place % conv_.out_width) * conv_.stride_width - conv_.padding_width;
-      to[i] = {top, left, ((image * conv_.height + top) * conv_.width + left) * conv_.channels};
+  void fill_rows(int64_t tile, int64_t pixel, int64_t depth, float* to) const {
+    const int64_t filter = tile * kTileRows;
+    const float* from = grad_out_ + pixel * conv_.filters + filter;
+    for (int64_t i = 0; i < depth; ++i, from += conv_.filters, to += kTileRows) {
+      Vector rows[kRowVectors];
+      load_filters(from, conv_.filters - filter, rows);
+      for (int v = 0; v < kRowVectors; ++v) store_vector(to + v * kVectorLanes, rows[v]);
     }
   }
 
-  // Of every pixel the inputs in the columns of a panel; the columns beyond the last are whatever they were.
+  void find_corners(int64_t pixel, int64_t count, Corner* to) const {
+    const int64_t out_pixels = int64_t{conv_.out_height} * conv_.out_width;
+    int64_t image = pixel / out_pixels;
+    int row = static_cast<int>(pixel % out_pixels / conv_.out_width);
+    int column = static_cast<int>(pixel % conv_.out_width);
+    for (int64_t i = 0; i < count; ++i) {
+      const int top = row * conv_.stride_height - source_.padding_height;
+      const int left = column * conv_.stride_width - source_.padding_width;
+      to[i] = {top, left, ((image * source_.height + top) * source_.width + left) * source_.pixel_stride};
+      if (++column == conv_.out_width) {
+        column = 0;
+        if (++row == conv_.out_height) {
+          row = 0;
+          ++image;
+        }
+      }
+    }
+  }
+
+  // Of every pixel the inputs in the columns of a panel; columns behind the last one are whatever they were.
   void fill_panel(int64_t panel, const Corner* corners, int64_t depth, float* to) const {
     int64_t column = panel * kTileColumns;
     const int64_t end = std::min(column + kTileColumns, columns_);
     while (column < end) {
-      const int64_t place = column / conv_.channels, channel = column % conv_.channels;
-      const int count = static_cast<int>(std::min(conv_.channels - channel, end - column));
-      const int row = static_cast<int>(place / conv_.kernel_width) * conv_.dilation_height;
-      const int across = static_cast<int>(place % conv_.kernel_width) * conv_.dilation_width;
+      const int64_t place = column / source_.run, channel = column % source_.run;
+      const int count = static_cast<int>(std::min(source_.run - channel, end - column));
+      const int row = static_cast<int>(place / source_.kernel_width) * conv_.dilation_height;
+      const int across = static_cast<int>(place % source_.kernel_width) * conv_.dilation_width;
       float* const target = to + column % kTileColumns;
       if (input_.mean != nullptr) {
         fill_place<true>(corners, depth, row, across, channel, count, target);
@@ -168,36 +234,33 @@ class GemmGrad {
   template <bool normalise>
   void fill_place(const Corner* corners, int64_t depth, int row, int across, int64_t channel, int count,
                   float* to) const {
-    const auto* const x = static_cast<const float*>(input_.x);
-    const int64_t beside = (int64_t{row} * conv_.width + across) * conv_.channels + channel;
+    const int64_t beside = (int64_t{row} * source_.width + across) * source_.pixel_stride + channel;
     for (int64_t i = 0; i < depth; ++i, to += kTileColumns) {
       const Corner& corner = corners[i];
-      const bool inside = static_cast<unsigned>(corner.top + row) < static_cast<unsigned>(conv_.height) &&
-                          static_cast<unsigned>(corner.left + across) < static_cast<unsigned>(conv_.width);
+      const bool inside = static_cast<unsigned>(corner.top + row) < static_cast<unsigned>(source_.height) &&
+                          static_cast<unsigned>(corner.left + across) < static_cast<unsigned>(source_.width);
       if (!inside) {
         std::fill_n(to, count, 0.0f);
         continue;
       }
-      const float* const from = x + corner.offset + beside;
-      for (int k = 0; k < count; k += kVectorLanes) {
-        const int lanes = std::min(kVectorLanes, count - k);
-        Vector value;
-        if constexpr (normalise) {
-          value = normalised<Single>(input_, from + k, channel + k, lanes);
-        } else {
-          value = lanes == kVectorLanes ? load_vector(from + k) : load_some<Single>(from + k, lanes);
-        }
-        if (lanes == kVectorLanes) {
-          store_vector(to + k, value);
-        } else {
-          store_some<Single>(to + k, value, lanes);
-        }
+      const float* const from = source_.x + corner.offset + beside;
+      int k = 0;
+      for (; k + kVectorLanes <= count; k += kVectorLanes) {
+        store_vector(to + k, normalise ? normalised<Single>(input_, from + k, channel + k, kVectorLanes)
+                                       : load_vector(from + k));
+      }
+      if constexpr (normalise) {
+        if (k < count)
+          store_some<Single>(to + k, normalised<Single>(input_, from + k, channel + k, count - k), count - k);
+      } else {
+        for (; k < count; ++k) to[k] = from[k];
       }
     }
   }
 
   const CpuConv& conv_;
   const ConvInput& input_;
+  const Source<float>& source_;
   const float* grad_out_;
   int64_t columns_;
   GradParts parts_;
@@ -213,25 +276,28 @@ class WinogradGrad {
         grad_out_(grad_out),
         windows_(conv),
         product_words_(int64_t{conv.filters} * conv.channels),
-        parts_(conv.filters, conv.channels, windows_.count, kWindowRows, kWindowColumns, kProducts * product_words_) {}
+        parts_(kWinogradBlocking, conv.filters, conv.channels, windows_.count, kProducts * product_words_) {}
 
   const GradParts& parts() const { return parts_; }
   int64_t split_words() const { return kProducts * product_words_; }
 
+  // Its share of the sums, those of one split behind those of the other, and in it those of one product.
   void run(int64_t index, float* sums) const {
     thread_local Scratch scratch;
     const GradParts::Part part = parts_[index];
-    const Share rows{parts_.rows_of(part.row_tiles.begin, conv_.filters).begin,
-                     parts_.rows_of(part.row_tiles.end - 1, conv_.filters).end};
-    // Of each product a row for every filter, and room for a vector of filters more.
-    const int64_t a_words = (divided_up(rows.end - rows.begin, kVectorLanes) * kVectorLanes) * kRowWords;
-    constexpr int64_t kPanelWords = kDepthWords * kTileColumns;
+    const int64_t tiles = part.row_tiles.end - part.row_tiles.begin;
+    const int64_t a_words = tiles * kRowsWords + kBehind;
     float* const a = scratch.words(kProducts * (a_words + kPanelWords));
     float* const b = a + kProducts * a_words;
     float* const to = sums + part.split * split_words();
-    for (int64_t window = part.depth.begin; window < part.depth.end; window += kDepthWords) {
-      const int64_t depth = std::min<int64_t>(kDepthWords, part.depth.end - window);
-      transform_outputs(window, depth, rows, a, a_words);
+    for (int64_t window = part.depth.begin; window < part.depth.end; window += kDepth) {
+      const int64_t depth = std::min(kDepth, part.depth.end - window);
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t filter = (part.row_tiles.begin + t) * kTileRows;
+        for (int64_t w = 0; w < depth; ++w) {
+          transform_output(window + w, filter, a + t * kRowsWords + w * kTileRows, a_words);
+        }
+      }
       for (int64_t panel = part.panels.begin; panel < part.panels.end; ++panel) {
         const int64_t channel = panel * kTileColumns;
         const int columns = static_cast<int>(std::min<int64_t>(kTileColumns, conv_.channels - channel));
@@ -241,24 +307,23 @@ class WinogradGrad {
           transform_inputs<false>(window, depth, channel, columns, b);
         }
         for (int product = 0; product < kProducts; ++product) {
-          for (int64_t tile = part.row_tiles.begin; tile < part.row_tiles.end; ++tile) {
-            const Share filters = parts_.rows_of(tile, conv_.filters);
-            GradTile{a + product * a_words + (filters.begin - rows.begin) * kRowWords,
+          for (int64_t t = 0; t < tiles; ++t) {
+            const int64_t filter = (part.row_tiles.begin + t) * kTileRows;
+            GradTile{a + product * a_words + t * kRowsWords,
                      b + product * kPanelWords,
                      depth,
-                     to + product * product_words_ + filters.begin * conv_.channels + channel,
+                     to + product * product_words_ + filter * conv_.channels + channel,
                      conv_.channels,
-                     static_cast<int>(filters.end - filters.begin),
                      columns,
                      window == part.depth.begin}
-                .multiply();
+                .multiply(std::min<int64_t>(kTileRows, conv_.filters - filter));
           }
         }
       }
     }
   }
 
-  // The gradient of one filter's weights of all splits.
+  // The gradient of one filter's weights, of all splits.
   void finish(int64_t filter, const float* sums, float* grad_weight) const {
     for (int64_t c = 0; c < conv_.channels; c += kVectorLanes) {
       Vector half[3][kWindow];
@@ -286,43 +351,34 @@ class WinogradGrad {
   }
 
  private:
-  // Rows of `to`: of every product and filter the transformed gradients of the windows.
-  void transform_outputs(int64_t window, int64_t count, Share filters, float* to, int64_t product_words) const {
-    for (int64_t filter = filters.begin; filter < filters.end; filter += kVectorLanes) {
-      const int lanes = static_cast<int>(std::min<int64_t>(kVectorLanes, filters.end - filter));
-      for (int64_t w = 0; w < count; w += kVectorLanes) {
-        Vector rows[kProducts][kVectorLanes] = {};
-        for (int i = 0; i < std::min<int64_t>(kVectorLanes, count - w); ++i) {
-          transform_output(window + w + i, filter, lanes, rows, i);
-        }
-        for (int product = 0; product < kProducts; ++product) {
-          transpose(rows[product], to + product * product_words + (filter - filters.begin) * kRowWords + w, kRowWords);
-        }
-      }
-    }
-  }
-
-  void transform_output(int64_t window, int64_t filter, int lanes, Vector (&to)[kProducts][kVectorLanes],
-                        int place) const {
+  // Of one window the transformed gradients of a tile of filters, to each product.
+  void transform_output(int64_t window, int64_t filter, float* to, int64_t product_words) const {
     const int64_t image = window / windows_.of_image, in_image = window % windows_.of_image;
     const int row = static_cast<int>(in_image / windows_.across) * kStep;
     const int column = static_cast<int>(in_image % windows_.across) * kStep;
-    Vector half[kWindow][kStep];
-    for (int j = 0; j < kStep; ++j) {
-      Vector values[kStep], down[kWindow];
-      for (int i = 0; i < kStep; ++i) {
-        const bool inside = row + i < conv_.out_height && column + j < conv_.out_width;
+    Vector values[kStep][kStep][kRowVectors] = {};
+    for (int i = 0; i < kStep; ++i) {
+      for (int j = 0; j < kStep; ++j) {
+        if (row + i >= conv_.out_height || column + j >= conv_.out_width) continue;
         const int64_t pixel = (image * conv_.out_height + row + i) * conv_.out_width + column + j;
-        const float* const from = grad_out_ + pixel * conv_.filters + filter;
-        values[i] = !inside ? Vector{} : lanes == kVectorLanes ? load_vector(from) : load_some<Single>(from, lanes);
+        load_filters(grad_out_ + pixel * conv_.filters + filter, conv_.filters - filter, values[i][j]);
       }
-      Filtering<kStep>::grad_outputs(values, down);
-      for (int i = 0; i < kWindow; ++i) half[i][j] = down[i];
     }
-    for (int i = 0; i < kWindow; ++i) {
-      Vector whole[kWindow];
-      Filtering<kStep>::grad_outputs(half[i], whole);
-      for (int j = 0; j < kWindow; ++j) to[i * kWindow + j][place] = whole[j];
+    for (int v = 0; v < kRowVectors; ++v) {
+      Vector half[kWindow][kStep];
+      for (int j = 0; j < kStep; ++j) {
+        const Vector down[kStep] = {values[0][j][v], values[1][j][v]};
+        Vector whole[kWindow];
+        Filtering<kStep>::grad_outputs(down, whole);
+        for (int i = 0; i < kWindow; ++i) half[i][j] = whole[i];
+      }
+      for (int i = 0; i < kWindow; ++i) {
+        Vector whole[kWindow];
+        Filtering<kStep>::grad_outputs(half[i], whole);
+        for (int j = 0; j < kWindow; ++j) {
+          store_vector(to + (i * kWindow + j) * product_words + v * kVectorLanes, whole[j]);
+        }
+      }
     }
   }
 
@@ -333,10 +389,10 @@ class WinogradGrad {
       const WindowInputs<Single, kStep> inputs(conv_, input_, windows_, window + w);
       for (int c = 0; c < columns; c += kVectorLanes) {
         float* const target = to + w * kTileColumns + c;
-        inputs.template transform<normalise>(
-            static_cast<int>(channel) + c, [target](int i, int j, Vector value) __attribute__((always_inline)) {
-              store_vector(target + (i * kWindow + j) * kDepthWords * kTileColumns, value);
-            });
+        inputs.template transform<normalise>(static_cast<int>(channel) + c,
+                                             [target](int i, int j, Vector value) __attribute__((always_inline)) {
+                                               store_vector(target + (i * kWindow + j) * kPanelWords, value);
+                                             });
       }
     }
   }
@@ -352,10 +408,10 @@ class WinogradGrad {
 }  // namespace
 
 void gemm_grad_weight(const CpuConv& conv, const ConvInput& input, const float* grad_out, float* grad_weight) {
-  const GemmGrad work(conv, input, grad_out);
-  const int64_t splits = work.parts().splits();
-  const int64_t words = int64_t{conv.filters} * conv.kernel_height * conv.kernel_width * conv.channels;
-  std::unique_ptr<Buffer> memory;
+  std::unique_ptr<Buffer> padded_image, memory;
+  const Source<float> source = source_of<float>(conv, input, padded_image);
+  const GemmGrad work(conv, input, source, grad_out);
+  const int64_t splits = work.parts().splits(), words = work.split_words();
   if (splits > 1) memory = std::make_unique<Buffer>(splits * words * sizeof(float));
   float* const sums = splits > 1 ? static_cast<float*>(memory->data()) : grad_weight;
   in_parallel_over(work.parts().count(), conv.threads, [&](int64_t part) { work.run(part, sums); });
