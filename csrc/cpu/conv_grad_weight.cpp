@@ -16,11 +16,10 @@ namespace {
 
 constexpr int64_t kDepth = kDepthWords;  // multiplied at a time: a panel of 16 columns takes half of the first cache
 constexpr int64_t kPanelWords = kDepth * kTileColumns;
-constexpr int64_t kRowsWords = kDepth * kTileRows;
-// Vectors that hold a tile's rows; what is beyond them is overwritten by the rows of the next depth, or lies in this
-// room behind everything.
+// Vectors that hold a tile's rows; what is beyond them is overwritten by the rows of the next depth, or lies behind the
+// last.
 constexpr int kRowVectors = (kTileRows + kVectorLanes - 1) / kVectorLanes;
-constexpr int64_t kBehind = kRowVectors * kVectorLanes;
+constexpr int64_t kRowsWords = kDepth * kTileRows + kRowVectors * kVectorLanes;
 
 // How the whole is cut into parts, which any thread may compute in any order: rows by columns by splits of the depth,
 // which are sums of their own until all are there. It does not depend on how many threads there are, for neither may
@@ -70,6 +69,7 @@ struct GradTile {
   const float* a;  // kTileRows for each of the depth
   const float* b;  // kTileColumns for each of the depth
   int64_t depth;
+  Ahead inputs;  // of the panel behind this one
   float* sums;
   int64_t stride;  // from one row of the sums to the next
   int columns;     // that exist
@@ -84,12 +84,10 @@ struct GradTile {
       prefetch_row(tile.sums + row * tile.stride);
     }
     const float* const a = tile.a;
-    // What comes after these rows: half of it with each.
-    constexpr int64_t kStep = kTileRows * sizeof(float) / 2;
     const auto* const next = reinterpret_cast<const char*>(a + kRowsWords);
     add_products<Single, false>(
         sum, [a](int row, int64_t k) __attribute__((always_inline)) { return a[k * kTileRows + row]; }, tile.b,
-        tile.depth, {next, kStep}, {next + kStep * kDepth, kStep});
+        tile.depth, {next, kTileRows * sizeof(float)}, tile.inputs);
 #pragma GCC unroll 14
     for (int row = 0; row < rows; ++row) {
       float* const to = tile.sums + row * tile.stride;
@@ -151,12 +149,12 @@ class GemmGrad {
     thread_local Scratch scratch;
     const GradParts::Part part = parts_[index];
     const int64_t tiles = part.row_tiles.end - part.row_tiles.begin;
-    float* const a = scratch.words(tiles * kRowsWords + kBehind + kPanelWords);
-    float* const b = a + tiles * kRowsWords + kBehind;
+    float* const a = scratch.words(tiles * kRowsWords + kPanelWords);
+    float* const b = a + tiles * kRowsWords;
     float* const to = sums + part.split * split_words();
     for (int64_t pixel = part.depth.begin; pixel < part.depth.end; pixel += kDepth) {
       const int64_t depth = std::min(kDepth, part.depth.end - pixel);
-      for (int64_t t = 0; t < tiles; ++t) fill_rows(part.row_tiles.begin + t, pixel, depth, a + t * kRowsWords);
+      fill_rows(part.row_tiles, pixel, depth, a);
       Corner corners[kDepth];
       find_corners(pixel, depth, corners);
       for (int64_t panel = part.panels.begin; panel < part.panels.end; ++panel) {
@@ -167,6 +165,7 @@ class GemmGrad {
           GradTile{a + t * kRowsWords,
                    b,
                    depth,
+                   inputs_ahead(panel + 1, corners, depth, t),
                    to + filter * columns_ + column,
                    columns_,
                    static_cast<int>(std::min<int64_t>(kTileColumns, columns_ - column)),
@@ -183,13 +182,16 @@ class GemmGrad {
     int64_t offset;  // of its first element; it may lie beyond the image
   };
 
-  void fill_rows(int64_t tile, int64_t pixel, int64_t depth, float* to) const {
-    const int64_t filter = tile * kTileRows;
-    const float* from = grad_out_ + pixel * conv_.filters + filter;
-    for (int64_t i = 0; i < depth; ++i, from += conv_.filters, to += kTileRows) {
-      Vector rows[kRowVectors];
-      load_filters(from, conv_.filters - filter, rows);
-      for (int v = 0; v < kRowVectors; ++v) store_vector(to + v * kVectorLanes, rows[v]);
+  // One pixel after the other, as they lie in memory.
+  void fill_rows(Share tiles, int64_t pixel, int64_t depth, float* to) const {
+    for (int64_t i = 0; i < depth; ++i) {
+      float* target = to + i * kTileRows;
+      for (int64_t tile = tiles.begin; tile < tiles.end; ++tile, target += kRowsWords) {
+        const int64_t filter = tile * kTileRows;
+        Vector rows[kRowVectors];
+        load_filters(grad_out_ + (pixel + i) * conv_.filters + filter, conv_.filters - filter, rows);
+        for (int v = 0; v < kRowVectors; ++v) store_vector(target + v * kVectorLanes, rows[v]);
+      }
     }
   }
 
@@ -210,6 +212,19 @@ class GemmGrad {
         }
       }
     }
+  }
+
+  // Of a panel's inputs those that the products of one tile bring nearer, as if the pixels lay one behind the other.
+  Ahead inputs_ahead(int64_t panel, const Corner* corners, int64_t depth, int64_t tile) const {
+    constexpr int64_t kPixels = kDepth / kStepWords;  // fetched with each tile
+    if (panel * kTileColumns >= columns_ || tile * kPixels >= depth) return {nullptr, 0};
+    const int64_t place = panel * kTileColumns / source_.run, channel = panel * kTileColumns % source_.run;
+    const int64_t row = place / source_.kernel_width * conv_.dilation_height;
+    const int64_t across = place % source_.kernel_width * conv_.dilation_width;
+    const int64_t beside = (row * source_.width + across) * source_.pixel_stride + channel;
+    const int64_t element = corners[tile * kPixels].offset + beside, pixel = conv_.stride_width * source_.pixel_stride;
+    return {reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(source_.x) + element * sizeof(float)),
+            pixel * static_cast<int64_t>(sizeof(float)) / kStepWords};
   }
 
   // Of every pixel the inputs in the columns of a panel; columns behind the last one are whatever they were.
@@ -272,7 +287,7 @@ class WinogradGrad {
 
   WinogradGrad(const CpuConv& conv, const ConvInput& input, const float* grad_out)
       : conv_(conv),
-        input_(input),
+        inputs_(conv, input),
         grad_out_(grad_out),
         windows_(conv),
         product_words_(int64_t{conv.filters} * conv.channels),
@@ -286,32 +301,28 @@ class WinogradGrad {
     thread_local Scratch scratch;
     const GradParts::Part part = parts_[index];
     const int64_t tiles = part.row_tiles.end - part.row_tiles.begin;
-    const int64_t a_words = tiles * kRowsWords + kBehind;
+    const int64_t a_words = tiles * kRowsWords;
     float* const a = scratch.words(kProducts * (a_words + kPanelWords));
     float* const b = a + kProducts * a_words;
     float* const to = sums + part.split * split_words();
     for (int64_t window = part.depth.begin; window < part.depth.end; window += kDepth) {
       const int64_t depth = std::min(kDepth, part.depth.end - window);
-      for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t filter = (part.row_tiles.begin + t) * kTileRows;
-        for (int64_t w = 0; w < depth; ++w) {
-          transform_output(window + w, filter, a + t * kRowsWords + w * kTileRows, a_words);
-        }
+      WindowPlace places[kDepth];
+      for (int64_t w = 0; w < depth; ++w) {
+        places[w] = place_of(conv_, windows_, window + w);
+        transform_outputs(window + w, part.row_tiles, a + w * kTileRows, a_words);
       }
       for (int64_t panel = part.panels.begin; panel < part.panels.end; ++panel) {
         const int64_t channel = panel * kTileColumns;
         const int columns = static_cast<int>(std::min<int64_t>(kTileColumns, conv_.channels - channel));
-        if (input_.mean != nullptr) {
-          transform_inputs<true>(window, depth, channel, columns, b);
-        } else {
-          transform_inputs<false>(window, depth, channel, columns, b);
-        }
+        transform_inputs(places, depth, channel, columns, b);
         for (int product = 0; product < kProducts; ++product) {
           for (int64_t t = 0; t < tiles; ++t) {
             const int64_t filter = (part.row_tiles.begin + t) * kTileRows;
             GradTile{a + product * a_words + t * kRowsWords,
                      b + product * kPanelWords,
                      depth,
+                     {nullptr, 0},
                      to + product * product_words_ + filter * conv_.channels + channel,
                      conv_.channels,
                      columns,
@@ -351,54 +362,60 @@ class WinogradGrad {
   }
 
  private:
-  // Of one window the transformed gradients of a tile of filters, to each product.
-  void transform_output(int64_t window, int64_t filter, float* to, int64_t product_words) const {
-    const int64_t image = window / windows_.of_image, in_image = window % windows_.of_image;
-    const int row = static_cast<int>(in_image / windows_.across) * kStep;
-    const int column = static_cast<int>(in_image % windows_.across) * kStep;
-    Vector values[kStep][kStep][kRowVectors] = {};
+  // Of one window the transformed gradients of some tiles of filters, to each product.
+  void transform_outputs(int64_t window, Share tiles, float* to, int64_t product_words) const {
+    const int64_t image = window / windows_.of_image, place = window % windows_.of_image;
+    const int row = static_cast<int>(place / windows_.across) * kStep;
+    const int column = static_cast<int>(place % windows_.across) * kStep;
+    const float* pixels[kStep][kStep];
     for (int i = 0; i < kStep; ++i) {
       for (int j = 0; j < kStep; ++j) {
-        if (row + i >= conv_.out_height || column + j >= conv_.out_width) continue;
+        const bool inside = row + i < conv_.out_height && column + j < conv_.out_width;
         const int64_t pixel = (image * conv_.out_height + row + i) * conv_.out_width + column + j;
-        load_filters(grad_out_ + pixel * conv_.filters + filter, conv_.filters - filter, values[i][j]);
+        pixels[i][j] = inside ? grad_out_ + pixel * conv_.filters : nullptr;
       }
     }
-    for (int v = 0; v < kRowVectors; ++v) {
-      Vector half[kWindow][kStep];
-      for (int j = 0; j < kStep; ++j) {
-        const Vector down[kStep] = {values[0][j][v], values[1][j][v]};
-        Vector whole[kWindow];
-        Filtering<kStep>::grad_outputs(down, whole);
-        for (int i = 0; i < kWindow; ++i) half[i][j] = whole[i];
+    for (int64_t tile = tiles.begin; tile < tiles.end; ++tile, to += kRowsWords) {
+      const int64_t filter = tile * kTileRows;
+      Vector values[kStep][kStep][kRowVectors] = {};
+      for (int i = 0; i < kStep; ++i) {
+        for (int j = 0; j < kStep; ++j) {
+          if (pixels[i][j] != nullptr) load_filters(pixels[i][j] + filter, conv_.filters - filter, values[i][j]);
+        }
       }
-      for (int i = 0; i < kWindow; ++i) {
-        Vector whole[kWindow];
-        Filtering<kStep>::grad_outputs(half[i], whole);
-        for (int j = 0; j < kWindow; ++j) {
-          store_vector(to + (i * kWindow + j) * product_words + v * kVectorLanes, whole[j]);
+      for (int v = 0; v < kRowVectors; ++v) {
+        Vector half[kWindow][kStep];
+        for (int j = 0; j < kStep; ++j) {
+          const Vector down[kStep] = {values[0][j][v], values[1][j][v]};
+          Vector whole[kWindow];
+          Filtering<kStep>::grad_outputs(down, whole);
+          for (int i = 0; i < kWindow; ++i) half[i][j] = whole[i];
+        }
+        for (int i = 0; i < kWindow; ++i) {
+          Vector whole[kWindow];
+          Filtering<kStep>::grad_outputs(half[i], whole);
+          for (int j = 0; j < kWindow; ++j) {
+            store_vector(to + (i * kWindow + j) * product_words + v * kVectorLanes, whole[j]);
+          }
         }
       }
     }
   }
 
   // A panel of every product: of the windows the transformed inputs of `columns` channels.
-  template <bool normalise>
-  void transform_inputs(int64_t window, int64_t count, int64_t channel, int columns, float* to) const {
+  void transform_inputs(const WindowPlace* places, int64_t count, int64_t channel, int columns, float* to) const {
     for (int64_t w = 0; w < count; ++w) {
-      const WindowInputs<Single, kStep> inputs(conv_, input_, windows_, window + w);
       for (int c = 0; c < columns; c += kVectorLanes) {
         float* const target = to + w * kTileColumns + c;
-        inputs.template transform<normalise>(static_cast<int>(channel) + c,
-                                             [target](int i, int j, Vector value) __attribute__((always_inline)) {
-                                               store_vector(target + (i * kWindow + j) * kPanelWords, value);
-                                             });
+        inputs_.transform(places[w], channel + c, [target](int i, int j, Vector value) __attribute__((always_inline)) {
+          store_vector(target + (i * kWindow + j) * kPanelWords, value);
+        });
       }
     }
   }
 
   const CpuConv& conv_;
-  const ConvInput& input_;
+  WindowInputs<Single, kStep> inputs_;
   const float* grad_out_;
   Windows<kStep> windows_;
   int64_t product_words_;

@@ -24,7 +24,7 @@ class WinogradPart {
 
   WinogradPart(const CpuConv& conv, const ConvInput& input, const float* packed, const ConvEpilogue& epilogue)
       : conv_(conv),
-        input_(input),
+        inputs_(conv, input),
         packed_(packed),
         epilogue_(epilogue),
         windows_(conv),
@@ -43,12 +43,7 @@ class WinogradPart {
     for (int64_t t = 0; t < tiles; ++t) {
       const Share tile = share(count, t, tiles);
       for (int64_t w = tile.begin; w < tile.end; ++w) {
-        float* const to = inputs + t * tile_words_ + (w - tile.begin) * kRowWords;
-        if (input_.mean == nullptr) {
-          transform_window<false>(windows.begin + w, to);
-        } else {
-          transform_window<true>(windows.begin + w, to);
-        }
+        transform_window(windows.begin + w, inputs + t * tile_words_ + (w - tile.begin) * kRowWords);
       }
     }
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
@@ -69,12 +64,11 @@ class WinogradPart {
     return scratch;
   }
 
-  template <bool normalise>
   void transform_window(int64_t window, float* to) const {
-    const WindowInputs<Element, step> inputs(conv_, input_, windows_, window);
-    for (int c = 0; c < conv_.channels; c += kVectorLanes) {
+    const WindowPlace place = place_of(conv_, windows_, window);
+    for (int64_t c = 0; c < conv_.channels; c += kVectorLanes) {
       float* const target = to + c / kDepthWords * kProducts * kTileRows * kRowWords + c % kDepthWords;
-      inputs.template transform<normalise>(c, [target](int i, int j, Vector value) __attribute__((always_inline)) {
+      inputs_.transform(place, c, [target](int i, int j, Vector value) __attribute__((always_inline)) {
         store_vector(target + (i * kWindow + j) * kTileRows * kRowWords, value);
       });
     }
@@ -160,7 +154,7 @@ class WinogradPart {
   }
 
   const CpuConv& conv_;
-  const ConvInput& input_;
+  WindowInputs<Element, step> inputs_;
   const float* packed_;
   const ConvEpilogue& epilogue_;
   Windows<step> windows_;

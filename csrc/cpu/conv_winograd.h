@@ -91,37 +91,72 @@ struct Windows {
         count(of_image * conv.images) {}
 };
 
-// A window's inputs, transformed.
+// Where a window of inputs lies, and which of them are inside the image: a bit for each.
+struct WindowPlace {
+  int64_t corner;  // of the first element; it may lie beyond the image
+  uint64_t inside;
+};
+
+template <int step>
+WindowPlace place_of(const CpuConv& conv, const Windows<step>& windows, int64_t window) {
+  constexpr int kWindow = step + 2;
+  const int64_t image = window / windows.of_image, place = window % windows.of_image;
+  const int top = static_cast<int>(place / windows.across) * step - conv.padding_height;
+  const int left = static_cast<int>(place % windows.across) * step - conv.padding_width;
+  const int64_t corner = ((image * conv.height + top) * conv.width + left) * conv.channels;
+  uint64_t inside = 0;
+  for (int i = 0; i < kWindow; ++i) {
+    for (int j = 0; j < kWindow; ++j) {
+      const bool is_inside = static_cast<unsigned>(top + i) < static_cast<unsigned>(conv.height) &&
+                             static_cast<unsigned>(left + j) < static_cast<unsigned>(conv.width);
+      inside |= uint64_t{is_inside} << (i * kWindow + j);
+    }
+  }
+  return {corner, inside};
+}
+
+// The inputs of windows, transformed.
 template <typename Element, int step>
 class WindowInputs {
  public:
   using Storage = typename Element::Storage;
   static constexpr int kWindow = step + 2;  // inputs on a side
+  static constexpr uint64_t kAll = (uint64_t{1} << (kWindow * kWindow)) - 1;
 
-  WindowInputs(const CpuConv& conv, const ConvInput& input, const Windows<step>& windows, int64_t window)
-      : input_(input) {
-    const int64_t image = window / windows.of_image, place = window % windows.of_image;
-    const int top = static_cast<int>(place / windows.across) * step - conv.padding_height;
-    const int left = static_cast<int>(place % windows.across) * step - conv.padding_width;
-    for (int i = 0; i < kWindow; ++i) {
-      for (int j = 0; j < kWindow; ++j) {
-        const bool inside = static_cast<unsigned>(top + i) < static_cast<unsigned>(conv.height) &&
-                            static_cast<unsigned>(left + j) < static_cast<unsigned>(conv.width);
-        const int64_t pixel = (image * conv.height + top + i) * conv.width + left + j;
-        pixels_[i][j] = inside ? static_cast<const Storage*>(input.x) + pixel * conv.channels : nullptr;
-      }
+  WindowInputs(const CpuConv& conv, const ConvInput& input)
+      : input_(input), pixel_(conv.channels), row_(int64_t{conv.width} * conv.channels) {}
+
+  // Calls store(i, j, value) with the products' factors of kVectorLanes channels from c on.
+  template <typename Store>
+  void transform(const WindowPlace& place, int64_t c, const Store& store) const {
+    if (input_.mean != nullptr) {
+      transform_any<true, false>(place, c, store);
+    } else if (place.inside == kAll) {
+      transform_any<false, true>(place, c, store);
+    } else {
+      transform_any<false, false>(place, c, store);
     }
   }
 
-  // Calls store(i, j, value) with the products' factors of kVectorLanes channels from c on.
-  template <bool normalise, typename Store>
-  void transform(int c, const Store& store) const {
+ private:
+  template <bool normalise, bool all_inside, typename Store>
+  void transform_any(const WindowPlace& place, int64_t c, const Store& store) const {
+    const auto* const x = static_cast<const Storage*>(input_.x);
     Vector half[kWindow][kWindow];
 #pragma GCC unroll 6
     for (int j = 0; j < kWindow; ++j) {
       Vector column[kWindow], down[kWindow];
 #pragma GCC unroll 6
-      for (int i = 0; i < kWindow; ++i) column[i] = load<normalise>(pixels_[i][j], c);
+      for (int i = 0; i < kWindow; ++i) {
+        const int64_t element = place.corner + i * row_ + j * pixel_ + c;
+        if (!all_inside && (place.inside >> (i * kWindow + j) & 1) == 0) {
+          column[i] = Vector{};
+        } else if constexpr (normalise) {
+          column[i] = normalised<Element>(input_, x + element, c, kVectorLanes);
+        } else {
+          column[i] = Element::load(x + element);
+        }
+      }
       Filtering<step>::inputs(column, down);
 #pragma GCC unroll 6
       for (int i = 0; i < kWindow; ++i) half[i][j] = down[i];
@@ -135,16 +170,8 @@ class WindowInputs {
     }
   }
 
- private:
-  template <bool normalise>
-  Vector load(const Storage* pixel, int c) const {
-    if (pixel == nullptr) return Vector{};
-    if constexpr (normalise) return normalised<Element>(input_, pixel + c, c, kVectorLanes);
-    return Element::load(pixel + c);
-  }
-
   const ConvInput& input_;
-  const Storage* pixels_[kWindow][kWindow];  // null beyond the image
+  int64_t pixel_, row_;  // elements
 };
 
 }  // namespace CPU_CAPABILITY
