@@ -96,7 +96,7 @@ def fusion_report(model: nn.Module) -> FusionReport:
                 first = names[0] or type(module).__name__
                 name = " + ".join((first, *site.norms[1:], *site.tail))
                 level_reasons = () if reasons else tuple(_why_level_0(module, site.conv, memory_format))
-                level = None if reasons else 0 if level_reasons else training_level_asked_for()
+                level = None if reasons else 0 if level_reasons else training_level_asked_for(_device(module))
                 sites.append(FusionSite(name, names, tuple(reasons), level_reasons, level))
         if _is_norm(module) and module not in covered:
             covered.add(module)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fused_resnet.ops.backend import passes_for
 from fused_resnet.ops.bn_act import BatchNorm
-from fused_resnet.ops.plan import training_level
+from fused_resnet.ops.plan import takes_own_gradients, training_level
 from fused_resnet.ops.reference import statistics_dtype
 from fused_resnet.ops.synchronize import group_to_share, statistics_over_ranks, sums_over_ranks
 
@@ -191,7 +191,7 @@ def convolution_gradients(
     link, x = done.link, before.tensor
     weight = link.conv_weight.to(x.dtype) if need_input else like_x(link.conv_weight, x)
     if done.level < 3:
-        return _separate_gradients(dz, before, weight, link, need_weight, need_input, residual)
+        return _separate_gradients(dz, before, weight, done, need_weight, need_input, residual)
     grad_weight = following = None
     if need_weight:
         grad_weight = _ops.conv_grad_weight(dz, raw, coefficients, x, *before.prologue, weight, *link.sizes)
@@ -207,23 +207,38 @@ def _separate_gradients(
     dy: Tensor,
     before: Raw,
     weight: Tensor,
-    link: ConvNorm,
+    done: Done,
     need_weight: bool,
     need_input: bool,
     residual: Tensor | None,
 ) -> tuple[Tensor | None, Upstream | None]:
-    """``backward_link`` with PyTorch's own convolution; the activation is made again for the gradient of the weight."""
+    """``backward_link`` with convolutions alone, ours or PyTorch's."""
+    link, x, first = done.link, before.tensor, before.vectors is None
+    grad = grad_weight = None
+    if done.level > 0 and takes_own_gradients(x, weight, *link.sizes):
+        if need_weight:
+            grad_weight = _ops.conv_grad_weight(dy, None, None, x, *before.prologue, weight, *link.sizes)
+        if need_input:
+            added = residual if first else None
+            grad = _ops.conv_grad_input(dy, None, None, weight, x, *NO_NORM, added, *link.sizes)[0]
+    else:
+        grad, grad_weight = _gradients_of_pytorch(dy, before, weight, link, need_weight, need_input)
+        if grad is not None and first and residual is not None:
+            grad = grad + residual
+    following = None if grad is None else Upstream(grad, first, None, None)
+    return None if grad_weight is None else grad_weight.to(link.conv_weight.dtype), following
+
+
+def _gradients_of_pytorch(
+    dy: Tensor, before: Raw, weight: Tensor, link: ConvNorm, need_weight: bool, need_input: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of the input and the weight; the activation is made again for that of the weight."""
     activation = before.activation() if need_weight else before.tensor
     stride, padding, dilation, groups = link.sizes
     mask = [need_input, need_weight, False]
     settings = (None, stride, padding, dilation, False, [0, 0], groups, mask)
     grad, grad_weight, _ = torch.ops.aten.convolution_backward(dy, activation, weight, *settings)
-    following = None
-    if need_input and before.vectors is None:
-        following = Upstream(grad if residual is None else grad + residual, True, None, None)
-    elif need_input:
-        following = Upstream(grad, False, None, None)
-    return grad_weight.to(link.conv_weight.dtype) if need_weight else None, following
+    return grad if need_input else None, grad_weight if need_weight else None
 
 
 def values_per_channel(y: Tensor) -> int:

@@ -31,7 +31,7 @@ TRANSFORMS = 0.1  # of the products' time
 
 
 @functools.cache
-def _why_no_kernels(dtype: torch.dtype) -> tuple[str, ...]:
+def why_no_kernels(dtype: torch.dtype) -> tuple[str, ...]:
     if dtype not in CAPABILITIES:
         return (f"the dtype is {dtype}; the C++ convolutions take float32 and bfloat16",)
     built = extension()
@@ -45,7 +45,7 @@ def _why_no_kernels(dtype: torch.dtype) -> tuple[str, ...]:
 
 def takes_dtype(dtype: torch.dtype) -> bool:
     """True if the kernels of this processor take it."""
-    return not _why_no_kernels(dtype)
+    return not why_no_kernels(dtype)
 
 
 def why_not_native(x: Tensor, weight: Tensor, stride: list[int], dilation: list[int], groups: int) -> list[str]:
@@ -57,7 +57,7 @@ def why_not_native(x: Tensor, weight: Tensor, stride: list[int], dilation: list[
     """
     if x.device.type != "cpu" or weight.device.type != "cpu":
         return [f"x is on {x.device}, weight on {weight.device}; it takes CPU tensors"]
-    if reasons := _why_no_kernels(x.dtype):
+    if reasons := why_no_kernels(x.dtype):
         return list(reasons)
     if groups > 1 and weight.shape[0] // groups < NARROWEST_GROUP:
         built = extension()
@@ -155,7 +155,7 @@ class NativeConv:
         """The method that is likely the fastest for an x of this shape and dtype."""
         images, _, height, width = self.output_shape(shape, dtype)
         *_, last = self.candidates
-        return "gemm" if last == "winograd" and not _prefers_winograd(images, height, width, dtype) else last
+        return "gemm" if last == "winograd" and not prefers_winograd(images, height, width, dtype) else last
 
     def call(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[Any, bool, int]:
         """(``_C.PackedConv``, whether a ReLU follows, threads) for an x of this shape and dtype."""
@@ -245,7 +245,7 @@ def empty_channels_last(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return empty_strided(shape, (height * width * channels, 1, width * channels, channels), dtype)
 
 
-def _prefers_winograd(images: int, height: int, width: int, dtype: torch.dtype) -> bool:
+def prefers_winograd(images: int, height: int, width: int, dtype: torch.dtype) -> bool:
     """True if Winograd's method is faster for outputs of this size. Its weights are four to eight times as large, which
     only pays where they are used often enough; both times are of one channel and filter, measured on a Zen 4 core."""
     step, products, speed = (2, 16, FLOAT32_SPEED) if dtype == torch.float32 else (4, 36, BFLOAT16_SPEED)

@@ -10,10 +10,12 @@ level what one pass over memory holds
 ===== ==============================================================================================
 
 The automatic choice is the level that was fastest here for this convolution, where ``ops/measured_plan.py`` knows of a
-measurement. Else, by what is known and not by measurement: level 3 where the Triton kernels run on the device and
-have matrix instructions for the dtype, since it moves the fewest bytes (benchmarks/step_bytes.py) and nearly every
-convolution of a ResNet waits for memory; else level 0. A convolution that the kernels cannot take falls to level 0
-alone. ``use_fusion_level``, or FUSED_RESNET_LEVEL in the environment, asks for another.
+measurement. Else level 3 where the Triton kernels run on the device and have matrix instructions for the dtype, by what
+is known and not by measurement: it moves the fewest bytes (benchmarks/step_bytes.py), and nearly every convolution of a
+ResNet waits for memory. On the CPU level 2 where the C++ convolutions take it, which were measured to be faster than
+oneDNN's; there the processor is waited for, not memory, and the gradient of a convolution's output is written once for
+both gradients that read it. Else level 0. A convolution that the kernels cannot take falls to level 0 alone.
+``use_fusion_level``, or FUSED_RESNET_LEVEL in the environment, asks for another.
 """
 
 from __future__ import annotations
@@ -29,10 +31,13 @@ from torch import Tensor
 from fused_resnet.ops import measured_plan
 from fused_resnet.ops.backend import AUTO, requested_backend, why_not
 from fused_resnet.ops.layout import is_channels_last_once_dense
+from fused_resnet.ops.reasons import unavailable
 
 ENVIRONMENT_VARIABLE = "FUSED_RESNET_LEVEL"
 HIGHEST_LEVEL = 3
-WITHOUT_CONVOLUTION = ("native", "separate")
+WITHOUT_POOLING = ("native", "separate")
+NATIVE_LEVEL = 2
+"""The highest that the CPU's C++ has."""
 MOST_DECISIONS = 4096
 
 _decided: dict[tuple[Any, ...], int] = {}
@@ -43,8 +48,9 @@ def use_fusion_level(level: int | None) -> contextlib.AbstractContextManager[Non
     """``with use_fusion_level(level):`` trains residual blocks at this level (None for the automatic choice).
 
     For the whole process, as ``use_backend``. A block keeps the level of its forward for its backward. Asked for by
-    number, levels 1 to 3 also run on the CPU, through the reference: right, but slow. What no backend but the reference
-    takes at all (float64, for one) stays at level 0 unless ``use_backend("reference")`` asks for that too.
+    number, levels 1 to 3 run anywhere, through the reference where no kernel takes them: right, but slow. What no
+    backend but the reference takes at all (float64, for one) stays at level 0 unless ``use_backend("reference")`` asks
+    for that too.
 
     Raises:
         TypeError, ValueError: level is not None, 0, 1, 2 or 3.
@@ -94,7 +100,7 @@ def training_level(
         if not fused:
             level = 0
         elif measured is None or _requested is not None or requested_backend() != AUTO:
-            level = training_level_asked_for()
+            level = training_level_asked_for(x)
         else:
             level = measured
         if len(_decided) >= MOST_DECISIONS:
@@ -103,9 +109,23 @@ def training_level(
     return level
 
 
-def training_level_asked_for() -> int:
-    """The level of what has no reason against it: the one asked for, else the highest."""
-    return HIGHEST_LEVEL if _requested is None else _requested
+def training_level_asked_for(x: Tensor) -> int:
+    """The level of what has no reason against it, on the device of x: the one asked for, else the highest there."""
+    if _requested is not None:
+        return _requested
+    return NATIVE_LEVEL if _is_native(x) else HIGHEST_LEVEL
+
+
+def takes_own_gradients(
+    x: Tensor,
+    conv_weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> bool:
+    """True if at levels 1 and 2 the gradients of this convolution are ours and not PyTorch's. Arguments as above."""
+    return _is_native(x) and not _why_not_native(x, conv_weight, stride, padding, dilation, groups)
 
 
 def why_not_fused_training(
@@ -122,16 +142,42 @@ def why_not_fused_training(
     if groups != 1:
         return [f"groups is {groups}; the training kernels take 1"]
     backend = requested_backend()
-    if backend in WITHOUT_CONVOLUTION:
+    if backend == "separate":
         return [f"backend {backend!r} was asked for, which has no training convolution"]
     if backend == "reference" or (backend == AUTO and _requested is not None and not x.is_cuda):
         return []
+    if backend == "native" and _requested == HIGHEST_LEVEL:
+        return [f"backend {backend!r} was asked for, which has levels 1 and 2, and level {_requested}"]
+    if _is_native(x):
+        return _why_not_native(x, conv_weight, stride, padding, dilation, groups)
     settings = (list(stride), list(padding), list(dilation), groups)
-    forward = (x, conv_weight, None, None, None, None, None, None, 0.0, 0.0, *settings, True)
-    reasons = why_not("triton", "conv_stats", *forward)
+    reasons = why_not("triton", "conv_stats", *_forward(x, conv_weight, settings))
     if not reasons and _requested is None and x.is_cuda and _needs_full_float32(x):
         reasons.append("float32 that may not be rounded to TF32 has no matrix instructions in Triton")
     return reasons
+
+
+def _is_native(x: Tensor) -> bool:
+    """True if the training convolutions of x are the CPU's C++: Triton's interpreter comes first."""
+    backend = requested_backend()
+    return backend == "native" or (backend == AUTO and not x.is_cuda and bool(unavailable("triton")))
+
+
+def _why_not_native(
+    x: Tensor,
+    conv_weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> list[str]:
+    settings = (list(stride), list(padding), list(dilation), groups)
+    return why_not("native", "conv_stats", *_forward(x, conv_weight, settings))
+
+
+def _forward(x: Tensor, conv_weight: Tensor, settings: tuple[list[int], list[int], list[int], int]) -> tuple[Any, ...]:
+    """The arguments of the op ``conv_stats``."""
+    return (x, conv_weight, None, None, None, None, None, None, 0.0, 0.0, *settings, True)
 
 
 def why_not_fused_pool(y: Tensor, kernel_size: list[int], stride: list[int], padding: list[int]) -> list[str]:
@@ -140,11 +186,11 @@ def why_not_fused_pool(y: Tensor, kernel_size: list[int], stride: list[int], pad
     That is so at levels 2 and 3, where nothing that only the next operation reads is written. Of y, the output of a
     convolution, only dtype, device and layout matter.
     """
-    level = training_level_asked_for()
+    level = training_level_asked_for(y)
     if level < 2:
         return [f"level {level} was asked for, and pooling is fused at levels 2 and 3"]
     backend = requested_backend()
-    if backend in WITHOUT_CONVOLUTION:
+    if backend in WITHOUT_POOLING:
         return [f"backend {backend!r} was asked for, which has no pooling"]
     if backend == "reference" or (backend == AUTO and _requested is not None and not y.is_cuda):
         return []

@@ -149,15 +149,15 @@ def _why_not_triton(op: str, args: tuple[Any, ...]) -> list[str]:
     if op == "conv_bn_act":
         return reasons + module("triton").why_not_conv(*args)
     if op in _TRAINING_CONVOLUTIONS:
-        return reasons + _train_conv_mismatches(op, args)
+        return reasons + _train_conv_mismatches("triton", op, args)
     if "pool" in op:
         return reasons + _pool_mismatches(op, args)
     return reasons + _mismatches(x, args, _which_are_vectors(op))
 
 
 def _why_not_native(op: str, args: tuple[Any, ...]) -> list[str]:
-    if op.startswith("conv"):
-        return ["it has no convolution; on the CPU that is oneDNN's, which the separate backend calls"]
+    if op == "conv_bn_act":
+        return ["it has no single convolution for inference; that is oneDNN's, which the separate backend calls"]
     if op == "bn_grad_coefficients" or "pool" in op:
         return ["it has neither passes over vectors nor pooling"]
     if not hasattr(module("native"), op):
@@ -170,7 +170,20 @@ def _why_not_native(op: str, args: tuple[Any, ...]) -> list[str]:
         reasons.append(f"x is {x.dtype}; it takes float32, float16 and bfloat16")
     if x.numel() == 0:
         reasons.append("x is empty")
+    if op in _TRAINING_CONVOLUTIONS:
+        return reasons or _train_conv_mismatches("native", op, args) + _beyond_level_2(op, args)
     return reasons + _mismatches(x, args, _which_are_vectors(op))
+
+
+def _beyond_level_2(op: str, args: tuple[Any, ...]) -> list[str]:
+    """What of the gradients of a convolution the native backend has not: the norms around them."""
+    named = dict(zip(argument_names(op), args, strict=True))
+    reasons = []
+    if named.get("coefficients") is not None:
+        reasons.append("coefficients are given; it takes the gradient of the convolution's output (level 2)")
+    if op == "conv_grad_input" and named["mean"] is not None:
+        reasons.append("a norm in front is given; its backward is passes of their own (level 2)")
+    return reasons
 
 
 @functools.cache
@@ -215,12 +228,12 @@ def _pool_mismatches(op: str, args: tuple[Any, ...]) -> list[str]:
     return reasons
 
 
-def _train_conv_mismatches(op: str, args: tuple[Any, ...]) -> list[str]:
-    """What the training convolutions cannot take, beyond what holds for every op on x."""
+def _train_conv_mismatches(backend: str, op: str, args: tuple[Any, ...]) -> list[str]:
+    """What the training convolutions of a backend cannot take, beyond what holds for every op on x."""
     named = dict(zip(argument_names(op), args, strict=True))
     x, conv_weight = named["x"], named["conv_weight"]
     settings = [named[name] for name in ("stride", "padding", "dilation", "groups")]
-    if reasons := module("triton").why_not_train_conv(x, conv_weight, *settings):
+    if reasons := module(backend).why_not_train_conv(x, conv_weight, *settings):
         return reasons
     filters, channels = conv_weight.shape[0], (x.shape[1],)
     size = (conv_output_size(x.shape[i + 2], conv_weight.shape[i + 2], *(s[i] for s in settings[:3])) for i in (0, 1))

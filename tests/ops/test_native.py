@@ -18,7 +18,7 @@ from tests.ops.step import FORMATS, HALF, NEEDS_NATIVE, assert_same, both, make_
 pytestmark = NEEDS_NATIVE
 if not backend.unavailable("native"):
     from fused_resnet import _C
-    from fused_resnet.ops import native
+    from fused_resnet.ops import native, native_address
 
 SCALES = [1.0, -1.0, 1 / 3, 1 + 2**-10, 3.0, 2.0**-9, 2.0**-15 * 1.1, 1000.0]
 
@@ -208,5 +208,5 @@ def test_a_tensor_that_only_wraps_others_is_no_none():
             raise NotImplementedError(func)
 
     with pytest.raises(TypeError, match="memory of their own; got Wrapper"):
-        native._address(Wrapper(torch.rand(4)))
-    assert native._address(None) == 0 and native._address(torch.empty(0)) == 0
+        native_address.address(Wrapper(torch.rand(4)))
+    assert native_address.address(None) == 0 and native_address.address(torch.empty(0)) == 0

@@ -163,7 +163,7 @@ def test_reasons(monkeypatch):
         return
     narrow = torch.randn(24, 1, 3, 3)
     assert "groups of 1 filters" in why_not_native(torch.randn(1, 24, 4, 4), narrow, *settings, 24)[0]
-    monkeypatch.setattr(native_conv, "_why_no_kernels", lambda dtype: ("fused_resnet._C is not built",))
+    monkeypatch.setattr(native_conv, "why_no_kernels", lambda dtype: ("fused_resnet._C is not built",))
     assert why_not_native(torch.randn(1, 8, 4, 4), weight, *settings, 1) == ["fused_resnet._C is not built"]
 
 
