@@ -15,11 +15,12 @@ from fused_resnet.models.resnet import ResNet
 from fused_resnet.modules.basic_block import BasicBlock
 from fused_resnet.modules.bottleneck import Bottleneck
 from fused_resnet.modules.shortcut import why_not_split
-from fused_resnet.modules.stem import why_not_whole_stem
+from fused_resnet.modules.stem import why_not_whole_stem, window
 from fused_resnet.modules.whole_block import why_not_whole
 from fused_resnet.ops.backend import AUTO, requested_backend, unavailable, why_not
 from fused_resnet.ops.layout import is_channels_last
 from fused_resnet.ops.plan import training_level_asked_for, why_not_fused_training
+from fused_resnet.ops.stem import why_not_pooled
 
 LINE_LENGTH = 120
 
@@ -96,7 +97,9 @@ def fusion_report(model: nn.Module) -> FusionReport:
                 first = names[0] or type(module).__name__
                 name = " + ".join((first, *site.norms[1:], *site.tail))
                 level_reasons = () if reasons else tuple(_why_level_0(module, site.conv, memory_format))
-                level = None if reasons else 0 if level_reasons else training_level_asked_for(_device(module))
+                level = None if reasons else 0
+                if not reasons and not level_reasons and site.conv is not None:
+                    level = training_level_asked_for(_weight(module, site.conv))
                 sites.append(FusionSite(name, names, tuple(reasons), level_reasons, level))
         if _is_norm(module) and module not in covered:
             covered.add(module)
@@ -161,7 +164,13 @@ def _why_level_0(module: nn.Module, conv_name: str | None, memory_format: torch.
     shape = (2, conv.in_channels, *size)
     x = torch.empty(shape, dtype=conv.weight.dtype, device=conv.weight.device, memory_format=memory_format)
     settings = (conv.stride, cast(tuple[int, int], conv.padding), conv.dilation, conv.groups)
+    if isinstance(module, ResNet) and (reasons := why_not_pooled(x, conv.weight, window(module.maxpool))):
+        return reasons
     return why_not_fused_training(x, conv.weight.detach(), *settings)
+
+
+def _weight(module: nn.Module, conv_name: str) -> Tensor:
+    return cast(nn.Conv2d, module.get_submodule(conv_name)).weight.detach()
 
 
 def _memory_format(model: nn.Module) -> torch.memory_format:

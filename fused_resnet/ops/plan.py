@@ -111,8 +111,11 @@ def training_level(
 
 def training_level_asked_for(x: Tensor) -> int:
     """The level of what has no reason against it, on the device of x: the one asked for, else the highest there."""
-    if _requested is not None:
-        return _requested
+    return highest_level(x) if _requested is None else _requested
+
+
+def highest_level(x: Tensor) -> int:
+    """The highest level that the kernels of x's device have."""
     return NATIVE_LEVEL if _is_native(x) else HIGHEST_LEVEL
 
 

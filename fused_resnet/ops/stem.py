@@ -101,10 +101,15 @@ def gains(x: Tensor, conv_weight: Tensor, window: Window) -> bool:
     """True if pooling is fused with the norm and ReLU in front of it for this x."""
     if torch.compiler.is_compiling() or not has_fused_backend(x):
         return False
+    return not why_not_pooled(x, conv_weight, window)
+
+
+def why_not_pooled(x: Tensor, conv_weight: Tensor, window: Window) -> list[str]:
+    """The reasons why the norm, ReLU and pooling behind this convolution of x are not one pass; [] if they are."""
     weight = like_x(conv_weight, x)
     shape = (1, weight.shape[0], *window[0])
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=conv_memory_format(x, weight))
-    return not why_not_fused_pool(y, *window)
+    return why_not_fused_pool(y, *window)
 
 
 def _check_window(shape: tuple[int, ...], kernel_size: list[int], stride: list[int], padding: list[int]) -> None:

@@ -136,7 +136,7 @@ def test_a_backend_that_cannot_take_these_tensors_is_refused_with_every_reason()
         bn_act(**inputs)
     conv = {"conv_weight": torch.ones(5, 3, 1, 1), "weight": None, "bias": None}
     running = {"running_mean": torch.zeros(5), "running_var": torch.ones(5)}
-    with use_backend("native"), pytest.raises(BackendError, match="conv_bn_act: it has no convolution"):
+    with use_backend("native"), pytest.raises(BackendError, match="conv_bn_act: it has no single convolution"):
         conv_bn_act(X, **conv, **running)
     with use_backend("separate"), pytest.raises(BackendError, match="cannot run bn_apply"):
         bn_act(**make_inputs((2, 3, 4, 4)))

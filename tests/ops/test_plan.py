@@ -24,6 +24,7 @@ from fused_resnet.ops import (
     use_fusion_level,
     why_not_fused_training,
 )
+from fused_resnet.ops.native_conv import why_no_kernels
 from tests.ops.step import NEEDS_NATIVE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -118,13 +119,22 @@ def test_the_environment_is_checked_when_it_is_read(monkeypatch, value):
 
 
 @NEEDS_NATIVE
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_the_automatic_level_on_the_cpu_is_0(dtype):
-    """No fused convolution is faster than oneDNN's and the passes of C++ beside it."""
+def test_the_automatic_level_on_the_cpu_is_2_where_the_cpp_convolutions_take_it():
+    """Else 0: oneDNN's convolutions, and the passes of C++ beside them."""
+    if not backend.unavailable("triton"):
+        pytest.skip("Triton's interpreter runs the kernels of a GPU here")
+    kernels = not why_no_kernels(torch.float32)
+    x, *others = convolution()
     with use_backend("auto"), use_fusion_level(None):
-        if backend.unavailable("triton"):
+        assert level(x, *others) == (2 if kernels else 0)
+        assert level(x.contiguous(), *others) == 0
+        for dtype in (torch.bfloat16, torch.float64):
             assert level(*convolution(dtype=dtype)) == 0
-            assert why_not_fused_training(*convolution(dtype=dtype)) == backend.unavailable("triton")
+            assert str(dtype) in why_not_fused_training(*convolution(dtype=dtype))[0]
+        if kernels:
+            assert why_not_fused_training(x.contiguous(), *others) == ["x is not channels_last"]
+            padded = (x, others[0], [1, 1], [3, 3], [1, 1], 1)
+            assert "padding that is less" in why_not_fused_training(*padded)[0]
 
 
 @pytest.mark.parametrize("asked", [0, 1, 2, 3])
@@ -150,13 +160,23 @@ def test_groups_stay_at_level_0(name):
         assert why_not_fused_training(*convolution(groups=2)) == ["groups is 2; the training kernels take 1"]
 
 
-@pytest.mark.parametrize("name", [pytest.param("native", marks=NEEDS_NATIVE), "separate"])
-def test_a_backend_without_convolutions_trains_at_level_0_whatever_was_asked_for(name):
+def test_a_backend_without_convolutions_trains_at_level_0_whatever_was_asked_for():
     """A backend that was asked for runs, or nothing does: the reference must not stand in for it."""
     for asked in (None, 3):
-        with use_backend(name), use_fusion_level(asked):
+        with use_backend("separate"), use_fusion_level(asked):
             assert level(*convolution()) == 0
-            assert f"backend {name!r} was asked for" in why_not_fused_training(*convolution())[0]
+            assert "backend 'separate' was asked for" in why_not_fused_training(*convolution())[0]
+
+
+@NEEDS_NATIVE
+def test_the_native_backend_asked_for_by_name_has_levels_1_and_2():
+    kernels = not why_no_kernels(torch.float32)
+    for asked, expected in ((None, 2), (1, 1), (2, 2), (3, 0)):
+        with use_backend("native"), use_fusion_level(asked):
+            assert level(*convolution()) == (expected if kernels else 0)
+            assert level(*convolution(dtype=torch.float64)) == 0
+            if asked == 3:
+                assert "which has levels 1 and 2" in why_not_fused_training(*convolution())[0]
 
 
 def test_what_the_kernels_cannot_take_is_said_in_their_words(monkeypatch):
@@ -168,6 +188,7 @@ def test_what_the_kernels_cannot_take_is_said_in_their_words(monkeypatch):
         return ["x is torch.float64; it takes float32"] if arguments[0].dtype == torch.float64 else []
 
     monkeypatch.setattr(plan, "why_not", reasons)
+    monkeypatch.setattr(plan, "unavailable", lambda backend: [])
     with use_backend("auto"), use_fusion_level(None):
         assert level(*convolution()) == 3
         assert level(*convolution(dtype=torch.float64)) == 0
@@ -186,6 +207,7 @@ class OnCuda(torch.Tensor):
 def test_float32_is_fused_where_it_may_be_rounded_to_tf32(monkeypatch, precision, expected):
     """Without matrix instructions cuDNN is faster; asked for by number, the level is as asked. bfloat16 has them."""
     monkeypatch.setattr(plan, "why_not", lambda *arguments: [])
+    monkeypatch.setattr(plan, "unavailable", lambda backend: [])
     before = torch.backends.cudnn.conv.fp32_precision
     x, *others = convolution()
     try:
@@ -206,6 +228,7 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(plan_file.ENVIRONMENT_VARIABLE, str(tmp_path))
     monkeypatch.setattr(plan_file, "SHIPPED_FOLDER", tmp_path / "shipped")
     monkeypatch.setattr(plan, "why_not", lambda *arguments: [])
+    monkeypatch.setattr(plan, "unavailable", lambda backend: [])
     measured_plan.reload()
     yield lambda arguments, winner: measured_plan.record(
         measured_plan.LEVEL, plan_key.level_key(*arguments), winner, {}

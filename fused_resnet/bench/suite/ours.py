@@ -25,8 +25,7 @@ from fused_resnet.bench.suite.preparing import Surroundings, prepared_inference,
 from fused_resnet.bench.suite.subjects import Subject
 from fused_resnet.bench.suite.task import Prepared
 from fused_resnet.convert.sites import fusion_sites
-from fused_resnet.ops.plan import HIGHEST_LEVEL
-from fused_resnet.ops.reasons import why_not_device
+from fused_resnet.ops.plan import HIGHEST_LEVEL, highest_level
 
 
 def our_contenders() -> list[Contender]:
@@ -39,7 +38,13 @@ def our_contenders() -> list[Contender]:
         ours("fused graph", _prepare_fused_graph, training_steps_only, cuda_only, no_float16, fusable),
         ours("fused efficient", _prepare_efficient, training_only, fusable),
         *(
-            ours(f"fused level {level}", functools.partial(_prepare_level, level), training_only, _levels, fusable)
+            ours(
+                f"fused level {level}",
+                functools.partial(_prepare_level, level),
+                training_only,
+                functools.partial(_why_no_level, level),
+                fusable,
+            )
             for level in range(HIGHEST_LEVEL + 1)
         ),
     ]
@@ -96,8 +101,10 @@ def _prepare_level(level: int, task: NetworkTask) -> Prepared:
     return prepared_module(task, fused_copy(task), surroundings=around, way=level)
 
 
-def _levels(task: NetworkTask) -> list[str]:
-    """The levels above 0 are Triton's; on a CPU level 0 is what "fused" is."""
-    if task.device.type == "cuda" or not why_not_device("triton", task.device):
+def _why_no_level(level: int, task: NetworkTask) -> list[str]:
+    """Levels above those that the device's kernels have would be the reference."""
+    like = torch.empty(0, dtype=task.dtype, device=task.device)
+    highest = highest_level(like)
+    if level <= highest:
         return []
-    return ['levels differ where Triton\'s kernels run; on a CPU "fused" is level 0, and the others are the reference']
+    return [f"the kernels on {task.device.type} have levels 0 to {highest}; above, it is the reference that runs"]

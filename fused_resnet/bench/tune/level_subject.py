@@ -20,7 +20,7 @@ from fused_resnet.bench.tune.subject import Subject
 from fused_resnet.bench.tune.tile_candidates import choosing, with_tiles
 from fused_resnet.ops import measured_plan, plan_key
 from fused_resnet.ops.backend import use_backend
-from fused_resnet.ops.plan import HIGHEST_LEVEL, training_level, use_fusion_level
+from fused_resnet.ops.plan import highest_level, training_level, use_fusion_level
 from fused_resnet.ops.plan_file import Key
 from fused_resnet.ops.reasons import unavailable
 
@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 
 
 class LevelSubject(Subject):
-    """Candidates are "0" to "3", where the kernels take the convolution.
+    """Candidates are "0" to the highest level of the device, where the kernels take the convolution.
 
     Args:
         site: the convolution and its place.
@@ -59,7 +59,8 @@ class LevelSubject(Subject):
             return str(training_level(x, weight, *self._inputs.settings))
 
     def candidates(self) -> dict[str, Callable[[], Prepared]]:
-        levels = range(HIGHEST_LEVEL + 1) if self.heuristic() != "0" else (0,)
+        with use_backend("auto"):
+            levels = range(highest_level(self._inputs.x) + 1) if self.heuristic() != "0" else (0,)
         return {str(level): functools.partial(self._prepare, level) for level in levels}
 
     def why_wrong(self, prepared: Prepared) -> str | None:
