@@ -174,27 +174,51 @@ int64_t winograd_packed_words(const CpuConv& conv) {
   return divided_up(conv.filters, kTileColumns) * kProducts * conv.channels * kTileColumns;
 }
 
+namespace {
+
+// Of one place of the kernel kVectorLanes channels from c on: to[i] holds `lanes` filters of channel c + i.
+template <typename Element>
+void load_weights(const ConvWeight& weight, int64_t filter, int lanes, int row, int column, int64_t c,
+                  Vector (&to)[kVectorLanes]) {
+  const auto* const from = static_cast<const typename Element::Storage*>(weight.data);
+  if (lanes == kVectorLanes && weight.filter == 1) {
+    for (int i = 0; i < kVectorLanes; ++i) to[i] = Element::load(from + weight.at(filter, row, column, c + i));
+  } else if (lanes == kVectorLanes && weight.channel == 1) {
+    for (int i = 0; i < kVectorLanes; ++i) to[i] = Element::load(from + weight.at(filter + i, row, column, c));
+    transpose(to);
+  } else {
+    for (int i = 0; i < kVectorLanes; ++i) {
+      float some[kVectorLanes] = {};
+      for (int lane = 0; lane < lanes; ++lane) {
+        some[lane] = Element::widen(from[weight.at(filter + lane, row, column, c + i)]);
+      }
+      to[i] = load_vector(some);
+    }
+  }
+}
+
+}  // namespace
+
 template <typename Element>
 void winograd_pack(const CpuConv& conv, const ConvWeight& weight, float* packed) {
   constexpr int kStep = winograd_step<Element>, kWindow = kStep + 2, kProducts = kWindow * kWindow;
   using Wide =
       double __attribute__((vector_size(kVectorLanes * sizeof(double))));  // so that only the result is rounded
-  const auto* const from = static_cast<const typename Element::Storage*>(weight.data);
-  const int64_t panels = divided_up(conv.filters, kTileColumns);
-  in_parallel_over(panels * kTileVectors, std::max(conv.threads, 1), [&](int64_t part) {
-    const int64_t first = part * kVectorLanes;
+  const int64_t panels = divided_up(conv.filters, kTileColumns), blocks = conv.channels / kVectorLanes;
+  in_parallel_over(panels * kTileVectors * blocks, std::max(conv.threads, 1), [&](int64_t part) {
+    const int64_t place = part / blocks, block = part % blocks * kVectorLanes, first = place * kVectorLanes;
     const int lanes = static_cast<int>(std::clamp<int64_t>(conv.filters - first, 0, kVectorLanes));
+    Vector weights[3][3][kVectorLanes];
+    for (int i = 0; i < 3; ++i) {
+      for (int j = 0; j < 3; ++j) load_weights<Element>(weight, first, lanes, i, j, block, weights[i][j]);
+    }
     float* const to =
-        packed + part / kTileVectors * kProducts * conv.channels * kTileColumns + part % kTileVectors * kVectorLanes;
-    for (int64_t c = 0; c < conv.channels; ++c) {
+        packed + place / kTileVectors * kProducts * conv.channels * kTileColumns + place % kTileVectors * kVectorLanes;
+    for (int c = 0; c < kVectorLanes; ++c) {
       Wide half[3][kWindow];  // by kernel column
       for (int j = 0; j < 3; ++j) {
-        Wide column[3] = {};
-        for (int i = 0; i < 3; ++i) {
-          for (int lane = 0; lane < lanes; ++lane) {
-            column[i][lane] = Element::widen(from[weight.at(first + lane, i, j, c)]);
-          }
-        }
+        Wide column[3];
+        for (int i = 0; i < 3; ++i) column[i] = __builtin_convertvector(weights[i][j][c], Wide);
         Filtering<kStep>::kernel(column, half[j]);
       }
       for (int i = 0; i < kWindow; ++i) {
@@ -202,7 +226,7 @@ void winograd_pack(const CpuConv& conv, const ConvWeight& weight, float* packed)
         Wide whole[kWindow];
         Filtering<kStep>::kernel(row, whole);
         for (int j = 0; j < kWindow; ++j) {
-          store_vector(to + ((i * kWindow + j) * conv.channels + c) * kTileColumns,
+          store_vector(to + ((i * kWindow + j) * conv.channels + block + c) * kTileColumns,
                        __builtin_convertvector(whole[j], Vector));
         }
       }

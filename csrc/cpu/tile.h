@@ -108,6 +108,36 @@ void store_some(typename Element::Storage* to, Vector vector, int lanes) {
   std::memcpy(to, whole, lanes * sizeof(whole[0]));
 }
 
+// Rows to columns: lane i of rows[j] becomes lane j of rows[i].
+inline void transpose(Vector (&rows)[kVectorLanes]) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  __m256 twos[8], fours[8];
+  for (int i = 0; i < 8; i += 2) {
+    const auto a = reinterpret_cast<__m256>(rows[i]), b = reinterpret_cast<__m256>(rows[i + 1]);
+    twos[i] = _mm256_unpacklo_ps(a, b);
+    twos[i + 1] = _mm256_unpackhi_ps(a, b);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    fours[i] = _mm256_shuffle_ps(twos[i], twos[i + 2], 0x44);
+    fours[i + 1] = _mm256_shuffle_ps(twos[i], twos[i + 2], 0xee);
+    fours[i + 2] = _mm256_shuffle_ps(twos[i + 1], twos[i + 3], 0x44);
+    fours[i + 3] = _mm256_shuffle_ps(twos[i + 1], twos[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    rows[i] = reinterpret_cast<Vector>(_mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20));
+    rows[i + 4] = reinterpret_cast<Vector>(_mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31));
+  }
+#else
+  float all[kVectorLanes][kVectorLanes];
+  for (int i = 0; i < kVectorLanes; ++i) store_vector(all[i], rows[i]);
+  for (int i = 0; i < kVectorLanes; ++i) {
+    float column[kVectorLanes];
+    for (int j = 0; j < kVectorLanes; ++j) column[j] = all[j][i];
+    rows[i] = load_vector(column);
+  }
+#endif
+}
+
 // max(value, 0), except that a NaN stays a NaN, as in torch.relu.
 inline Vector relu_of(Vector value) {
 #if defined(__AVX512F__)

@@ -183,12 +183,25 @@ def _forward(x: Tensor, conv_weight: Tensor, settings: tuple[list[int], list[int
     return (x, conv_weight, None, None, None, None, None, None, 0.0, 0.0, *settings, True)
 
 
+@contextlib.contextmanager
+def without_fused_pooling() -> Iterator[None]:
+    """Pooling is a pass of its own on every backend: for counting what that moves, as on a CPU."""
+    global _fuses_pooling
+    before, _fuses_pooling = _fuses_pooling, False
+    try:
+        yield
+    finally:
+        _fuses_pooling = before
+
+
 def why_not_fused_pool(y: Tensor, kernel_size: list[int], stride: list[int], padding: list[int]) -> list[str]:
     """The reasons why the norm and ReLU of y are not one pass with the max pooling behind them; [] if they are.
 
     That is so at levels 2 and 3, where nothing that only the next operation reads is written. Of y, the output of a
     convolution, only dtype, device and layout matter.
     """
+    if not _fuses_pooling:
+        return ["pooling is to be a pass of its own"]
     level = training_level_asked_for(y)
     if level < 2:
         return [f"level {level} was asked for, and pooling is fused at levels 2 and 3"]
@@ -223,4 +236,5 @@ def _from_environment() -> int | None:
 
 
 # One for the process, not for the thread, as the requested backend.
+_fuses_pooling = True
 _requested: int | None = _from_environment()

@@ -16,6 +16,7 @@ from fused_resnet.bench.suite.loss import loss_of
 from fused_resnet.bench.suite.network_task import NetworkTask
 from fused_resnet.bench.suite.training import make_optimizer
 from fused_resnet.ops.backend import keeping_masks
+from fused_resnet.ops.plan import without_fused_pooling
 from fused_resnet.ops.reasons import unavailable
 from fused_resnet.training.loop import autocast
 
@@ -39,6 +40,7 @@ def moved_bytes(task: NetworkTask, way: Way) -> int | None:
         fused_resnet.use_backend("reference"),
         fused_resnet.ops.use_fusion_level(level if isinstance(level, int) else None),
         keeping_masks() if masks else contextlib.nullcontext(),
+        without_fused_pooling() if task.device.type == "cpu" else contextlib.nullcontext(),
     ):
         module = _module(task, way)
         try:
