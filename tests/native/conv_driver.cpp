@@ -9,10 +9,13 @@
 #include <random>
 #include <vector>
 
+#include "conv_training.h"
 #include "cpu/conv.h"
 #include "cpu/element.h"
 
 using namespace fused_resnet;
+
+const ConvKernels& fused_resnet::conv_kernels() { return CPU_CAPABILITY::kConvKernels; }
 
 namespace {
 
@@ -23,17 +26,19 @@ struct Case {
 
 constexpr ConvMethod kGemm = ConvMethod::gemm, kWinograd = ConvMethod::winograd, kGrouped = ConvMethod::grouped;
 const Case kCases[] = {
-    {kGemm, 2, 64, 9, 7, 96, 1, 1, 1, 0, 1, 1},      {kGemm, 1, 33, 1, 1, 5, 1, 1, 1, 0, 1, 1},
-    {kGemm, 2, 3, 19, 22, 64, 7, 7, 2, 3, 1, 1},     {kGemm, 1, 5, 9, 11, 20, 3, 2, 1, 0, 1, 1},
-    {kGemm, 1, 300, 7, 7, 40, 3, 3, 2, 1, 1, 1},     {kGemm, 3, 32, 7, 7, 33, 3, 3, 1, 1, 1, 1},
-    {kGemm, 1, 17, 4, 4, 31, 3, 3, 2, 4, 1, 1},      {kGemm, 1, 24, 13, 12, 31, 3, 3, 1, 2, 2, 1},
-    {kGemm, 1, 128, 5, 5, 128, 3, 3, 1, 1, 1, 4},    {kGemm, 1, 600, 3, 5, 7, 1, 1, 1, 0, 1, 1},
-    {kGemm, 2, 300, 9, 6, 1100, 1, 1, 1, 0, 1, 1},   {kGemm, 1, 40, 3, 2, 1100, 1, 1, 1, 0, 1, 1},
-    {kWinograd, 1, 32, 8, 8, 32, 3, 3, 1, 1, 1, 1},  {kWinograd, 2, 16, 11, 7, 37, 3, 3, 1, 1, 1, 1},
-    {kWinograd, 1, 272, 5, 6, 8, 3, 3, 1, 0, 1, 1},  {kWinograd, 1, 16, 3, 3, 5, 3, 3, 1, 2, 1, 1},
-    {kGrouped, 2, 64, 9, 15, 64, 3, 3, 1, 1, 1, 16}, {kGrouped, 1, 48, 9, 8, 48, 3, 3, 2, 1, 1, 6},
-    {kGrouped, 1, 32, 7, 5, 32, 3, 3, 2, 2, 1, 2},   {kGrouped, 2, 128, 9, 15, 128, 3, 3, 1, 1, 1, 4},
-    {kGrouped, 1, 66, 8, 7, 80, 3, 3, 2, 1, 1, 2},   {kGrouped, 1, 96, 3, 5, 108, 3, 3, 1, 2, 1, 3},
+    {kGemm, 2, 64, 9, 7, 96, 1, 1, 1, 0, 1, 1},       {kGemm, 1, 33, 1, 1, 5, 1, 1, 1, 0, 1, 1},
+    {kGemm, 2, 3, 19, 22, 64, 7, 7, 2, 3, 1, 1},      {kGemm, 1, 5, 9, 11, 20, 3, 2, 1, 0, 1, 1},
+    {kGemm, 1, 300, 7, 7, 40, 3, 3, 2, 1, 1, 1},      {kGemm, 3, 32, 7, 7, 33, 3, 3, 1, 1, 1, 1},
+    {kGemm, 1, 17, 4, 4, 31, 3, 3, 2, 4, 1, 1},       {kGemm, 1, 24, 13, 12, 31, 3, 3, 1, 2, 2, 1},
+    {kGemm, 1, 128, 5, 5, 128, 3, 3, 1, 1, 1, 4},     {kGemm, 1, 600, 3, 5, 7, 1, 1, 1, 0, 1, 1},
+    {kGemm, 2, 300, 9, 6, 1100, 1, 1, 1, 0, 1, 1},    {kGemm, 1, 40, 3, 2, 1100, 1, 1, 1, 0, 1, 1},
+    {kGemm, 2, 16, 9, 8, 6, 3, 3, 2, 1, 1, 1},        {kGemm, 1, 18, 40, 31, 33, 1, 1, 1, 0, 1, 1},
+    {kWinograd, 2, 16, 41, 33, 40, 3, 3, 1, 1, 1, 1}, {kWinograd, 1, 32, 8, 8, 32, 3, 3, 1, 1, 1, 1},
+    {kWinograd, 2, 16, 11, 7, 37, 3, 3, 1, 1, 1, 1},  {kWinograd, 1, 272, 5, 6, 8, 3, 3, 1, 0, 1, 1},
+    {kWinograd, 1, 16, 3, 3, 5, 3, 3, 1, 2, 1, 1},    {kGrouped, 2, 64, 9, 15, 64, 3, 3, 1, 1, 1, 16},
+    {kGrouped, 1, 48, 9, 8, 48, 3, 3, 2, 1, 1, 6},    {kGrouped, 1, 32, 7, 5, 32, 3, 3, 2, 2, 1, 2},
+    {kGrouped, 2, 128, 9, 15, 128, 3, 3, 1, 1, 1, 4}, {kGrouped, 1, 66, 8, 7, 80, 3, 3, 2, 1, 1, 2},
+    {kGrouped, 1, 96, 3, 5, 108, 3, 3, 1, 2, 1, 3},
 };
 
 float number(DType dtype, const void* from, int64_t i) {
@@ -127,6 +132,78 @@ bool is_right(const Case& c, DType dtype, int threads) {
   return true;
 }
 
+// Every element of `found` against the one that `exactly` says.
+template <typename Exactly>
+bool all_right(const char* what, const Case& c, const float* found, int64_t count, double limit,
+               const Exactly& exactly_at) {
+  for (int64_t i = 0; i < count; ++i) {
+    const double error = std::fabs(found[i] - exactly_at(i));
+    if (!(error <= limit)) {
+      std::printf("case %td, %s: element %lld is off by %g\n", &c - kCases, what, static_cast<long long>(i), error);
+      return false;
+    }
+  }
+  return true;
+}
+
+// A convolution of relu((x - mean) * scale + bias), and both its gradients, on memory of exactly their size.
+bool trains_rightly(const Case& c, int threads) {
+  const CpuConv conv = conv_of(c, DType::float32, threads);
+  if (c.method == kGrouped || c.groups != 1 || !conv_kernels().takes(conv, c.method)) return true;
+  std::mt19937 generator(8);
+  const int64_t inputs = conv.images * conv.height * conv.width * conv.channels;
+  const int64_t outputs = conv.pixels() * conv.filters;
+  const int64_t row = int64_t{conv.kernel_width} * conv.channels, weights = conv.filters * conv.kernel_height * row;
+  const auto floats = [&](int64_t count) { return random_numbers(DType::float32, count, generator); };
+  const auto of = [](const auto& memory) { return static_cast<float*>(memory.get()); };
+  const auto x = floats(inputs), weight = floats(weights), grad_out = floats(outputs), residual = floats(inputs);
+  const auto mean = floats(conv.channels), scale = floats(conv.channels), bias = floats(conv.channels);
+  const auto out = floats(outputs), grad_input = floats(inputs), grad_weight = floats(weights);
+  const ConvWeight where{weight.get(), conv.kernel_height * row, row, conv.channels, 1};
+  const ConvInput input{x.get(), of(mean), of(scale), of(bias)};
+
+  const auto activation = floats(inputs);
+  for (int64_t i = 0; i < inputs; ++i) {
+    const int64_t channel = i % conv.channels;
+    of(activation)[i] = std::fmax((of(x)[i] - of(mean)[channel]) * of(scale)[channel] + of(bias)[channel], 0.0f);
+  }
+  std::vector<double> exact_input(of(residual), of(residual) + inputs), exact_weight(weights);
+  for (int64_t pixel = 0; pixel < conv.pixels(); ++pixel) {
+    const int64_t image = pixel / (conv.out_height * conv.out_width);
+    const int top =
+        static_cast<int>(pixel / conv.out_width % conv.out_height) * conv.stride_height - conv.padding_height;
+    const int left = static_cast<int>(pixel % conv.out_width) * conv.stride_width - conv.padding_width;
+    for (int i = 0; i < conv.kernel_height; ++i) {
+      for (int j = 0; j < conv.kernel_width; ++j) {
+        const int y = top + i * conv.dilation_height, z = left + j * conv.dilation_width;
+        if (y < 0 || z < 0 || y >= conv.height || z >= conv.width) continue;
+        const int64_t at = ((image * conv.height + y) * conv.width + z) * conv.channels;
+        for (int filter = 0; filter < conv.filters; ++filter) {
+          const double gradient = of(grad_out)[pixel * conv.filters + filter];
+          const int64_t place = (int64_t{filter} * conv.kernel_height + i) * row + int64_t{j} * conv.channels;
+          for (int channel = 0; channel < conv.channels; ++channel) {
+            exact_input[at + channel] += gradient * of(weight)[place + channel];
+            exact_weight[place + channel] += gradient * of(activation)[at + channel];
+          }
+        }
+      }
+    }
+  }
+  const double terms = double(row) * conv.kernel_height;
+  conv_forward(conv, c.method, input, where, out.get());
+  bool right = all_right("forward", c, of(out), outputs, 8e-6 * terms, [&](int64_t i) {
+    return exactly(conv, activation.get(), weight.get(), i / conv.filters, static_cast<int>(i % conv.filters));
+  });
+  conv_kernels().grad_weight(conv, c.method, input, grad_out.get(), of(grad_weight));
+  right &= all_right("weight", c, of(grad_weight), weights, 8e-6 * conv.pixels(),
+                     [&](int64_t i) { return exact_weight[i]; });
+  if (!grad_input_takes(conv) || !conv_kernels().takes(grad_input_conv(conv), c.method)) return right;
+  conv_grad_input(conv, c.method, grad_out.get(), where, residual.get(), grad_input.get());
+  return right & all_right("input", c, of(grad_input), inputs,
+                           8e-6 * conv.filters * conv.kernel_height * conv.kernel_width,
+                           [&](int64_t i) { return exact_input[i]; });
+}
+
 }  // namespace
 
 int main() {
@@ -137,6 +214,12 @@ int main() {
         wrong += !is_right(c, dtype, threads);
         ++all;
       }
+    }
+  }
+  for (const Case& c : kCases) {
+    for (const int threads : {1, 3}) {
+      wrong += !trains_rightly(c, threads);
+      ++all;
     }
   }
   std::printf("%d of %d wrong\n", wrong, all);

@@ -25,7 +25,18 @@ PLANTED = {
     ),
     "padding that is skipped too early": ("conv_gather.h", "last_top + begin * ", "top + begin * "),
     "a row of the residual": ("tile.h", "first += Element::load(tile.residual + offset)", "first += Vector{}"),
-    "an output's transform": ("conv_winograd.cpp", "to[1] = m[1] - m[2] - m[3];", "to[1] = m[1] - m[2] + m[3];"),
+    "an output's transform": ("conv_winograd.h", "to[1] = m[1] - m[2] - m[3];", "to[1] = m[1] - m[2] + m[3];"),
+    "a gradient's transform": ("conv_winograd.h", "to[1] = 0.5f * (m[1] - m[2]);", "to[1] = 0.5f * (m[1] + m[2]);"),
+    "a part's rows that run into the next": (
+        "conv_grad_weight.cpp",
+        "kDepth * kTileRows + kRowVectors * kVectorLanes",
+        "kDepth * kTileRows",
+    ),
+    "padding that a norm makes something of": (
+        "conv_winograd.h",
+        "if (!all_inside && (place.inside >> (i * kWindow + j) & 1) == 0) {",
+        "if (false) {",
+    ),
     "a narrow padded row": ("conv_grouped.cpp", "std::fill_n(to, left, 0.0f);", ""),
 }
 
@@ -51,7 +62,8 @@ def build(folder: Path, capability: str, *flags: str, csrc: Path = CSRC) -> Path
     sources = [csrc / "cpu" / f"{name}.cpp" for name in SOURCES]
     command = ["g++", "-O1", "-g", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", f"-I{csrc}"]
     command += [f"-DCPU_CAPABILITY={capability}", *CAPABILITIES[capability], *flags]
-    command += [*map(str, sources), str(csrc / "buffers.cpp"), str(ROOT / "tests/native/conv_driver.cpp")]
+    others = (csrc / "buffers.cpp", csrc / "conv_training.cpp", ROOT / "tests/native/conv_driver.cpp")
+    command += [*map(str, sources), *map(str, others)]
     done = subprocess.run([*command, "-o", str(program)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return program
