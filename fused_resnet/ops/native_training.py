@@ -30,8 +30,8 @@ def why_not_train_conv(
         return [f"x has {x.dim()} dimensions and conv_weight {conv_weight.dim()}; it takes 4 and 4"]
     if x.dtype != DTYPE or conv_weight.dtype != DTYPE:
         return [f"x is {x.dtype} and conv_weight {conv_weight.dtype}; its training convolutions take {DTYPE}"]
-    if reasons := why_no_kernels(DTYPE):
-        return list(reasons)
+    if missing := why_no_kernels(DTYPE):
+        return list(missing)
     if groups != 1:
         return [f"groups is {groups}; it takes 1"]
     if conv_weight.shape[1] != x.shape[1]:
@@ -48,8 +48,8 @@ def why_not_train_conv(
         reasons.append(f"the output would be {sizes[0]} x {sizes[1]}; it takes at least one pixel")
     elif not _trains(_conv(conv_weight, stride, padding, dilation), "gemm", "input"):
         reasons.append(
-            f"stride is {stride}, padding {padding} and dilation {dilation}; it takes a dilation where stride is 1, and "
-            "padding that is less than the dilated kernel"
+            f"stride is {stride}, padding {padding} and dilation {dilation}; it takes a dilation where stride is 1, "
+            "and padding that is less than the dilated kernel"
         )
     return reasons
 
@@ -132,7 +132,7 @@ def conv_grad_weight(
     """Without coefficients (``reasons_against`` refuses them)."""
     dz, x = _channels_last(dz), _channels_last(x)
     conv = _conv(conv_weight, stride, padding, dilation)
-    filters, channels, height, width = conv_weight.shape
+    _, channels, height, width = conv_weight.shape
     strides = (channels * height * width, 1, width * channels, channels)
     grad = empty_strided(conv_weight.shape, strides, DTYPE)
     method = _method(conv, "weight", dz.shape[0], *dz.shape[2:])

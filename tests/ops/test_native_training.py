@@ -52,7 +52,12 @@ class Inputs:
         self.weight = laid_out(torch.randn(filters, channels, *kernel) / (channels * kernel[0] * kernel[1]) ** 0.5)
         self.norm: list[Tensor | None] = [None] * 4
         if normed:
-            self.norm = [torch.randn(channels), torch.rand(channels) + 0.5, torch.randn(channels), torch.randn(channels)]
+            self.norm = [
+                torch.randn(channels),
+                torch.rand(channels) + 0.5,
+                torch.randn(channels),
+                torch.randn(channels),
+            ]
         self.dy = laid_out(torch.randn(F.conv2d(self.x, self.weight, None, *self.settings).shape))
         self.residual = laid_out(torch.randn_like(self.x))
 
