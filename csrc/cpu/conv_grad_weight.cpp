@@ -14,7 +14,8 @@ namespace fused_resnet {
 namespace CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kDepth = kDepthWords;  // multiplied at a time: a panel of 16 columns takes half of the first cache
+// Multiplied at a time: then a panel of columns, 16 KiB, takes half of the first cache.
+constexpr int64_t kDepth = std::min<int64_t>(kDepthWords, 4096 / kTileColumns);
 constexpr int64_t kPanelWords = kDepth * kTileColumns;
 // Vectors that hold a tile's rows; what is beyond them is overwritten by the rows of the next depth, or lies behind the
 // last.
