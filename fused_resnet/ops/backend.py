@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -46,6 +46,9 @@ from fused_resnet.ops.schemas import SCHEMAS, library
 ENVIRONMENT_VARIABLE = "FUSED_RESNET_BACKEND"
 AUTO = "auto"
 MOST_REMEMBERED = 64
+MOST_CONVOLUTIONS = 4096
+
+_trains_natively: dict[tuple[Any, ...], bool] = {}
 
 
 class BackendError(RuntimeError):
@@ -138,11 +141,53 @@ def passes_for(x: Tensor, *others: Tensor) -> Any:
     at the dispatcher. The way through it and the choice would cost as much again as all else that Python does for a
     launch. (Profilers then see the kernels, and not the ops.)"""
     usual = "cuda" if _cuda_takes(x) else "native" if _native_takes(x) else None
-    if usual is None or is_listened_to() or any(map(_is_batched, others)):
+    if usual is None or is_listened_to() or any(map(is_batched, others)):
         return torch.ops.fused_resnet
     if measured_plan.other_backend_for_passes(x, usual):
         return torch.ops.fused_resnet
     return module("cuda") if usual == "cuda" else _NATIVE_PASSES
+
+
+def trains_natively(
+    x: Tensor,
+    conv_weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> bool:
+    """True if this convolution and its gradients in training are the CPU's C++, automatically or asked for; Triton's
+    interpreter comes first. Remembered: a block asks at every forward and backward."""
+    if x.is_cuda or _requested not in (AUTO, "native"):
+        return False
+    weight = (conv_weight.shape, conv_weight.dtype, conv_weight.device)
+    image = (type(x), x.shape, x.dtype, x.device, is_channels_last_once_dense(x))
+    key = (image, weight, tuple(stride), tuple(padding), tuple(dilation), groups, _requested)
+    takes = _trains_natively.get(key)
+    if takes is None:
+        settings = (list(stride), list(padding), list(dilation), groups)
+        forward = (x, conv_weight, None, None, None, None, None, None, 0.0, 0.0, *settings, True)
+        takes = not reasons_against("native", "conv_stats", forward)
+        takes = takes and (_requested != AUTO or bool(unavailable("triton")))
+        if len(_trains_natively) >= MOST_CONVOLUTIONS:
+            _trains_natively.clear()
+        _trains_natively[key] = takes
+    return takes
+
+
+def convolutions_for(
+    x: Tensor,
+    conv_weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Any:
+    """Whose functions run a convolution of a training step, that the caller has checked: as ``passes_for``."""
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, Parameter) or is_listened_to():
+        return torch.ops.fused_resnet
+    natively = trains_natively(x, conv_weight, stride, padding, dilation, groups)
+    return module("native") if natively else torch.ops.fused_resnet
 
 
 class _NativePasses:
@@ -185,7 +230,7 @@ def runs_unseen(x: Tensor) -> bool:
     return type(x) in (Tensor, Parameter) and x.device.type == "cpu" and x.numel() > 0
 
 
-def _is_batched(tensor: Tensor) -> bool:
+def is_batched(tensor: Tensor) -> bool:
     """True of the gradients of ``torch.autograd.grad(is_grads_batched=True)`` and of ``vmap``."""
     functorch = torch._C._functorch
     return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_resnet.ops.backend import passes_for
+from fused_resnet.ops.backend import convolutions_for, is_batched, passes_for, trains_natively
 from fused_resnet.ops.bn_act import BatchNorm
-from fused_resnet.ops.plan import takes_own_gradients, training_level
+from fused_resnet.ops.plan import training_level
 from fused_resnet.ops.reference import statistics_dtype
 from fused_resnet.ops.synchronize import group_to_share, statistics_over_ranks, sums_over_ranks
 
@@ -127,7 +127,8 @@ def forward_link(before: Raw, link: ConvNorm, level: int) -> Done:
         if level == 1:
             before = Raw(before.activation())
         weight = link.conv_weight.to(before.tensor.dtype)
-        y, mean, invstd = _ops.conv_stats(before.tensor, weight, *before.prologue, *moving, *link.sizes, True)
+        ops = _convolutions(before.tensor, weight, None, link)
+        y, mean, invstd = ops.conv_stats(before.tensor, weight, *before.prologue, *moving, *link.sizes, True)
     if not alone:
         mean, invstd, share = statistics_over_ranks(mean, invstd, values_per_channel(y), norm)
     return Done(link, level, y, mean, invstd, share)
@@ -138,8 +139,8 @@ def convolve(before: Raw, link: ConvNorm, level: int) -> Tensor:
     weight = link.conv_weight.to(before.tensor.dtype)
     if level < 2:
         return F.conv2d(before.activation(), weight, None, *link.sizes)
-    moving = (None, None, 0.0, 0.0)
-    return _ops.conv_stats(before.tensor, weight, *before.prologue, *moving, *link.sizes, False)[0]
+    moving, ops = (None, None, 0.0, 0.0), _convolutions(before.tensor, weight, None, link)
+    return ops.conv_stats(before.tensor, weight, *before.prologue, *moving, *link.sizes, False)[0]
 
 
 def sums_for_convolution(upstream: Upstream, done: Done) -> tuple[Tensor | None, Tensor | None]:
@@ -215,12 +216,13 @@ def _separate_gradients(
     """``backward_link`` with convolutions alone, ours or PyTorch's."""
     link, x, first = done.link, before.tensor, before.vectors is None
     grad = grad_weight = None
-    if done.level > 0 and takes_own_gradients(x, weight, *link.sizes):
+    if done.level > 0 and trains_natively(x, weight, *link.sizes):
+        ops = _convolutions(x, weight, dy, link)
         if need_weight:
-            grad_weight = _ops.conv_grad_weight(dy, None, None, x, *before.prologue, weight, *link.sizes)
+            grad_weight = ops.conv_grad_weight(dy, None, None, x, *before.prologue, weight, *link.sizes)
         if need_input:
             added = residual if first else None
-            grad = _ops.conv_grad_input(dy, None, None, weight, x, *NO_NORM, added, *link.sizes)[0]
+            grad = ops.conv_grad_input(dy, None, None, weight, x, *NO_NORM, added, *link.sizes)[0]
     else:
         grad, grad_weight = _gradients_of_pytorch(dy, before, weight, link, need_weight, need_input)
         if grad is not None and first and residual is not None:
@@ -239,6 +241,10 @@ def _gradients_of_pytorch(
     settings = (None, stride, padding, dilation, False, [0, 0], groups, mask)
     grad, grad_weight, _ = torch.ops.aten.convolution_backward(dy, activation, weight, *settings)
     return grad if need_input else None, grad_weight if need_weight else None
+
+
+def _convolutions(x: Tensor, weight: Tensor, dy: Tensor | None, link: ConvNorm) -> Any:
+    return _ops if dy is not None and is_batched(dy) else convolutions_for(x, weight, *link.sizes)
 
 
 def values_per_channel(y: Tensor) -> int:

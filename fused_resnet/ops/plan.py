@@ -119,18 +119,6 @@ def highest_level(x: Tensor) -> int:
     return NATIVE_LEVEL if _is_native(x) else HIGHEST_LEVEL
 
 
-def takes_own_gradients(
-    x: Tensor,
-    conv_weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> bool:
-    """True if at levels 1 and 2 the gradients of this convolution are ours and not PyTorch's. Arguments as above."""
-    return _is_native(x) and not _why_not_native(x, conv_weight, stride, padding, dilation, groups)
-
-
 def why_not_fused_training(
     x: Tensor,
     conv_weight: Tensor,
