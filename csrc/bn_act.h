@@ -1,9 +1,9 @@
 // BatchNorm + residual add + ReLU on the CPU: what the kernels take and what they promise.
 //
-// Everything is raw addresses and sizes: the tensors were checked above, in fused_resnet/ops/native_norm.py. An activation
-// is images x channels x pixels elements, dense, either NHWC (channels innermost) or NCHW (pixels innermost).
-// Statistics and parameters are float32 vectors of `channels`. Sums are combined in an order that depends on the
-// shape alone, so a result is bitwise the same whatever the number of threads.
+// Everything is raw addresses and sizes: the tensors were checked above, in fused_resnet/ops/native_norm.py. An
+// activation is images x channels x pixels elements, dense, either NHWC (channels innermost) or NCHW (pixels
+// innermost). Statistics and parameters are float32 vectors of `channels`. Sums are combined in an order that depends
+// on the shape alone, so a result is bitwise the same whatever the number of threads.
 #pragma once
 
 #include <cstdint>

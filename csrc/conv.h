@@ -2,9 +2,9 @@
 // gradient of their weights: what the kernels take and promise.
 //
 // Everything is raw addresses and sizes, checked above in fused_resnet/ops/native_conv.py and native_training.py.
-// Activations are dense NHWC of float32 or bfloat16, sums float32. Every output is a sum in an order that depends on the
-// convolution alone, so a result is bitwise the same whatever the number of threads, and an image's outputs whatever else
-// is in the batch.
+// Activations are dense NHWC of float32 or bfloat16, sums float32. Every output is a sum in an order that depends on
+// the convolution alone, so a result is bitwise the same whatever the number of threads, and an image's outputs
+// whatever else is in the batch.
 #pragma once
 
 #include <cstdint>
@@ -54,13 +54,18 @@ struct ConvInput {
   const float *mean = nullptr, *scale = nullptr, *bias = nullptr;
 };
 
-// What is added behind the sums: out = act(sum + bias + residual); either may be null, and residual may be `out`
-// itself.
+// What is added behind the sums: out = act(sum + bias + residual). Either may be null (grouped wants a bias); residual may
+// be `out` itself.
 struct ConvEpilogue {
   const float* bias;
   const void* residual;
   bool relu;
   void* out;
+};
+
+// Some pixels of a convolution's image: every so many as its stride, from a first one on.
+struct Lattice {
+  int first_row, rows, first_column, columns;
 };
 
 struct ConvKernels {
@@ -76,6 +81,8 @@ struct ConvKernels {
   // that of the output. Of float32 without groups; gemm or winograd.
   void (*grad_weight)(const CpuConv& conv, ConvMethod method, const ConvInput& input, const void* grad_out,
                       float* grad_weight);
+  // Of the lattice's pixels: to = from + residual, where `from` is dense, and 0 if null, as residual is.
+  void (*scatter)(const CpuConv& conv, const Lattice& lattice, const float* from, const float* residual, float* to);
   // As torch.max_pool2d: a NaN wins.
   void (*max_pool)(const CpuConv& pool, const void* x, void* out);
   // The mean of each channel of each image, summed in float32; out is (images, channels).

@@ -109,7 +109,7 @@ class Input {
 
 void forward(const CpuConv& conv, ConvMethod method, const Images& images, Address x, const std::optional<Norm>& norm,
              Address weight, const Strides& strides, Address out) {
-  conv_forward(takeable(on(conv, images), method, true), method, Input(x, norm, conv.channels).get(),
+  conv_forward(takeable(on(conv, images), method, conv.dtype == DType::float32), method, Input(x, norm, conv.channels).get(),
                weight_of(weight, strides), pointer<void>(out));
 }
 
@@ -132,9 +132,7 @@ void grad_weight(const CpuConv& conv, ConvMethod method, const Images& images, A
 bool trains(const CpuConv& conv, ConvMethod method, const std::string& what) {
   if (conv.groups != 1 || conv.dtype != DType::float32 || method == ConvMethod::grouped) return false;
   if (what != "input") return conv_kernels().takes(conv, method);
-  const bool strided = conv.stride_height > 1 || conv.stride_width > 1;
-  return grad_input_takes(conv) && conv_kernels().takes(grad_input_conv(conv), method) &&
-         !(strided && method == ConvMethod::winograd);
+  return grad_input_takes(conv) && conv_kernels().takes(grad_input_conv(conv), method);
 }
 
 }  // namespace

@@ -1,7 +1,6 @@
 #include "conv_training.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "buffers.h"
 
@@ -39,30 +38,6 @@ ConvWeight turned(const ConvWeight& weight, const CpuConv& conv, const Phase& ro
   const auto* const data = static_cast<const char*>(weight.data);
   return {data + weight.at(0, last_row, last_column, 0) * bytes_of(conv.dtype), weight.channel,
           -weight.row * conv.stride_height, -weight.column * conv.stride_width, weight.filter};
-}
-
-// What the phases' convolution wrote, dense, to its places of the whole; zeros where `from` is null.
-void scatter(const CpuConv& conv, const Phase& rows, const Phase& columns, const float* from, const float* residual,
-             float* to) {
-  const int64_t channels = conv.channels, lines = conv.images * rows.count;
-#pragma omp parallel for num_threads(conv.threads) schedule(static)
-  for (int64_t line = 0; line < lines; ++line) {
-    const int64_t image = line / rows.count, row = rows.first + line % rows.count * conv.stride_height;
-    for (int64_t i = 0; i < columns.count; ++i) {
-      const int64_t pixel = (image * conv.height + row) * conv.width + columns.first + i * conv.stride_width;
-      float* const target = to + pixel * channels;
-      const float* const source = from == nullptr ? nullptr : from + (line * columns.count + i) * channels;
-      const float* const added = residual == nullptr ? nullptr : residual + pixel * channels;
-      if (source != nullptr && added != nullptr) {
-#pragma GCC ivdep
-        for (int64_t c = 0; c < channels; ++c) target[c] = source[c] + added[c];
-      } else if (source != nullptr || added != nullptr) {
-        std::copy_n(source != nullptr ? source : added, channels, target);
-      } else {
-        std::fill_n(target, channels, 0.0f);
-      }
-    }
-  }
 }
 
 }  // namespace
@@ -119,8 +94,9 @@ void conv_grad_input(const CpuConv& conv, ConvMethod method, const void* grad_ou
         run_once(part, ConvMethod::gemm, {grad_out}, turned(weight, conv, rows, columns),
                  {nullptr, nullptr, false, dense.data()});
       }
-      scatter(conv, rows, columns, any ? static_cast<const float*>(dense.data()) : nullptr,
-              static_cast<const float*>(residual), static_cast<float*>(grad_input));
+      conv_kernels().scatter(conv, {rows.first, rows.count, columns.first, columns.count},
+                             any ? static_cast<const float*>(dense.data()) : nullptr,
+                             static_cast<const float*>(residual), static_cast<float*>(grad_input));
     }
   }
 }

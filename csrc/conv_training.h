@@ -10,7 +10,7 @@ namespace fused_resnet {
 void conv_forward(const CpuConv& conv, ConvMethod method, const ConvInput& input, const ConvWeight& weight, void* out);
 
 // The gradient of the convolution's input, plus `residual` (or null), for grad_out, that of its output. Strides other
-// than 1 are taken where dilation is 1; padding at most dilation * (kernel - 1).
+// than 1 are taken where dilation is 1, by gemm whatever the method; padding at most dilation * (kernel - 1).
 void conv_grad_input(const CpuConv& conv, ConvMethod method, const void* grad_out, const ConvWeight& weight,
                      const void* residual, void* grad_input);
 

@@ -108,6 +108,29 @@ void conv_grad_weight(const CpuConv& conv, ConvMethod method, const ConvInput& i
   gemm_grad_weight(conv, input, from, grad_weight);
 }
 
+void scatter(const CpuConv& conv, const Lattice& lattice, const float* from, const float* residual, float* to) {
+  const int64_t channels = conv.channels;
+  in_parallel(conv.threads, [&](int part, int parts) {
+    const Share lines = share(conv.images * lattice.rows, part, parts);
+    for (int64_t line = lines.begin; line < lines.end; ++line) {
+      const int64_t row = lattice.first_row + line % lattice.rows * conv.stride_height;
+      const int64_t first = (line / lattice.rows * conv.height + row) * conv.width + lattice.first_column;
+      for (int64_t i = 0; i < lattice.columns; ++i) {
+        const int64_t place = (first + i * conv.stride_width) * channels;
+        const int64_t source = (line * lattice.columns + i) * channels;
+        if (from != nullptr && residual != nullptr) {
+#pragma GCC ivdep
+          for (int64_t c = 0; c < channels; ++c) to[place + c] = from[source + c] + residual[place + c];
+        } else if (from != nullptr || residual != nullptr) {
+          std::copy_n(from != nullptr ? from + source : residual + place, channels, to + place);
+        } else {
+          std::fill_n(to + place, channels, 0.0f);
+        }
+      }
+    }
+  });
+}
+
 void max_pool(const CpuConv& pool, const void* x, void* out) {
   with_element(pool.dtype, [&](auto element) {
     using Element = decltype(element);

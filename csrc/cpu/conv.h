@@ -12,11 +12,12 @@ void conv_run(const CpuConv& conv, ConvMethod method, const ConvInput& input, co
               const ConvEpilogue& epilogue);
 void conv_grad_weight(const CpuConv& conv, ConvMethod method, const ConvInput& input, const void* grad_out,
                       float* grad_weight);
+void scatter(const CpuConv& conv, const Lattice& lattice, const float* from, const float* residual, float* to);
 void max_pool(const CpuConv& pool, const void* x, void* out);
 void average(const CpuConv& images, const void* x, void* out);
 
 constexpr ConvKernels kConvKernels{conv_takes,       conv_packed_bytes, conv_pack, conv_run,
-                                   conv_grad_weight, max_pool,          average};
+                                   conv_grad_weight, scatter, max_pool,          average};
 
 }  // namespace CPU_CAPABILITY
 }  // namespace fused_resnet

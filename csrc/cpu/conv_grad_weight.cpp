@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <memory>
 #include <utility>
-#include <vector>
 
 #include "../buffers.h"
 #include "conv_gather.h"
@@ -223,9 +222,11 @@ class GemmGrad {
     const int64_t row = place / source_.kernel_width * conv_.dilation_height;
     const int64_t across = place % source_.kernel_width * conv_.dilation_width;
     const int64_t beside = (row * source_.width + across) * source_.pixel_stride + channel;
-    const int64_t element = corners[tile * kPixels].offset + beside, pixel = conv_.stride_width * source_.pixel_stride;
-    return {reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(source_.x) + element * sizeof(float)),
-            pixel * static_cast<int64_t>(sizeof(float)) / kStepWords};
+    const int64_t element = corners[tile * kPixels].offset + beside;
+    const int64_t step = conv_.stride_width * source_.pixel_stride * static_cast<int64_t>(sizeof(float)) / kStepWords;
+    // add_products looks at it in the middle of a step.
+    const uintptr_t from = reinterpret_cast<uintptr_t>(source_.x) + element * sizeof(float) - kStepWords / 2 * step;
+    return {reinterpret_cast<const char*>(from), step};
   }
 
   // Of every pixel the inputs in the columns of a panel; columns behind the last one are whatever they were.

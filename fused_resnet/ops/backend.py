@@ -148,6 +148,14 @@ def passes_for(x: Tensor, *others: Tensor) -> Any:
     return module("cuda") if usual == "cuda" else _NATIVE_PASSES
 
 
+def is_native(x: Tensor) -> bool:
+    """True if the convolutions that train on the device of x are the CPU's C++, automatically or asked for; Triton's
+    interpreter comes first."""
+    if _counting_native or _requested == "native":
+        return True
+    return _requested == AUTO and not x.is_cuda and bool(why_not_device("triton", x.device))
+
+
 def trains_natively(
     x: Tensor,
     conv_weight: Tensor,
@@ -156,11 +164,13 @@ def trains_natively(
     dilation: Sequence[int],
     groups: int,
 ) -> bool:
-    """True if this convolution and its gradients in training are the CPU's C++, automatically or asked for; Triton's
-    interpreter comes first. Remembered: a block asks at every forward and backward."""
-    if x.is_cuda or _requested not in (AUTO, "native"):
+    """True if this convolution and its gradients in training are the CPU's C++ (``is_native``). Remembered: a block
+    asks at every forward and backward."""
+    if not is_native(x):
         return False
-    weight = (conv_weight.shape, conv_weight.dtype, conv_weight.device)
+    if _counting_native:
+        return groups == 1 and x.dtype == torch.float32
+    weight = (type(conv_weight), conv_weight.shape, conv_weight.dtype, conv_weight.device)
     image = (type(x), x.shape, x.dtype, x.device, is_channels_last_once_dense(x))
     key = (image, weight, tuple(stride), tuple(padding), tuple(dilation), groups, _requested)
     takes = _trains_natively.get(key)
@@ -168,7 +178,6 @@ def trains_natively(
         settings = (list(stride), list(padding), list(dilation), groups)
         forward = (x, conv_weight, None, None, None, None, None, None, 0.0, 0.0, *settings, True)
         takes = not reasons_against("native", "conv_stats", forward)
-        takes = takes and (_requested != AUTO or bool(unavailable("triton")))
         if len(_trains_natively) >= MOST_CONVOLUTIONS:
             _trains_natively.clear()
         _trains_natively[key] = takes
@@ -273,6 +282,17 @@ def keeping_masks() -> Iterator[None]:
         _keeping_masks = before
 
 
+@contextlib.contextmanager
+def counting_native() -> Iterator[None]:
+    """Training runs in the passes of the CPU's C++, whatever runs them: for counting what that moves."""
+    global _counting_native
+    before, _counting_native = _counting_native, True
+    try:
+        yield
+    finally:
+        _counting_native = before
+
+
 def takes_one_launch(x: Tensor) -> bool:
     """True if the statistics of x and what is made of them are one launch, ``bn_stats_apply``."""
     return _cuda_takes(x) and module("cuda").fits_on_chip(x)
@@ -320,6 +340,7 @@ def _refusal(backend: str, op: str, reasons: list[str]) -> str:
 
 # One for the process, not for the thread: autograd runs backward in threads of its own.
 _keeping_masks = False
+_counting_native = False
 _requested: str = _known(os.environ.get(ENVIRONMENT_VARIABLE) or AUTO, ENVIRONMENT_VARIABLE)
 
 

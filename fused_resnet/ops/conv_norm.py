@@ -24,6 +24,8 @@ _ops = torch.ops.fused_resnet
 Vectors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """mean, invstd, weight and bias of a norm."""
 NO_NORM = (None, None, None, None)
+_STILL = (None, None, 0.0, 0.0)
+"""No running statistics, and how far they do not move."""
 
 
 class ConvNorm(NamedTuple):
@@ -127,8 +129,12 @@ def forward_link(before: Raw, link: ConvNorm, level: int) -> Done:
         if level == 1:
             before = Raw(before.activation())
         weight = link.conv_weight.to(before.tensor.dtype)
-        ops = _convolutions(before.tensor, weight, None, link)
-        y, mean, invstd = ops.conv_stats(before.tensor, weight, *before.prologue, *moving, *link.sizes, True)
+        arguments = (before.tensor, weight, *before.prologue)
+        if trains_natively(before.tensor, weight, *link.sizes):
+            y = _convolutions(before.tensor, weight, None, link).conv_stats(*arguments, *_STILL, *link.sizes, False)[0]
+            mean, invstd = passes_for(y).bn_stats(y, *moving)
+        else:
+            y, mean, invstd = _ops.conv_stats(*arguments, *moving, *link.sizes, True)
     if not alone:
         mean, invstd, share = statistics_over_ranks(mean, invstd, values_per_channel(y), norm)
     return Done(link, level, y, mean, invstd, share)
@@ -139,8 +145,8 @@ def convolve(before: Raw, link: ConvNorm, level: int) -> Tensor:
     weight = link.conv_weight.to(before.tensor.dtype)
     if level < 2:
         return F.conv2d(before.activation(), weight, None, *link.sizes)
-    moving, ops = (None, None, 0.0, 0.0), _convolutions(before.tensor, weight, None, link)
-    return ops.conv_stats(before.tensor, weight, *before.prologue, *moving, *link.sizes, False)[0]
+    ops = _convolutions(before.tensor, weight, None, link)
+    return ops.conv_stats(before.tensor, weight, *before.prologue, *_STILL, *link.sizes, False)[0]
 
 
 def sums_for_convolution(upstream: Upstream, done: Done) -> tuple[Tensor | None, Tensor | None]:

@@ -2,16 +2,19 @@
 
 Weights are laid out anew in every call, since every step changes them; csrc/conv.h says which methods there are. They
 are levels 1 and 2 of ``ops/plan.py``: the norm in front is applied to what the convolution reads, and read again by the
-gradient of the weight; the gradient of the output is given as it is.
+gradient of the weight; the statistics of the norm behind are a pass of their own, and the gradient of the output is
+given as it is.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from fused_resnet.ops.extension import empty_strided, extension
 from fused_resnet.ops.layout import conv_output_size, is_channels_last_once_dense
@@ -32,6 +35,8 @@ def why_not_train_conv(
         return [f"x is {x.dtype} and conv_weight {conv_weight.dtype}; its training convolutions take {DTYPE}"]
     if missing := why_no_kernels(DTYPE):
         return list(missing)
+    if type(conv_weight) not in (Tensor, Parameter):
+        return [f"conv_weight is {type(conv_weight).__name__}, a subclass of Tensor"]
     if groups != 1:
         return [f"groups is {groups}; it takes 1"]
     if conv_weight.shape[1] != x.shape[1]:
@@ -167,7 +172,7 @@ def _conv_of(shape: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int
 def _images(x: Tensor, out: Tensor, conv_weight: Tensor) -> tuple[int, int, int, int]:
     """images, height, width and threads."""
     images, _, height, width = x.shape
-    work = out.numel() * conv_weight[0].numel()
+    work = out.numel() * math.prod(conv_weight.shape[1:])
     return images, height, width, min(torch.get_num_threads(), max(work // WORK_OF_A_THREAD, 1))
 
 

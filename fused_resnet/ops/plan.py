@@ -13,9 +13,10 @@ The automatic choice is the level that was fastest here for this convolution, wh
 measurement. Else level 3 where the Triton kernels run on the device and have matrix instructions for the dtype, by what
 is known and not by measurement: it moves the fewest bytes (benchmarks/step_bytes.py), and nearly every convolution of a
 ResNet waits for memory. On the CPU level 2 where the C++ convolutions take it, which were measured to be faster than
-oneDNN's; there the processor is waited for, not memory, and the gradient of a convolution's output is written once for
-both gradients that read it. Else level 0. A convolution that the kernels cannot take falls to level 0 alone.
-``use_fusion_level``, or FUSED_RESNET_LEVEL in the environment, asks for another.
+oneDNN's (with AVX2; compiled for AVX-512 as well). There the processor is waited for, not memory: the statistics are a
+pass of their own, and the gradient of a convolution's output is written once for both gradients that read it. Else
+level 0. A convolution that the kernels cannot take falls to level 0 alone. ``use_fusion_level``, or FUSED_RESNET_LEVEL
+in the environment, asks for another.
 """
 
 from __future__ import annotations
@@ -29,13 +30,11 @@ import torch
 from torch import Tensor
 
 from fused_resnet.ops import measured_plan
-from fused_resnet.ops.backend import AUTO, requested_backend, why_not
+from fused_resnet.ops.backend import AUTO, is_native, requested_backend, why_not
 from fused_resnet.ops.layout import is_channels_last_once_dense
-from fused_resnet.ops.reasons import unavailable
 
 ENVIRONMENT_VARIABLE = "FUSED_RESNET_LEVEL"
 HIGHEST_LEVEL = 3
-WITHOUT_POOLING = ("native", "separate")
 NATIVE_LEVEL = 2
 """The highest that the CPU's C++ has."""
 MOST_DECISIONS = 4096
@@ -88,7 +87,7 @@ def training_level(
         x: (N, C, H, W), of the dtype, device and memory format that the convolution gets.
         conv_weight: (K, C / groups, R, S), x's dtype.
     """
-    weight = (conv_weight.shape, conv_weight.dtype, conv_weight.device)
+    weight = (type(conv_weight), conv_weight.shape, conv_weight.dtype, conv_weight.device)
     image = (type(x), x.shape, x.dtype, x.device, is_channels_last_once_dense(x))
     settings = (tuple(stride), tuple(padding), tuple(dilation), groups)
     asked_for = (_requested, requested_backend(), _needs_full_float32(x), measured_plan.generation)
@@ -102,7 +101,7 @@ def training_level(
         elif measured is None or _requested is not None or requested_backend() != AUTO:
             level = training_level_asked_for(x)
         else:
-            level = measured
+            level = min(measured, highest_level(x))
         if len(_decided) >= MOST_DECISIONS:
             _decided.clear()
         _decided[key] = level
@@ -116,7 +115,7 @@ def training_level_asked_for(x: Tensor) -> int:
 
 def highest_level(x: Tensor) -> int:
     """The highest level that the kernels of x's device have."""
-    return NATIVE_LEVEL if _is_native(x) else HIGHEST_LEVEL
+    return NATIVE_LEVEL if is_native(x) else HIGHEST_LEVEL
 
 
 def why_not_fused_training(
@@ -139,47 +138,14 @@ def why_not_fused_training(
         return []
     if backend == "native" and _requested == HIGHEST_LEVEL:
         return [f"backend {backend!r} was asked for, which has levels 1 and 2, and level {_requested}"]
-    if _is_native(x):
-        return _why_not_native(x, conv_weight, stride, padding, dilation, groups)
     settings = (list(stride), list(padding), list(dilation), groups)
-    reasons = why_not("triton", "conv_stats", *_forward(x, conv_weight, settings))
+    forward = (x, conv_weight, None, None, None, None, None, None, 0.0, 0.0, *settings, True)
+    if is_native(x):
+        return why_not("native", "conv_stats", *forward)
+    reasons = why_not("triton", "conv_stats", *forward)
     if not reasons and _requested is None and x.is_cuda and _needs_full_float32(x):
         reasons.append("float32 that may not be rounded to TF32 has no matrix instructions in Triton")
     return reasons
-
-
-def _is_native(x: Tensor) -> bool:
-    """True if the training convolutions of x are the CPU's C++: Triton's interpreter comes first."""
-    backend = requested_backend()
-    return backend == "native" or (backend == AUTO and not x.is_cuda and bool(unavailable("triton")))
-
-
-def _why_not_native(
-    x: Tensor,
-    conv_weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> list[str]:
-    settings = (list(stride), list(padding), list(dilation), groups)
-    return why_not("native", "conv_stats", *_forward(x, conv_weight, settings))
-
-
-def _forward(x: Tensor, conv_weight: Tensor, settings: tuple[list[int], list[int], list[int], int]) -> tuple[Any, ...]:
-    """The arguments of the op ``conv_stats``."""
-    return (x, conv_weight, None, None, None, None, None, None, 0.0, 0.0, *settings, True)
-
-
-@contextlib.contextmanager
-def without_fused_pooling() -> Iterator[None]:
-    """Pooling is a pass of its own on every backend: for counting what that moves, as on a CPU."""
-    global _fuses_pooling
-    before, _fuses_pooling = _fuses_pooling, False
-    try:
-        yield
-    finally:
-        _fuses_pooling = before
 
 
 def why_not_fused_pool(y: Tensor, kernel_size: list[int], stride: list[int], padding: list[int]) -> list[str]:
@@ -188,13 +154,13 @@ def why_not_fused_pool(y: Tensor, kernel_size: list[int], stride: list[int], pad
     That is so at levels 2 and 3, where nothing that only the next operation reads is written. Of y, the output of a
     convolution, only dtype, device and layout matter.
     """
-    if not _fuses_pooling:
-        return ["pooling is to be a pass of its own"]
     level = training_level_asked_for(y)
     if level < 2:
         return [f"level {level} was asked for, and pooling is fused at levels 2 and 3"]
+    if is_native(y) and level <= NATIVE_LEVEL:
+        return ["on the CPU pooling is a pass of its own"]
     backend = requested_backend()
-    if backend in WITHOUT_POOLING:
+    if backend in ("native", "separate"):
         return [f"backend {backend!r} was asked for, which has no pooling"]
     if backend == "reference" or (backend == AUTO and _requested is not None and not y.is_cuda):
         return []
@@ -224,5 +190,4 @@ def _from_environment() -> int | None:
 
 
 # One for the process, not for the thread, as the requested backend.
-_fuses_pooling = True
 _requested: int | None = _from_environment()

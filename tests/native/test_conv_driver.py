@@ -82,7 +82,9 @@ def test_every_kind_of_processor(capability: str, tmp_path: Path):
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("capability", sorted({widest(), "avx2"} & {c for c in CAPABILITIES if runs_here(c)}))
+@pytest.mark.parametrize(
+    "capability", sorted({widest(), "avx2", "baseline"} & {c for c in CAPABILITIES if runs_here(c)})
+)
 def test_address_and_undefined_behaviour_sanitizers(capability: str, tmp_path: Path):
     done = run(build(tmp_path, capability, *SANITIZERS))
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]

@@ -230,7 +230,9 @@ LANES = {
     "reference, level 3": ("reference", 3, "default"),
     "reference, level 3, efficient": ("reference", 3, "efficient"),
     "auto, one by one": ("auto", 0, "default"),
+    "auto": ("auto", None, "default"),
     "auto, efficient": ("auto", None, "efficient"),
+    "auto, level 1": ("auto", 1, "default"),
     "auto, level 3": ("auto", 3, "default"),
 }
 

@@ -237,7 +237,7 @@ def gradients(block: torch.nn.Module, x: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("memory", ["default", "efficient"])
 @pytest.mark.parametrize("name", ["basic", "bottleneck with a projection"])
 def test_a_block_trains_with_them_and_as_exactly(name: str, memory: str, monkeypatch: pytest.MonkeyPatch):
-    if not backend.unavailable("triton"):
+    if not backend.why_not_device("triton", torch.device("cpu")):
         pytest.skip("Triton's interpreter runs the kernels of a GPU here")
     if name == "basic":
         block: torch.nn.Module = fused_resnet.modules.BasicBlock(32, 32)
@@ -262,7 +262,7 @@ def test_a_block_trains_with_them_and_as_exactly(name: str, memory: str, monkeyp
 
 
 def test_a_block_in_groups_runs_the_rest_of_its_convolutions_here(monkeypatch: pytest.MonkeyPatch):
-    if not backend.unavailable("triton"):
+    if not backend.why_not_device("triton", torch.device("cpu")):
         pytest.skip("Triton's interpreter runs the kernels of a GPU here")
     block = fused_resnet.modules.Bottleneck(64, 16, groups=4, base_width=64)
     block = block.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

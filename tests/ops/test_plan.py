@@ -121,7 +121,7 @@ def test_the_environment_is_checked_when_it_is_read(monkeypatch, value):
 @NEEDS_NATIVE
 def test_the_automatic_level_on_the_cpu_is_2_where_the_cpp_convolutions_take_it():
     """Else 0: oneDNN's convolutions, and the passes of C++ beside them."""
-    if not backend.unavailable("triton"):
+    if not backend.why_not_device("triton", torch.device("cpu")):
         pytest.skip("Triton's interpreter runs the kernels of a GPU here")
     kernels = not why_no_kernels(torch.float32)
     x, *others = convolution()
@@ -188,7 +188,7 @@ def test_what_the_kernels_cannot_take_is_said_in_their_words(monkeypatch):
         return ["x is torch.float64; it takes float32"] if arguments[0].dtype == torch.float64 else []
 
     monkeypatch.setattr(plan, "why_not", reasons)
-    monkeypatch.setattr(plan, "unavailable", lambda backend: [])
+    monkeypatch.setattr(plan, "is_native", lambda x: False)
     with use_backend("auto"), use_fusion_level(None):
         assert level(*convolution()) == 3
         assert level(*convolution(dtype=torch.float64)) == 0
@@ -207,7 +207,7 @@ class OnCuda(torch.Tensor):
 def test_float32_is_fused_where_it_may_be_rounded_to_tf32(monkeypatch, precision, expected):
     """Without matrix instructions cuDNN is faster; asked for by number, the level is as asked. bfloat16 has them."""
     monkeypatch.setattr(plan, "why_not", lambda *arguments: [])
-    monkeypatch.setattr(plan, "unavailable", lambda backend: [])
+    monkeypatch.setattr(plan, "is_native", lambda x: False)
     before = torch.backends.cudnn.conv.fp32_precision
     x, *others = convolution()
     try:
@@ -228,7 +228,7 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(plan_file.ENVIRONMENT_VARIABLE, str(tmp_path))
     monkeypatch.setattr(plan_file, "SHIPPED_FOLDER", tmp_path / "shipped")
     monkeypatch.setattr(plan, "why_not", lambda *arguments: [])
-    monkeypatch.setattr(plan, "unavailable", lambda backend: [])
+    monkeypatch.setattr(plan, "is_native", lambda x: False)
     measured_plan.reload()
     yield lambda arguments, winner: measured_plan.record(
         measured_plan.LEVEL, plan_key.level_key(*arguments), winner, {}

@@ -15,8 +15,7 @@ from fused_resnet.bench.result import TRAINING_STEP
 from fused_resnet.bench.suite.loss import loss_of
 from fused_resnet.bench.suite.network_task import NetworkTask
 from fused_resnet.bench.suite.training import make_optimizer
-from fused_resnet.ops.backend import keeping_masks
-from fused_resnet.ops.plan import without_fused_pooling
+from fused_resnet.ops.backend import counting_native, keeping_masks
 from fused_resnet.ops.reasons import unavailable
 from fused_resnet.training.loop import autocast
 
@@ -33,14 +32,15 @@ def moved_bytes(task: NetworkTask, way: Way) -> int | None:
     """
     if way is None:
         return None
-    level = _automatic_level(task) if way in (FUSED, EFFICIENT) else way
+    level = automatic_level(task) if way in (FUSED, EFFICIENT) else way
+    natively = task.device.type == "cpu" and level in (1, 2) and automatic_level(task) == 2
     masks = level == HIGHEST and task.device.type == "cuda" and not unavailable("cuda")
     with (
         DryRun(),
         fused_resnet.use_backend("reference"),
         fused_resnet.ops.use_fusion_level(level if isinstance(level, int) else None),
         keeping_masks() if masks else contextlib.nullcontext(),
-        without_fused_pooling() if task.device.type == "cpu" else contextlib.nullcontext(),
+        counting_native() if natively else contextlib.nullcontext(),
     ):
         module = _module(task, way)
         try:
@@ -91,7 +91,7 @@ def _of_training(task: NetworkTask, module: nn.Module) -> int:
     return ledger(step, task.batch_size).total
 
 
-def _automatic_level(task: NetworkTask) -> int:
+def automatic_level(task: NetworkTask) -> int:
     """What ``ops/plan.py`` chooses for most of a network: for a 3x3 convolution of 64 channels."""
     with fused_resnet.use_backend("auto"), fused_resnet.ops.use_fusion_level(None):
         x, weight = (

@@ -19,13 +19,14 @@ from fused_resnet.bench.suite.conditions import (
 )
 from fused_resnet.bench.suite.contender import Contender
 from fused_resnet.bench.suite.graphed import no_float16, prepared_graph_step
-from fused_resnet.bench.suite.moved_bytes import EFFICIENT, FROZEN, FUSED
+from fused_resnet.bench.suite.moved_bytes import EFFICIENT, FROZEN, FUSED, automatic_level
 from fused_resnet.bench.suite.network_task import NetworkTask
 from fused_resnet.bench.suite.preparing import Surroundings, prepared_inference, prepared_module
 from fused_resnet.bench.suite.subjects import Subject
 from fused_resnet.bench.suite.task import Prepared
 from fused_resnet.convert.sites import fusion_sites
-from fused_resnet.ops.plan import HIGHEST_LEVEL, highest_level
+from fused_resnet.ops.plan import HIGHEST_LEVEL
+from fused_resnet.ops.reasons import why_not_device
 
 
 def our_contenders() -> list[Contender]:
@@ -102,9 +103,11 @@ def _prepare_level(level: int, task: NetworkTask) -> Prepared:
 
 
 def _why_no_level(level: int, task: NetworkTask) -> list[str]:
-    """Levels above those that the device's kernels have would be the reference."""
-    like = torch.empty(0, dtype=task.dtype, device=task.device)
-    highest = highest_level(like)
-    if level <= highest:
+    """Levels above those that the device's kernels have for this dtype would be the reference; without any, level 0 is
+    what "fused" is."""
+    if task.device.type == "cuda" or not why_not_device("triton", task.device):
         return []
-    return [f"the kernels on {task.device.type} have levels 0 to {highest}; above, it is the reference that runs"]
+    highest = automatic_level(task)
+    if level <= highest and highest > 0:
+        return []
+    return [f"the kernels on {task.device.type} have levels up to {highest} in {task.dtype}; above, the reference runs"]

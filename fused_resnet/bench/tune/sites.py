@@ -19,6 +19,7 @@ from fused_resnet.bench.tune.level_subject import LevelSubject
 from fused_resnet.bench.tune.method_subject import MethodSubject
 from fused_resnet.bench.tune.op_subject import BackendSubject, TrainingTileSubject
 from fused_resnet.bench.tune.subject import Subject
+from fused_resnet.ops.native_conv import why_no_kernels
 from fused_resnet.ops.plan_file import Key
 from fused_resnet.ops.plan_key import CHOSEN_OPS
 from fused_resnet.ops.reasons import unavailable, why_not_device
@@ -74,11 +75,14 @@ def _all(selection: Selection, tiles: dict[Key, str]) -> Iterator[Subject]:
                 if len(method.candidates()) > 1:
                     yield method
                 method.release()
-        if mode == "training" and not why_not_device("triton", device):
+        triton = not why_not_device("triton", device)
+        native = device.type == "cpu" and not why_no_kernels(torch.float32)
+        if mode == "training" and (triton or native):
             places = {site: None for name in selection.models for site in conv_sites(name, selection.image_size)}
-            sites = [site for site in places if site.conv.sizes.groups == 1]
+            # On the CPU the stem, whose input takes no gradient, stays at level 0.
+            sites = [site for site in places if site.conv.sizes.groups == 1 and (triton or site.takes_gradient)]
             for site in sorted(sites, key=lambda site: not site.normed):  # of one shape the place that gains most
-                for dtype in dtypes:
+                for dtype in dtypes if triton else set(dtypes) & {torch.float32}:
                     yield from (LevelSubject(site, batch, dtype, device, tiles) for batch in batch_sizes)
 
 
