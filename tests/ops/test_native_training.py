@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_resnet
-from fused_resnet.ops import backend, native_conv, reference, use_backend, use_fusion_level
+from fused_resnet.ops import backend, native_conv, plan, reasons, reference, use_backend, use_fusion_level
 from tests.accuracy import assert_at_most_twice
 from tests.ops.step import NEEDS_NATIVE
 
@@ -157,6 +157,17 @@ def test_nan_passes_and_padding_is_of_the_activation(case: str, method: str):
     assert inputs.grad_weight(native)[:, 3].isnan().any()
 
 
+@pytest.mark.parametrize("absent", [(2,), (3,), (2, 3)], ids=["no weight", "no bias", "neither"])
+def test_a_norm_without_weight_or_bias(absent: tuple[int, ...], method: str):
+    inputs = Inputs("3x3, odd sizes", True)
+    for index in absent:
+        inputs.norm[index] = None
+    for name, run in PARTS.items():
+        exact, baseline = run(inputs, reference, torch.float64), run(inputs, reference)
+        terms = inputs.dy[:, 0].numel()
+        assert_at_most_twice(run(inputs, native), baseline, exact, what=name, terms=terms)
+
+
 def test_statistics_and_running_ones():
     inputs = Inputs("3x3", True)
     moved, expected = ([torch.zeros(64), torch.ones(64)] for _ in range(2))
@@ -269,6 +280,62 @@ def test_a_block_in_groups_runs_the_rest_of_its_convolutions_here(monkeypatch: p
     calls = calls_of(monkeypatch)
     gradients(block, laid_out(torch.randn(2, 64, 8, 8)))
     assert calls.count("conv_grad_weight") == 2
+
+
+@pytest.mark.parametrize("frozen", ["weights", "input", "the first weight"])
+def test_nothing_is_computed_that_nobody_asked_for(frozen: str, monkeypatch: pytest.MonkeyPatch):
+    if not backend.why_not_device("triton", torch.device("cpu")):
+        pytest.skip("Triton's interpreter runs the kernels of a GPU here")
+    block = fused_resnet.modules.BasicBlock(16, 16).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = laid_out(torch.randn(2, 16, 8, 8)).requires_grad_(frozen != "input")
+    for conv in {"weights": [block.conv1, block.conv2], "input": [], "the first weight": [block.conv1]}[frozen]:
+        conv.weight.requires_grad_(False)
+    with use_fusion_level(0):
+        block(x).square().sum().backward()
+        expected = {name: p.grad for name, p in [("x", x), *block.named_parameters()] if p.grad is not None}
+    for parameter in (x, *block.parameters()):
+        parameter.grad = None
+    calls = calls_of(monkeypatch)
+    block(x).square().sum().backward()
+    assert calls.count("conv_grad_weight") == {"weights": 0, "input": 2, "the first weight": 1}[frozen]
+    assert calls.count("conv_grad_input") == {"weights": 2, "input": 1, "the first weight": 2}[frozen]
+    found = {name: p.grad for name, p in [("x", x), *block.named_parameters()] if p.grad is not None}
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-3)
+
+
+def test_a_batch_of_gradients_goes_through_the_dispatcher():
+    block = fused_resnet.modules.BasicBlock(16, 16).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = laid_out(torch.randn(2, 16, 8, 8)).requires_grad_()
+    out = block(x)
+    cotangents = torch.randn(3, *out.shape)
+    one_by_one = [torch.autograd.grad(out, x, each, retain_graph=True)[0] for each in cotangents]
+    (together,) = torch.autograd.grad(out, x, cotangents, is_grads_batched=True)
+    torch.testing.assert_close(together, torch.stack(one_by_one), rtol=1e-4, atol=1e-4)
+
+
+def test_a_cpu_beside_a_gpu_trains_with_them_too(monkeypatch: pytest.MonkeyPatch):
+    """There Triton is usable, and takes no CPU tensor."""
+    if not backend.why_not_device("triton", torch.device("cpu")):
+        pytest.skip("Triton's interpreter runs the kernels of a GPU here")
+    monkeypatch.setattr(plan, "_decided", {})
+    monkeypatch.setattr(backend, "_trains_natively", {})
+    monkeypatch.setattr(reasons, "unavailable", lambda name: [])
+    inputs = Inputs("3x3", False)
+    with use_fusion_level(None), use_backend("auto"):
+        assert plan.training_level(inputs.x, inputs.weight, *inputs.sizes) == 2
+        assert backend.trains_natively(inputs.x, inputs.weight, *inputs.sizes)
+
+
+def test_weights_that_are_no_plain_tensors_stay_at_level_0():
+    class Weight(Tensor):
+        pass
+
+    inputs = Inputs("3x3", False)
+    with use_fusion_level(None), use_backend("native"):
+        assert plan.training_level(inputs.x, inputs.weight, *inputs.sizes) == 2
+        assert plan.training_level(inputs.x, inputs.weight.as_subclass(Weight), *inputs.sizes) == 0
 
 
 def test_level_0_asked_for_is_pytorchs_convolution(monkeypatch: pytest.MonkeyPatch):
