@@ -30,8 +30,7 @@ Phase phase_of(int first, int size, int stride, int kernel, int padding) {
   return {first, (size - first + stride - 1) / stride, place, taps, taps - 1 - (first + padding - place) / stride};
 }
 
-// The kernel turned around, filters and channels exchanged: from `row`, `column` on in steps of a stride, `rows` by
-// `columns` places of it.
+// Of the kernel the places that two phases see, turned around, filters and channels exchanged.
 ConvWeight turned(const ConvWeight& weight, const CpuConv& conv, const Phase& rows, const Phase& columns) {
   const int64_t last_row = rows.place + int64_t{rows.taps - 1} * conv.stride_height;
   const int64_t last_column = columns.place + int64_t{columns.taps - 1} * conv.stride_width;
