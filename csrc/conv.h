@@ -54,8 +54,8 @@ struct ConvInput {
   const float *mean = nullptr, *scale = nullptr, *bias = nullptr;
 };
 
-// What is added behind the sums: out = act(sum + bias + residual). Either may be null (grouped wants a bias); residual may
-// be `out` itself.
+// What is added behind the sums: out = act(sum + bias + residual). Either may be null (grouped wants a bias); residual
+// may be `out` itself.
 struct ConvEpilogue {
   const float* bias;
   const void* residual;

@@ -109,8 +109,8 @@ class Input {
 
 void forward(const CpuConv& conv, ConvMethod method, const Images& images, Address x, const std::optional<Norm>& norm,
              Address weight, const Strides& strides, Address out) {
-  conv_forward(takeable(on(conv, images), method, conv.dtype == DType::float32), method, Input(x, norm, conv.channels).get(),
-               weight_of(weight, strides), pointer<void>(out));
+  conv_forward(takeable(on(conv, images), method, conv.dtype == DType::float32), method,
+               Input(x, norm, conv.channels).get(), weight_of(weight, strides), pointer<void>(out));
 }
 
 void grad_input(const CpuConv& conv, ConvMethod method, const Images& images, Address grad_out, Address weight,

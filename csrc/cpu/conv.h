@@ -17,7 +17,7 @@ void max_pool(const CpuConv& pool, const void* x, void* out);
 void average(const CpuConv& images, const void* x, void* out);
 
 constexpr ConvKernels kConvKernels{conv_takes,       conv_packed_bytes, conv_pack, conv_run,
-                                   conv_grad_weight, scatter, max_pool,          average};
+                                   conv_grad_weight, scatter,           max_pool,  average};
 
 }  // namespace CPU_CAPABILITY
 }  // namespace fused_resnet
