@@ -83,6 +83,7 @@ def run(unit: Unit, seconds: float, log: Path, environment: dict[str, str]) -> E
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=_listen_to_interrupts,
             )
         except OSError as error:
             return End(FAILED, time.monotonic() - start, str(error))
@@ -112,6 +113,11 @@ def last_line(log: Path, begin: int = 0) -> str:
         text = file.read().decode(errors="replace")
     lines = [line.strip() for line in text.splitlines() if line.strip(" \t=-_│╭╮╰╯─")]
     return lines[-1][:200] if lines else "it said nothing"
+
+
+def _listen_to_interrupts() -> None:
+    """In the child: a shell lets what it runs in the background ignore them, and its children with it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -11,11 +11,12 @@ import torch
 
 from fused_resnet.bench.suite.rounds import Method
 from fused_resnet.bench.tune import command, sites
+from fused_resnet.bench.tune.level_step import LevelStep
 from fused_resnet.bench.tune.run import tune, unknown
 from fused_resnet.bench.tune.sites import Selection, subjects
-from fused_resnet.ops import backend, measured_plan, plan_file, plan_key, reference, use_backend
+from fused_resnet.ops import backend, measured_plan, plan_file, plan_key, reference, training_level, use_backend
 from fused_resnet.ops.native_conv import NativeConv, takes_dtype
-from fused_resnet.ops.reasons import module
+from fused_resnet.ops.reasons import module, why_not_device
 from tests.ops.step import NEEDS_NATIVE
 
 SELECTION = Selection(("resnet18",), ("training",), (("training", (2,)),), ("float32",), "cpu", 32)
@@ -179,11 +180,37 @@ def test_the_questions_are_of_every_pass_and_shape_once():
     found = subjects(SELECTION, {})
     keys = [(subject.op, subject.key) for subject in found]
     assert len(set(keys)) == len(keys) and {op for op, _ in keys} == {
-        *("bn_stats", "bn_apply", "bn_apply_dual", "bn_grad_stats", "bn_grad_apply")
+        *("bn_stats", "bn_apply", "bn_apply_dual", "bn_grad_stats", "bn_grad_apply"),
+        *([measured_plan.LEVEL] if takes_dtype(torch.float32) else []),
     }
     for subject in found[:3]:  # a key is made of one image, and is that of the whole batch
         op, args = subject.task.ops(subject.task.first)[0]
         assert plan_key.key_of(op, args) == subject.key and subject.key[0][0] == 2
+
+
+@pytest.mark.skipif(not takes_dtype(torch.float32), reason="no C++ convolutions for this processor")
+@pytest.mark.skipif(not why_not_device("triton", torch.device("cpu")), reason="Triton's interpreter comes first")
+def test_the_levels_of_the_cpu_are_measured_and_used(monkeypatch):
+    def some(selection, tiles):
+        return [s for s in sites.subjects(selection, tiles) if s.op == measured_plan.LEVEL][:1]
+
+    monkeypatch.setattr(command, "subjects", some)
+    right = LevelStep.run
+
+    def slow_above_0(self, level):
+        time.sleep(SLEEP if level > 0 else 0)
+        return right(self, level)
+
+    monkeypatch.setattr(LevelStep, "run", slow_above_0)
+    assert run("--mode", "training", "--batch-size", "2", "--image-size", "32") == 0
+    ((op, key), decision) = next(iter(measured_plan.decisions().items()))
+    assert op == measured_plan.LEVEL and set(decision.seconds) == {"0", "1", "2"}
+    assert (decision.winner, decision.heuristic) == ("0", "2")
+    (subject,) = some(SELECTION, {})
+    x, weight, settings = subject._inputs.x, subject._inputs.weight, subject._inputs.settings
+    assert key == subject.key and training_level(x, weight, *settings) == 0
+    with measured_plan.ignoring_measured_plan():
+        assert training_level(x, weight, *settings) == 2
 
 
 @pytest.mark.skipif(not takes_dtype(torch.float32), reason="no C++ convolutions for this processor")
