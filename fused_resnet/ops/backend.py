@@ -141,7 +141,7 @@ def passes_for(x: Tensor, *others: Tensor) -> Any:
     at the dispatcher. The way through it and the choice would cost as much again as all else that Python does for a
     launch. (Profilers then see the kernels, and not the ops.)"""
     usual = "cuda" if _cuda_takes(x) else "native" if _native_takes(x) else None
-    if usual is None or is_listened_to() or any(map(is_batched, others)):
+    if usual is None or is_listened_to() or any(map(_is_batched, others)):
         return torch.ops.fused_resnet
     if measured_plan.other_backend_for_passes(x, usual):
         return torch.ops.fused_resnet
@@ -191,9 +191,12 @@ def convolutions_for(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    *others: Tensor,
 ) -> Any:
     """Whose functions run a convolution of a training step, that the caller has checked: as ``passes_for``."""
     if torch.compiler.is_compiling() or type(x) not in (Tensor, Parameter) or is_listened_to():
+        return torch.ops.fused_resnet
+    if any(map(_is_batched, others)):
         return torch.ops.fused_resnet
     natively = trains_natively(x, conv_weight, stride, padding, dilation, groups)
     return module("native") if natively else torch.ops.fused_resnet
@@ -239,7 +242,7 @@ def runs_unseen(x: Tensor) -> bool:
     return type(x) in (Tensor, Parameter) and x.device.type == "cpu" and x.numel() > 0
 
 
-def is_batched(tensor: Tensor) -> bool:
+def _is_batched(tensor: Tensor) -> bool:
     """True of the gradients of ``torch.autograd.grad(is_grads_batched=True)`` and of ``vmap``."""
     functorch = torch._C._functorch
     return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)

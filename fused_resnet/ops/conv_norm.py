@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_resnet.ops.backend import convolutions_for, is_batched, passes_for, trains_natively
+from fused_resnet.ops.backend import convolutions_for, passes_for, trains_natively
 from fused_resnet.ops.bn_act import BatchNorm
 from fused_resnet.ops.plan import training_level
 from fused_resnet.ops.reference import statistics_dtype
@@ -131,7 +131,9 @@ def forward_link(before: Raw, link: ConvNorm, level: int) -> Done:
         weight = link.conv_weight.to(before.tensor.dtype)
         arguments = (before.tensor, weight, *before.prologue)
         if trains_natively(before.tensor, weight, *link.sizes):
-            y = _convolutions(before.tensor, weight, None, link).conv_stats(*arguments, *_STILL, *link.sizes, False)[0]
+            y = convolutions_for(before.tensor, weight, *link.sizes).conv_stats(
+                *arguments, *_STILL, *link.sizes, False
+            )[0]
             mean, invstd = passes_for(y).bn_stats(y, *moving)
         else:
             y, mean, invstd = _ops.conv_stats(*arguments, *moving, *link.sizes, True)
@@ -145,7 +147,7 @@ def convolve(before: Raw, link: ConvNorm, level: int) -> Tensor:
     weight = link.conv_weight.to(before.tensor.dtype)
     if level < 2:
         return F.conv2d(before.activation(), weight, None, *link.sizes)
-    ops = _convolutions(before.tensor, weight, None, link)
+    ops = convolutions_for(before.tensor, weight, *link.sizes)
     return ops.conv_stats(before.tensor, weight, *before.prologue, *_STILL, *link.sizes, False)[0]
 
 
@@ -223,7 +225,7 @@ def _separate_gradients(
     link, x, first = done.link, before.tensor, before.vectors is None
     grad = grad_weight = None
     if done.level > 0 and trains_natively(x, weight, *link.sizes):
-        ops = _convolutions(x, weight, dy, link)
+        ops = convolutions_for(x, weight, *link.sizes, dy)
         if need_weight:
             grad_weight = ops.conv_grad_weight(dy, None, None, x, *before.prologue, weight, *link.sizes)
         if need_input:
@@ -247,10 +249,6 @@ def _gradients_of_pytorch(
     settings = (None, stride, padding, dilation, False, [0, 0], groups, mask)
     grad, grad_weight, _ = torch.ops.aten.convolution_backward(dy, activation, weight, *settings)
     return grad if need_input else None, grad_weight if need_weight else None
-
-
-def _convolutions(x: Tensor, weight: Tensor, dy: Tensor | None, link: ConvNorm) -> Any:
-    return _ops if dy is not None and is_batched(dy) else convolutions_for(x, weight, *link.sizes)
 
 
 def values_per_channel(y: Tensor) -> int:

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
-SOURCES = ("conv", "conv_gemm", "conv_winograd", "conv_grouped", "conv_grad_weight")
+SOURCES = ("conv", "conv_gemm", "conv_winograd", "conv_grouped", "conv_grad_weight", "conv_winograd_grad")
 CAPABILITIES: dict[str, list[str]] = runpy.run_path(str(ROOT / "setup.py"))["CPU_CAPABILITIES"]
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
 PLANTED = {
@@ -28,7 +28,7 @@ PLANTED = {
     "an output's transform": ("conv_winograd.h", "to[1] = m[1] - m[2] - m[3];", "to[1] = m[1] - m[2] + m[3];"),
     "a gradient's transform": ("conv_winograd.h", "to[1] = 0.5f * (m[1] - m[2]);", "to[1] = 0.5f * (m[1] + m[2]);"),
     "a part's rows that run into the next": (
-        "conv_grad_weight.cpp",
+        "conv_grad_weight.h",
         "kDepth * kTileRows + kRowVectors * kVectorLanes",
         "kDepth * kTileRows",
     ),
