@@ -41,7 +41,7 @@ COMPILE_FLAGS = [
     *("-Wall", "-Wextra"),
 ]
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-falign-loops=64"]  # aligned: an eighth faster where two threads share a core
-# Every csrc/cpu/*.cpp is compiled once per row; the widest one that the processor has is chosen when _C is imported.
+# Every csrc/cpu/*/*.cpp is compiled once per row; the widest one that the processor has is chosen when _C is imported.
 # Linked in this order: of an inline function that several rows define, the linker keeps the first, narrowest one.
 CPU_CAPABILITIES = {
     "baseline": [],
@@ -114,6 +114,11 @@ def find_nvcc(cxx: list[str]) -> tuple[str | None, str]:
 
 def cuda_sources() -> list[Path]:
     return sorted(CSRC.glob("cuda/*.cu"))
+
+
+def object_name(source: Path) -> str:
+    """Below the build folder, without what comes after the dot."""
+    return source.relative_to(CSRC).with_suffix("").as_posix()
 
 
 def cuda_home(nvcc: str) -> Path:
@@ -217,20 +222,24 @@ class BuildWithNinja(build_ext):
             )
             rules.rule("link", f"{compiler} {quoted(link)} -o $out $in {quoted(libraries)}", description="link $out")
             objects = [
-                *(rules.build(f"{source.stem}.o", "cxx", str(source)) for source in sorted(CSRC.glob("*.cpp"))),
+                *(
+                    rules.build(f"{object_name(source)}.o", "cxx", str(source))
+                    for folder in ("bindings", "cpu")
+                    for source in sorted(CSRC.glob(f"{folder}/*.cpp"))
+                ),
                 *(
                     rules.build(
-                        f"cpu/{source.stem}.{capability}.o",
+                        f"{object_name(source)}.{capability}.o",
                         "cxx",
                         str(source),
                         variables={"capability": quoted([f"-DCPU_CAPABILITY={capability}", *flags])},
                     )
                     for capability, flags in CPU_CAPABILITIES.items()
                     if capability == "baseline" or dispatch
-                    for source in sorted(CSRC.glob("cpu/*.cpp"))
+                    for source in sorted(CSRC.glob("cpu/*/*.cpp"))
                 ),
                 *(
-                    rules.build(f"cuda/{source.stem}.o", "nvcc", str(source))
+                    rules.build(f"{object_name(source)}.o", "nvcc", str(source))
                     for source in cuda_sources()
                     if toolchain.nvcc
                 ),

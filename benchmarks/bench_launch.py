@@ -40,7 +40,9 @@ from fused_resnet.bench.machine import device_name, machine_facts
 from fused_resnet.bench.norm_inputs import EPS, Norm
 from fused_resnet.bench.passes import PASSES, STATS_APPLY, NormPass
 from fused_resnet.bench.timer import Timing, rotate
-from fused_resnet.ops import backend, cuda_launch, reasons, use_backend
+from fused_resnet.ops import use_backend
+from fused_resnet.ops.backends.cuda import launch as cuda_launch
+from fused_resnet.ops.route import backend, reasons
 from fused_resnet.ops.schemas import SCHEMAS
 
 SHAPE, DTYPE = (2, 64, 4, 4), torch.bfloat16

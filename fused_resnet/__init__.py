@@ -9,11 +9,12 @@
 from __future__ import annotations
 
 from fused_resnet import models, modules, ops
-from fused_resnet.convert import freeze, fuse, fusion_report, unfuse
+from fused_resnet.convert import fuse, fusion_report, unfuse
+from fused_resnet.cuda_graph.graph_step import graph_step
+from fused_resnet.frozen import freeze
 from fused_resnet.models import *  # noqa: F403  every builder, as listed in models.__all__
 from fused_resnet.modules import BasicBlock, BatchNormAct2d, Bottleneck, ConvBNAct2d
 from fused_resnet.ops import BackendError, use_backend
-from fused_resnet.training.graph_step import graph_step
 from fused_resnet.version import __version__
 
 __all__ = [

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fused_resnet.bench.machine import machine_facts
-from fused_resnet.ops import backend, measured_plan
+from fused_resnet.ops.route import backend, measured_plan
 from fused_resnet.version import __version__
 
 PREFIX = "FUSED_RESNET_"

@@ -1,4 +1,4 @@
-"""The Triton backend: the function names, arguments and meaning of ``fused_resnet/ops/reference.py``.
+"""The Triton backend: the function names, arguments and meaning of ``fused_resnet/ops/reference/__init__.py``.
 
 Data is float32, float16 or bfloat16 in channels_last; statistics are float32. Every function runs on the device and
 the current stream of its first tensor. Results are bitwise the same in every run on the same device: no atomics, no

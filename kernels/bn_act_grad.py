@@ -1,7 +1,8 @@
 """Batch normalisation, residual add and ReLU, backward: one pass for the two sums of each channel (and the gradient of
 the residual, where there was one) and one for the gradient of x.
 
-Notation of ``fused_resnet/ops/reference.py``: dz is the gradient in front of the ReLU, xhat = (x - mean) * invstd.
+Notation of ``fused_resnet/ops/reference/__init__.py``: dz is the gradient in front of the ReLU, xhat = (x - mean) *
+invstd.
 """
 
 from __future__ import annotations

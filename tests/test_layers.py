@@ -1,7 +1,8 @@
 """The law of layers: every file's imports, read from its syntax tree, point downward.
 
 models -> modules -> ops -> kernels, _C
-convert -> models, modules, ops;   bench, training, info -> anything in the package;   nothing -> tests, benchmarks
+convert -> models, modules, ops;   frozen -> convert and below;   cuda_graph -> nothing;
+bench, training, info -> anything in the package;   nothing -> tests, benchmarks
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "fused_resnet"
 
-ANYTHING = {"models", "modules", "ops", "convert", "bench", "training", "info", "version"}
+ANYTHING = {"models", "modules", "ops", "convert", "frozen", "cuda_graph", "bench", "training", "info", "version"}
 MAY_IMPORT = {
     "kernels": set(),
     "ops": {"kernels", "_C"},
     "modules": {"ops"},
     "models": {"modules"},
     "convert": {"models", "modules", "ops"},
+    "frozen": {"models", "modules", "ops", "convert"},
+    "cuda_graph": set(),
     "bench": ANYTHING,
     "training": ANYTHING,
     "info": ANYTHING | {"_C"},
@@ -37,7 +40,9 @@ EXTRAS = {
     *("rich", "matplotlib", "sklearn", "jinja2", "torchvision", "timm"),
     *("onnx", "onnxruntime", "openvino", "torch_tensorrt", "cudnn", "apex"),
 }
-READS_ENVIRONMENT = {f"fused_resnet/{name}.py" for name in ("ops/backend", "ops/plan", "ops/plan_file", "info")}
+READS_ENVIRONMENT = {
+    f"fused_resnet/{name}.py" for name in ("ops/route/backend", "ops/route/fusion_level", "ops/route/plan_file", "info")
+}
 
 
 def package_files() -> list[Path]:
@@ -123,7 +128,7 @@ def test_the_law_finds_what_breaks_it(module: str, source: str):
     [
         ("fused_resnet.kernels", "from .bn_act import bn_apply", True),
         ("fused_resnet.ops.bn_act", "from . import reference", False),
-        ("fused_resnet.ops.native", "from fused_resnet import _C", False),
+        ("fused_resnet.ops.backends.native", "from fused_resnet import _C", False),
         ("fused_resnet.models.resnet", "from ..modules import Bottleneck", False),
         ("fused_resnet", "from fused_resnet.version import __version__\nfrom .models.resnet import resnet18", True),
     ],
@@ -139,7 +144,7 @@ def test_environment_variables_are_read_in_their_rooms():
         if names & {"environ", "getenv"}:
             readers.add(path.relative_to(ROOT).as_posix())
     assert readers <= READS_ENVIRONMENT
-    assert "fused_resnet/ops/backend.py" in readers
+    assert "fused_resnet/ops/route/backend.py" in readers
 
 
 def test_importing_the_package_needs_no_extras():

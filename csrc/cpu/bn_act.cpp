@@ -1,129 +1,24 @@
-// Forward passes: statistics, and normalise-add-ReLU. Compiled once per CPU_CAPABILITY (see setup.py).
+// What happens once per channel.
 #include "bn_act.h"
 
-#include "traverse.h"
+#include <algorithm>
+#include <cmath>
 
 namespace fused_resnet {
-namespace CPU_CAPABILITY {
-namespace {
 
-// Mean and squared deviations. A tile's values are summed as deviations from a shift, the mean of a few of its values
-// far apart, and tiles are merged by Chan's formula: no digits are lost when |mean| >> std. Whatever the data, the
-// shift lies within sqrt(tile size / kShiftValues), at most 8, standard deviations of the tile's mean, since its values
-// are part of the tile: second - first^2 / count cancels 6 bits at most, and hardly ever one.
-template <typename T>
-struct Moments {
-  static constexpr int64_t kShiftValues = 8;
-  const typename T::Storage* x;
-  std::vector<float> shift;
-
-  void begin_tile(int64_t c_begin, int64_t c_end, int64_t offset, int64_t stride, int64_t count) {
-    const int64_t values = std::min(count, kShiftValues);
-    const int64_t step = count / values * stride;
-    for (int64_t c = c_begin; c < c_end; ++c) shift[c] = 0.0f;
-    for (int64_t k = 0; k < values; ++k) {
-      for (int64_t c = c_begin; c < c_end; ++c) shift[c] += T::load(x[offset + k * step + c - c_begin]);
+void bn_finalize(int64_t channels, int64_t count, double momentum, double eps, const float* mean,
+                 float* variance_to_invstd, float* running_mean, float* running_var) {
+  const double to_unbiased = static_cast<double>(count) / static_cast<double>(std::max<int64_t>(count - 1, 1));
+  for (int64_t c = 0; c < channels; ++c) {
+    const double variance = variance_to_invstd[c];
+    if (running_mean != nullptr) {
+      running_mean[c] = static_cast<float>((1.0 - momentum) * running_mean[c] + momentum * mean[c]);
     }
-    const float inverse = 1.0f / static_cast<float>(values);
-    for (int64_t c = c_begin; c < c_end; ++c) shift[c] *= inverse;
-  }
-  float channel(int64_t c) const { return shift[c]; }
-  Sums value(int64_t i, float channel_shift) const {
-    const float deviation = T::load(x[i]) - channel_shift;
-    return {deviation, deviation * deviation};
-  }
-  void end_tile(int64_t c_begin, int64_t c_end, const float* first, const float* second, int64_t count,
-                int64_t total_count, double* total_mean, double* total_m2) const {
-    const double inverse = 1.0 / static_cast<double>(count);
-    const double share = static_cast<double>(count) / static_cast<double>(total_count + count);
-    const double weight = share * static_cast<double>(total_count);
-    const float* const shifts = shift.data() + c_begin;
-#pragma GCC ivdep
-    for (int64_t k = 0; k < c_end - c_begin; ++k) {
-      const double drift = first[k] * inverse;
-      const double m2 = second[k] - drift * first[k];
-      const double delta = shifts[k] + drift - total_mean[k];
-      total_mean[k] += delta * share;
-      total_m2[k] += (m2 < 0.0 ? 0.0 : m2) + delta * delta * weight;
+    if (running_var != nullptr) {
+      running_var[c] = static_cast<float>((1.0 - momentum) * running_var[c] + momentum * variance * to_unbiased);
     }
+    variance_to_invstd[c] = static_cast<float>(1.0 / std::sqrt(variance + eps));
   }
-  static void merge(int64_t channels, const double* mean, const double* m2, int64_t count, int64_t total_count,
-                    double* total_mean, double* total_m2) {
-    const double share = static_cast<double>(count) / static_cast<double>(total_count + count);
-    const double weight = share * static_cast<double>(total_count);
-#pragma GCC ivdep
-    for (int64_t k = 0; k < channels; ++k) {
-      const double delta = mean[k] - total_mean[k];
-      total_mean[k] += delta * share;
-      total_m2[k] += m2[k] + delta * delta * weight;
-    }
-  }
-};
-
-struct AffineChannel {
-  float mean, scale, bias;
-  float operator()(float value) const { return (value - mean) * scale + bias; }
-};
-
-}  // namespace
-
-void bn_stats(const Activation& shape, const void* x, float* mean, float* variance) {
-  with_element(shape.dtype, [&](auto element) {
-    using T = decltype(element);
-    const Moments<T> moments{static_cast<const typename T::Storage*>(x), std::vector<float>(shape.channels)};
-    const double inverse = 1.0 / static_cast<double>(shape.count());
-    reduce_channels(shape, moments, [&](int64_t c, double total_mean, double total_m2) {
-      mean[c] = static_cast<float>(total_mean);
-      variance[c] = static_cast<float>(total_m2 * inverse);
-    });
-  });
 }
 
-void bn_apply(const Activation& shape, const void* x, const Norm& norm, const void* residual, bool relu, void* out) {
-  const ChannelVectors vectors(norm, shape.channels);
-  const float *mean = vectors.mean, *scale = vectors.scale.data(), *bias = vectors.bias.data();
-  const auto channel = [=](int64_t c) { return AffineChannel{mean[c], scale[c], bias[c]}; };
-  with_element(shape.dtype, [&](auto element) {
-    using T = decltype(element);
-    using Storage = typename T::Storage;
-    const auto* from = static_cast<const Storage*>(x);
-    const auto* added = static_cast<const Storage*>(residual);
-    auto* to = static_cast<Storage*>(out);
-    with_bool(relu, [&](auto with_relu) {
-      with_bool(residual != nullptr, [&](auto with_residual) {
-        for_each_element(shape, to, channel, [=](int64_t i, AffineChannel affine) {
-          float z = affine(T::load(from[i]));
-          if constexpr (decltype(with_residual)::value) z += T::load(added[i]);
-          return T::store(decltype(with_relu)::value ? relu_of(z) : z);
-        });
-      });
-    });
-  });
-}
-
-void bn_apply_dual(const Activation& shape, const void* x, const Norm& norm, const void* x2, const Norm& norm2,
-                   bool relu, void* out) {
-  const ChannelVectors vectors(norm, shape.channels), vectors2(norm2, shape.channels);
-  const float *mean = vectors.mean, *scale = vectors.scale.data(), *bias = vectors.bias.data();
-  const float *mean2 = vectors2.mean, *scale2 = vectors2.scale.data(), *bias2 = vectors2.bias.data();
-  struct Both {
-    AffineChannel one, two;
-  };
-  const auto channel = [=](int64_t c) { return Both{{mean[c], scale[c], bias[c]}, {mean2[c], scale2[c], bias2[c]}}; };
-  with_element(shape.dtype, [&](auto element) {
-    using T = decltype(element);
-    using Storage = typename T::Storage;
-    const auto* from = static_cast<const Storage*>(x);
-    const auto* from2 = static_cast<const Storage*>(x2);
-    auto* to = static_cast<Storage*>(out);
-    with_bool(relu, [&](auto with_relu) {
-      for_each_element(shape, to, channel, [=](int64_t i, Both affine) {
-        const float z = affine.one(T::load(from[i])) + affine.two(T::load(from2[i]));
-        return T::store(decltype(with_relu)::value ? relu_of(z) : z);
-      });
-    });
-  });
-}
-
-}  // namespace CPU_CAPABILITY
 }  // namespace fused_resnet

@@ -5,7 +5,7 @@
 // shared memory at a time, and zeros where a patch reaches into the padding.
 #pragma once
 
-#include "../conv_shape.h"
+#include "conv_shape.h"
 #include "vector.cuh"
 
 namespace fused_resnet {

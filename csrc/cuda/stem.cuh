@@ -7,7 +7,7 @@
 // are nowhere laid out.
 #pragma once
 
-#include "../conv_shape.h"
+#include "conv_shape.h"
 #include "vector.cuh"
 
 namespace fused_resnet {

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fused_resnet.ops import reference
-from fused_resnet.ops.reference_mask import pack_mask
-from fused_resnet.ops.reference_norm import normalize
+from fused_resnet.ops.reference.mask import pack_mask
+from fused_resnet.ops.reference.norm import normalize
 
 EPS = 1e-5
 NEAR_ZERO = 0.05

@@ -1,6 +1,6 @@
 """The passes of a norm one by one: what each is given and what it moves, what eager runs for it, what is right.
 
-Counted as the docstrings in ``ops/reference_norm.py`` and ``ops/reference_mask.py`` say: T is the bytes of one
+Counted as the docstrings in ``ops/reference/norm.py`` and ``ops/reference/mask.py`` say: T is the bytes of one
 activation, and a mask has a bit an element. Vectors of C are not counted.
 """
 

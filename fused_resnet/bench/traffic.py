@@ -270,4 +270,4 @@ ROWS: dict[str, Row] = {
     "fused_resnet.conv_grad_input": _conv_grad_input,
     "fused_resnet.conv_grad_weight": _conv_grad_weight,
 }
-"""The rows, by the name of the op without overload and trailing underscore. Fused ones as ``ops/reference.py`` says."""
+"""The rows, by the name of the op without overload and trailing underscore. Fused ones as ``ops/reference/`` says."""

@@ -17,7 +17,7 @@ from fused_resnet.bench.contenders import build
 from fused_resnet.bench.dry_run import DryRun
 from fused_resnet.bench.ledger import Ledger, ledger
 from fused_resnet.bench.saved_bytes import saved_bytes
-from fused_resnet.ops.backend import keeping_masks
+from fused_resnet.ops.route.backend import keeping_masks
 from fused_resnet.training.loop import MOMENTUM, WEIGHT_DECAY, autocast
 
 EAGER = "eager"

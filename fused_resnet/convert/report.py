@@ -17,9 +17,9 @@ from fused_resnet.modules.bottleneck import Bottleneck
 from fused_resnet.modules.shortcut import why_not_split
 from fused_resnet.modules.stem import why_not_whole_stem, window
 from fused_resnet.modules.whole_block import why_not_whole
-from fused_resnet.ops.backend import AUTO, requested_backend, unavailable, why_not
 from fused_resnet.ops.layout import is_channels_last
-from fused_resnet.ops.plan import training_level_asked_for, why_not_fused_training
+from fused_resnet.ops.route.backend import AUTO, requested_backend, unavailable, why_not
+from fused_resnet.ops.route.fusion_level import training_level_asked_for, why_not_fused_training
 from fused_resnet.ops.stem import why_not_pooled
 
 LINE_LENGTH = 120
@@ -38,7 +38,7 @@ class FusionSite:
     level_reasons: tuple[str, ...] = ()
     """Why training keeps the convolution in front of it a pass of its own; empty if not."""
     level: int | None = None
-    """How far training fuses it with that convolution, 0 to 3 (``ops/plan.py``); None if it runs the ordinary way."""
+    """How far training fuses it with that convolution, 0 to 3; None if it runs the ordinary way."""
 
     @property
     def fused(self) -> bool:

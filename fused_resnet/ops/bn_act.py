@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_resnet.ops import checks
-from fused_resnet.ops.backend import has_fused_backend, passes_for, takes_one_launch
 from fused_resnet.ops.batch_norm import BatchNorm, batch_norm
 from fused_resnet.ops.bn_act_autograd import BNAct, BNActDual
 from fused_resnet.ops.reference import statistics_dtype
+from fused_resnet.ops.route.backend import has_fused_backend, passes_for, takes_one_launch
 from fused_resnet.ops.synchronize import group_to_share, statistics_over_ranks
 
 
@@ -61,7 +61,7 @@ def bn_act(
         process_group: a ``torch.distributed.ProcessGroup`` whose ranks normalise with the statistics of all their x,
             as ``nn.SyncBatchNorm``, when training; None for this process alone. Every rank has to call, with any N, 0
             too. One all_gather forward and, for the gradient of x, one all_reduce backward; the gradients of weight and
-            bias are those of this rank's x. What does not run fused then runs as ``ops/reference.py``.
+            bias are those of this rank's x. What does not run fused then runs as ``ops/reference/``.
 
     Returns:
         A tensor of x's shape, dtype and (if dense) strides. A residual of a wider dtype promotes it, as ``+`` does.

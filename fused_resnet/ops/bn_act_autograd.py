@@ -1,7 +1,7 @@
 """The gradients of ``bn_act`` and ``bn_act_dual``, the statistics given.
 
 Which elements the ReLU lets a gradient pass to is kept, where there was a residual, as the sign of the output or as a
-mask of one bit (``ops/reference_mask.py``): ``passed`` below is either, a mask being uint8.
+mask of one bit (``ops/reference/mask.py``): ``passed`` below is either, a mask being uint8.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_resnet.ops.backend import keeps_masks, passes_for
 from fused_resnet.ops.batch_norm import BatchNorm, batch_norm
 from fused_resnet.ops.reference import unpack_mask
+from fused_resnet.ops.route.backend import keeps_masks, passes_for
 from fused_resnet.ops.synchronize import sums_over_ranks
 
 

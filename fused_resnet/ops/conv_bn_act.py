@@ -1,7 +1,7 @@
 """Convolution + BatchNorm + residual add + ReLU for inference: one kernel that writes nothing but the result.
 
 With constant statistics a BatchNorm is a scale and a shift of each channel, which a convolution can apply while its
-result is still in registers. ``ops/backend.py`` says which backend does that where.
+result is still in registers. ``ops/route/backend.py`` says which backend does that where.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_resnet.ops import checks
-from fused_resnet.ops.backend import is_transformed
 from fused_resnet.ops.bn_act import bn_act, wants_gradient
 from fused_resnet.ops.layout import conv_output_size
 from fused_resnet.ops.reference import statistics_dtype
+from fused_resnet.ops.route.backend import is_transformed
 
 
 def conv_bn_act(

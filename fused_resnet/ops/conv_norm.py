@@ -1,7 +1,8 @@
 """One link of a residual block in training: a convolution, the batch norm behind it, and the norm and ReLU in front.
 
 What stands in front of a convolution is given raw, as the tensor that the convolution before wrote and the vectors that
-normalise it; whether the activation is ever written is decided here, by the link's level (``ops/plan.py``).
+normalise it; whether the activation is ever written is decided here, by the link's level
+(``ops/route/fusion_level.py``).
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_resnet.ops.backend import convolutions_for, passes_for, trains_natively
 from fused_resnet.ops.bn_act import BatchNorm
-from fused_resnet.ops.plan import training_level
 from fused_resnet.ops.reference import statistics_dtype
+from fused_resnet.ops.route.backend import convolutions_for, passes_for, trains_natively
+from fused_resnet.ops.route.fusion_level import training_level
 from fused_resnet.ops.synchronize import group_to_share, statistics_over_ranks, sums_over_ranks
 
 _ops = torch.ops.fused_resnet

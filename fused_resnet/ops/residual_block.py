@@ -16,8 +16,8 @@ Backward, dz being the gradient in front of a ReLU::
     dw1                             conv_grad_weight: reads dz1, y1 and x
     dx                              conv_grad_input: reads dz1, y1 and dz2, writes dx
 
-Every convolution has a level of its own (``ops/plan.py``): one that no kernel fuses runs as PyTorch's, with the passes
-of ``ops/bn_act.py`` beside it, and its activation is made again in backward.
+Every convolution has a level of its own (``ops/route/fusion_level.py``): one that no kernel fuses runs as PyTorch's,
+with the passes of ``ops/bn_act.py`` beside it, and its activation is made again in backward.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_resnet.ops import checks
-from fused_resnet.ops.backend import has_fused_backend, keeps_masks, passes_for
 from fused_resnet.ops.bn_act import BatchNorm, bn_act, bn_act_dual, wants_gradient
 from fused_resnet.ops.conv_norm import (
     KEPT_OF_A_LINK,
@@ -45,8 +44,9 @@ from fused_resnet.ops.conv_norm import (
     without_tensors,
 )
 from fused_resnet.ops.layout import conv_output_size, dense
-from fused_resnet.ops.plan import training_level
 from fused_resnet.ops.residual_block_grad import block_gradients, differentiable_gradients
+from fused_resnet.ops.route.backend import has_fused_backend, keeps_masks, passes_for
+from fused_resnet.ops.route.fusion_level import training_level
 from fused_resnet.ops.synchronize import group_to_share
 
 MEMORY_MODES = ("default", "efficient")

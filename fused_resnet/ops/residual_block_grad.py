@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_resnet.ops.backend import keeps_masks, passes_for
 from fused_resnet.ops.bn_act_autograd import is_mask
 from fused_resnet.ops.conv_norm import Done, Raw, Upstream, backward_link, convolve, sums_for_convolution
 from fused_resnet.ops.reference import unpack_mask
+from fused_resnet.ops.route.backend import keeps_masks, passes_for
 
 NO_SECOND_DERIVATIVE = "a second derivative through statistics of several ranks is not implemented"
 

@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_resnet.ops import checks
-from fused_resnet.ops.backend import has_fused_backend
 from fused_resnet.ops.bn_act import bn_act, wants_gradient
 from fused_resnet.ops.conv_norm import (
     ConvNorm,
@@ -39,9 +38,10 @@ from fused_resnet.ops.conv_norm import (
     without_tensors,
 )
 from fused_resnet.ops.layout import conv_memory_format, conv_output_size, dense
-from fused_resnet.ops.plan import why_not_fused_pool
 from fused_resnet.ops.residual_block import autocast_dtype, check_link
 from fused_resnet.ops.residual_block_grad import NO_SECOND_DERIVATIVE, of_views, plain_norm
+from fused_resnet.ops.route.backend import has_fused_backend
+from fused_resnet.ops.route.fusion_level import why_not_fused_pool
 
 _ops = torch.ops.fused_resnet
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fused_resnet.ops.backend import is_transformed
+from fused_resnet.ops.route.backend import is_transformed
 
 if TYPE_CHECKING:
     from fused_resnet.ops.bn_act import BatchNorm

@@ -16,7 +16,9 @@ from fused_resnet.bench.suite.op_pass import PassTask
 from fused_resnet.bench.suite.op_sites import ENDINGS, NormSite
 from fused_resnet.bench.suite.op_stem import LAYOUTS, StemTask
 from fused_resnet.bench.suite.task import Prepared
-from fused_resnet.ops import cuda_launch, reasons, schemas
+from fused_resnet.ops import schemas
+from fused_resnet.ops.backends.cuda import launch as cuda_launch
+from fused_resnet.ops.route import reasons
 from tests.cuda import host_build
 
 pytestmark = [

@@ -23,7 +23,7 @@ from fused_resnet.bench.suite.preparing import module_in, prepared_inference, pr
 from fused_resnet.bench.suite.registry import contenders, select
 from fused_resnet.bench.suite.subjects import find_subject
 from fused_resnet.models import cifar
-from fused_resnet.ops.reasons import unavailable
+from fused_resnet.ops.route.reasons import unavailable
 
 ON_CPU = {
     INFERENCE: ["eager NCHW", "eager channels_last", "fused", "frozen", "fused separate", "fused reference"],

@@ -14,9 +14,10 @@ from fused_resnet.bench.tune import command, sites
 from fused_resnet.bench.tune.level_step import LevelStep
 from fused_resnet.bench.tune.run import tune, unknown
 from fused_resnet.bench.tune.sites import Selection, subjects
-from fused_resnet.ops import backend, measured_plan, plan_file, plan_key, reference, training_level, use_backend
-from fused_resnet.ops.native_conv import NativeConv, takes_dtype
-from fused_resnet.ops.reasons import module, why_not_device
+from fused_resnet.ops import reference, training_level, use_backend
+from fused_resnet.ops.backends.native.conv import NativeConv, takes_dtype
+from fused_resnet.ops.route import backend, measured_plan, plan_file, plan_key
+from fused_resnet.ops.route.reasons import module, why_not_device
 from tests.ops.step import NEEDS_NATIVE
 
 SELECTION = Selection(("resnet18",), ("training",), (("training", (2,)),), ("float32",), "cpu", 32)

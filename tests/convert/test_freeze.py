@@ -12,11 +12,12 @@ import torchvision
 from torch import Tensor, nn
 
 import fused_resnet
-from fused_resnet.convert import freeze, fuse, unfuse
-from fused_resnet.convert.freeze import FrozenModel
+from fused_resnet.convert import fuse, unfuse
+from fused_resnet.frozen import freeze
+from fused_resnet.frozen.block import FrozenBlock, FrozenConvAct
+from fused_resnet.frozen.model import FrozenModel
 from fused_resnet.models import cifar_plain20, cifar_resnet20
 from fused_resnet.modules import BasicBlock, ConvBNAct2d
-from fused_resnet.modules.frozen import FrozenBlock, FrozenConvAct
 from tests.accuracy import assert_at_most_twice
 from tests.modules.compare import randomize
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import fused_resnet
 from fused_resnet import freeze
 from fused_resnet.bench.dry_run import DryRun
-from fused_resnet.convert.freeze import FrozenModel
-from fused_resnet.ops.native_conv import takes_dtype
+from fused_resnet.frozen.model import FrozenModel
+from fused_resnet.ops.backends.native.conv import takes_dtype
 
 pytestmark = pytest.mark.skipif(not takes_dtype(torch.float32), reason="no C++ convolutions for this processor")
 

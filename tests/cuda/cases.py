@@ -9,7 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_resnet.ops import cuda_conv, cuda_launch, cuda_norm, reference
+from fused_resnet.ops import reference
+from fused_resnet.ops.backends.cuda import conv as cuda_conv
+from fused_resnet.ops.backends.cuda import launch as cuda_launch
+from fused_resnet.ops.backends.cuda import norm as cuda_norm
 from tests.accuracy import assert_at_most_twice
 from tests.cuda.on_host import Host
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fused_resnet.ops import backend, cuda_launch, reasons
+from fused_resnet.ops.backends.cuda import launch as cuda_launch
+from fused_resnet.ops.route import backend, reasons
 from tests.cuda import host_build
 from tests.cuda.on_host import Host
 from tests.cuda.on_host import host as load_host

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_resnet.ops import bn_act, bn_act_dual, cuda, use_backend
+from fused_resnet.ops import bn_act, bn_act_dual, use_backend
+from fused_resnet.ops.backends import cuda
 from tests.cuda.on_host import Host
 from tests.ops.step import (
     DTYPES,

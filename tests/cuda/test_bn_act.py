@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fused_resnet.ops import cuda_launch, reference
+from fused_resnet.ops import reference
+from fused_resnet.ops.backends.cuda import launch as cuda_launch
 from tests.cuda.cases import (
     DTYPES,
     SHAPES,

@@ -15,7 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fused_resnet.ops import cuda_conv, cuda_launch, reference
+from fused_resnet.ops import reference
+from fused_resnet.ops.backends.cuda import conv as cuda_conv
+from fused_resnet.ops.backends.cuda import launch as cuda_launch
 from tests.accuracy import assert_at_most_twice
 from tests.cuda.cases import (
     DTYPES,
@@ -362,7 +364,7 @@ def test_sizes_that_no_kernel_can_take(device, host) -> None:
 
 @pytest.mark.parametrize("channels", [1, 3, 8, 31, 32, 33, 64, 2049])
 def test_rows_of_a_mask(channels: int, device) -> None:
-    """As ops/reference_mask.py says, where backward looks for them."""
+    """As ops/reference/mask.py says, where backward looks for them."""
     assert (5, cuda_launch.kernels().mask_stride(channels)) == reference.mask_shape((5, channels, 1, 1))
 
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fused_resnet.ops import cuda_conv, cuda_launch
+from fused_resnet.ops.backends.cuda import conv as cuda_conv
+from fused_resnet.ops.backends.cuda import launch as cuda_launch
 from tests.cuda.cases import (
     HALVES,
     call,

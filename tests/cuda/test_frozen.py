@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import fused_resnet
 from fused_resnet import use_backend
-from fused_resnet.modules.frozen_ends import FrozenAvgPool, FrozenStem
-from fused_resnet.ops import backend
+from fused_resnet.frozen.ends import FrozenAvgPool, FrozenStem
+from fused_resnet.ops.route import backend
 from tests.cuda.on_host import Host
 
 pytestmark = pytest.mark.xdist_group("cuda_on_host")

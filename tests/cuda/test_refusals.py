@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_resnet.ops import BackendError, backend, reasons, reference, use_backend
+from fused_resnet.ops import BackendError, reference, use_backend
+from fused_resnet.ops.route import backend, reasons
 from tests.cuda.cases import (
     DTYPES,
     call,

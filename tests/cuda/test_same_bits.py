@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fused_resnet.ops import cuda_conv, cuda_launch
+from fused_resnet.ops.backends.cuda import conv as cuda_conv
+from fused_resnet.ops.backends.cuda import launch as cuda_launch
 from tests.cuda.cases import (
     assert_same_bits,
     call,

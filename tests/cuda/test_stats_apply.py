@@ -10,7 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fused_resnet.ops import BackendError, backend, cuda, cuda_launch, reference, use_backend
+from fused_resnet.ops import BackendError, reference, use_backend
+from fused_resnet.ops.backends import cuda
+from fused_resnet.ops.backends.cuda import launch as cuda_launch
+from fused_resnet.ops.route import backend
 from tests.cuda.cases import (
     DTYPES,
     SHAPES,

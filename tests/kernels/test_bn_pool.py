@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused_resnet import kernels
 from fused_resnet.ops import reference
-from fused_resnet.ops.reference_pool import window_corners
+from fused_resnet.ops.reference.pool import window_corners
 from tests.accuracy import assert_at_most_twice
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from fused_resnet.frozen.block import PACKED_SIZES, FrozenBlock, FrozenConvAct
 from fused_resnet.modules import BasicBlock
-from fused_resnet.modules.frozen import PACKED_SIZES, FrozenBlock, FrozenConvAct
-from fused_resnet.ops.packed_conv import why_not_packed
+from fused_resnet.ops.backends.onednn import why_not_packed
 from tests.modules.compare import randomize
 
 

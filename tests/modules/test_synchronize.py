@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fused_resnet.convert import freeze, fusion_report, unfuse
+from fused_resnet.convert import fusion_report, unfuse
+from fused_resnet.frozen import freeze
 from fused_resnet.modules import BasicBlock, Bottleneck, ConvBNAct2d, why_not_fuse
 from fused_resnet.ops import use_fusion_level
 from tests.modules.compare import assert_close, randomize, step

@@ -9,9 +9,9 @@
 #include <random>
 #include <vector>
 
-#include "conv_training.h"
-#include "cpu/conv.h"
-#include "cpu/element.h"
+#include "cpu/conv_training.h"
+#include "cpu/conv/conv.h"
+#include "cpu/simd/element.h"
 
 using namespace fused_resnet;
 

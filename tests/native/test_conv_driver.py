@@ -14,30 +14,30 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
-SOURCES = ("conv", "conv_gemm", "conv_winograd", "conv_grouped", "conv_grad_weight", "conv_winograd_grad")
+SOURCES = ("conv", "gemm", "winograd", "grouped", "grad_weight", "winograd_grad")
 CAPABILITIES: dict[str, list[str]] = runpy.run_path(str(ROOT / "setup.py"))["CPU_CAPABILITIES"]
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
 PLANTED = {
     "a window without its last column": (
-        "conv_gather.h",
+        "conv/gather.h",
         "left + window_width <= source_.width",
         "left + window_width <= source_.width + 1",
     ),
-    "padding that is skipped too early": ("conv_gather.h", "last_top + begin * ", "top + begin * "),
-    "a row of the residual": ("tile.h", "first += Element::load(tile.residual + offset)", "first += Vector{}"),
-    "an output's transform": ("conv_winograd.h", "to[1] = m[1] - m[2] - m[3];", "to[1] = m[1] - m[2] + m[3];"),
-    "a gradient's transform": ("conv_winograd.h", "to[1] = 0.5f * (m[1] - m[2]);", "to[1] = 0.5f * (m[1] + m[2]);"),
+    "padding that is skipped too early": ("conv/gather.h", "last_top + begin * ", "top + begin * "),
+    "a row of the residual": ("simd/tile.h", "first += Element::load(tile.residual + offset)", "first += Vector{}"),
+    "an output's transform": ("conv/winograd.h", "to[1] = m[1] - m[2] - m[3];", "to[1] = m[1] - m[2] + m[3];"),
+    "a gradient's transform": ("conv/winograd.h", "to[1] = 0.5f * (m[1] - m[2]);", "to[1] = 0.5f * (m[1] + m[2]);"),
     "a part's rows that run into the next": (
-        "conv_grad_weight.h",
+        "conv/grad_weight.h",
         "kDepth * kTileRows + kRowVectors * kVectorLanes",
         "kDepth * kTileRows",
     ),
     "padding that a norm makes something of": (
-        "conv_winograd.h",
+        "conv/winograd.h",
         "if (!all_inside && (place.inside >> (i * kWindow + j) & 1) == 0) {",
         "if (false) {",
     ),
-    "a narrow padded row": ("conv_grouped.cpp", "std::fill_n(to, left, 0.0f);", ""),
+    "a narrow padded row": ("conv/grouped.cpp", "std::fill_n(to, left, 0.0f);", ""),
 }
 
 pytestmark = [
@@ -59,10 +59,10 @@ def widest() -> str:
 
 def build(folder: Path, capability: str, *flags: str, csrc: Path = CSRC) -> Path:
     program = folder / "driver"
-    sources = [csrc / "cpu" / f"{name}.cpp" for name in SOURCES]
+    sources = [csrc / "cpu" / "conv" / f"{name}.cpp" for name in SOURCES]
     command = ["g++", "-O1", "-g", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", f"-I{csrc}"]
     command += [f"-DCPU_CAPABILITY={capability}", *CAPABILITIES[capability], *flags]
-    others = (csrc / "buffers.cpp", csrc / "conv_training.cpp", ROOT / "tests/native/conv_driver.cpp")
+    others = (csrc / "cpu" / "buffers.cpp", csrc / "cpu" / "conv_training.cpp", ROOT / "tests/native/conv_driver.cpp")
     command += [*map(str, sources), *map(str, others)]
     done = subprocess.run([*command, "-o", str(program)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import fused_resnet
-from fused_resnet.ops import native_chain, native_conv
-from fused_resnet.ops.arena import ALIGNMENT, Life, place
+from fused_resnet.ops.backends.native import chain as native_chain
+from fused_resnet.ops.backends.native import conv as native_conv
+from fused_resnet.ops.backends.native.arena import ALIGNMENT, Life, place
 
 
 def most_at_once(lives: list[Life]) -> int:

@@ -11,16 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_resnet.ops import (
-    BackendError,
-    backend,
-    bn_act,
-    conv_bn_act,
-    reasons,
-    requested_backend,
-    use_backend,
-    why_not,
-)
+from fused_resnet.ops import BackendError, bn_act, conv_bn_act, requested_backend, use_backend, why_not
+from fused_resnet.ops.route import backend, reasons
 from tests.ops.step import NEEDS_NATIVE, make_inputs
 
 ROOT = Path(__file__).resolve().parents[2]

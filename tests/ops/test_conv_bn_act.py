@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_resnet.ops import conv_bn_act, use_backend
-from fused_resnet.ops.packed_conv import pack_conv_weight, packed_conv_act, why_not_packed
+from fused_resnet.ops.backends.onednn import pack_conv_weight, packed_conv_act, why_not_packed
 from tests.accuracy import assert_at_most_twice
 from tests.ops.step import FORMATS, HALF
 

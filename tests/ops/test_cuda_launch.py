@@ -7,7 +7,8 @@ import functools
 import pytest
 import torch
 
-from fused_resnet.ops import cuda, cuda_launch
+from fused_resnet.ops.backends import cuda
+from fused_resnet.ops.backends.cuda import launch as cuda_launch
 
 
 @pytest.fixture

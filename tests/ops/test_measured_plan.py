@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_resnet.ops import measured_plan, plan_file, plan_key
-from fused_resnet.ops.plan_file import Decision, NotAPlan
+from fused_resnet.ops.route import measured_plan, plan_file, plan_key
+from fused_resnet.ops.route.plan_file import Decision, NotAPlan
 
 CPU = torch.device("cpu")
 KEY = ((2, 8, 4, 4), "float32", "channels_last", (1, 0))

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from fused_resnet import ops
-from fused_resnet.ops import BackendError, backend, bn_act, reference, use_backend
-from fused_resnet.ops.extension import BUFFER_BYTES
+from fused_resnet.ops import BackendError, bn_act, reference, use_backend
+from fused_resnet.ops.backends.native.buffers import BUFFER_BYTES
+from fused_resnet.ops.route import backend
 from tests.ops.step import FORMATS, HALF, NEEDS_NATIVE, assert_same, both, make_inputs, step
 
 pytestmark = NEEDS_NATIVE
 if not backend.unavailable("native"):
     from fused_resnet import _C
-    from fused_resnet.ops import native, native_address
+    from fused_resnet.ops.backends import native
+    from fused_resnet.ops.backends.native import address as native_address
 
 SCALES = [1.0, -1.0, 1 / 3, 1 + 2**-10, 3.0, 2.0**-9, 2.0**-15 * 1.1, 1000.0]
 

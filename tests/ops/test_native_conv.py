@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_resnet.ops import native_conv
-from fused_resnet.ops.native_chain import Block, NativeChain
-from fused_resnet.ops.native_conv import NativeConv, average, max_pool, pooling_window, why_not_native
+from fused_resnet.ops.backends.native import conv as native_conv
+from fused_resnet.ops.backends.native.chain import Block, NativeChain
+from fused_resnet.ops.backends.native.conv import NativeConv, average, max_pool, pooling_window, why_not_native
 from tests.accuracy import assert_at_most_twice
 
 GEMM, WINOGRAD, GROUPED = "gemm", "winograd", "grouped"
@@ -234,7 +234,7 @@ def test_a_chain_refuses_memory_in_which_a_step_would_overwrite_what_it_reads(of
     if not native_conv.takes_dtype(torch.float32):
         pytest.skip("no kernels for torch.float32")
     pool = pooling_window(4, [1, 1], [1, 1], [0, 0], torch.float32)
-    chain = native_conv.extension().ConvChain(64 + 64 - missing, offsets)  # two activations of 2 x 2 pixels
+    chain = native_conv.extension.ConvChain(64 + 64 - missing, offsets)  # two activations of 2 x 2 pixels
     chain.add_max_pool(pool, 1, 2, 2, 1, 0, 2)
     with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
         chain.add_max_pool(pool, 1, 2, 2, 1, 2, 3)

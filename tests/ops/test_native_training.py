@@ -9,13 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_resnet
-from fused_resnet.ops import backend, native_conv, plan, reasons, reference, use_backend, use_fusion_level
+from fused_resnet.ops import reference, use_backend, use_fusion_level
+from fused_resnet.ops.backends.native import conv as native_conv
+from fused_resnet.ops.route import backend, reasons
+from fused_resnet.ops.route import fusion_level as plan
 from tests.accuracy import assert_at_most_twice
 from tests.ops.step import NEEDS_NATIVE
 
 pytestmark = NEEDS_NATIVE
 if not backend.unavailable("native"):
-    from fused_resnet.ops import native, native_training
+    from fused_resnet.ops.backends import native
+    from fused_resnet.ops.backends.native import conv_training as native_training
 
 if native_conv.why_no_kernels(torch.float32):
     pytest.skip("; ".join(native_conv.why_no_kernels(torch.float32)), allow_module_level=True)
@@ -211,7 +215,7 @@ def test_reasons():
 
 def test_the_extension_refuses_what_it_cannot_do():
     """Behind every check above: an address is never used for a size that does not fit."""
-    built = native_conv.extension()
+    built = native_conv.extension
     conv = built.Conv(16, 16, [3, 3], [2, 2], [1, 1], [1, 1], 1, built.DType.float32)
     grouped = built.Conv(16, 16, [3, 3], [1, 1], [1, 1], [1, 1], 2, built.DType.float32)
     for what in ("forward", "input", "weight"):

@@ -13,18 +13,15 @@ import torch
 from torch import Tensor
 
 from fused_resnet.ops import (
-    backend,
-    measured_plan,
-    plan,
-    plan_file,
-    plan_key,
     requested_fusion_level,
     training_level,
     use_backend,
     use_fusion_level,
     why_not_fused_training,
 )
-from fused_resnet.ops.native_conv import why_no_kernels
+from fused_resnet.ops.backends.native.conv import why_no_kernels
+from fused_resnet.ops.route import backend, measured_plan, plan_file, plan_key
+from fused_resnet.ops.route import fusion_level as plan
 from tests.ops.step import NEEDS_NATIVE
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 import fused_resnet
 from fused_resnet.bench.dry_run import DryRun
-from fused_resnet.ops import backend, bn_act, cuda, cuda_launch, measured_plan, plan_file, plan_key, preference, reasons
+from fused_resnet.ops import bn_act
+from fused_resnet.ops.backends import cuda
+from fused_resnet.ops.backends.cuda import launch as cuda_launch
+from fused_resnet.ops.route import backend, measured_plan, plan_file, plan_key, preference, reasons
 from fused_resnet.ops.schemas import SCHEMAS
 from tests.ops.step import NEEDS_NATIVE
 

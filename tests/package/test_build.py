@@ -88,7 +88,7 @@ def test_an_nvcc_that_does_not_work_is_no_nvcc(sources, run, tmp_path):
 
 def test_code_that_does_not_compile_is_an_error_with_a_way_out(copy_sources, run):
     sources = copy_sources()
-    (sources / "csrc" / "module.cpp").write_text("#error broken on purpose\n")
+    (sources / "csrc" / "bindings" / "module.cpp").write_text("#error broken on purpose\n")
     done = run(BUILD, sources, MAX_JOBS="1")
     assert done.returncode != 0
     assert "broken on purpose" in done.stdout + done.stderr
@@ -98,13 +98,14 @@ def test_code_that_does_not_compile_is_an_error_with_a_way_out(copy_sources, run
 def test_a_second_build_compiles_only_what_changed(copy_sources, run):
     sources = copy_sources()
     shutil.rmtree(sources / "csrc")
-    (sources / "csrc" / "cpu").mkdir(parents=True)
-    (sources / "csrc" / "module.cpp").write_text(SMALL_MODULE)
-    (sources / "csrc" / "cpu" / "empty.cpp").write_text('#include "empty.h"\n')
-    (sources / "csrc" / "cpu" / "empty.h").touch()
+    (sources / "csrc" / "bindings").mkdir(parents=True)
+    (sources / "csrc" / "cpu" / "conv").mkdir(parents=True)
+    (sources / "csrc" / "bindings" / "module.cpp").write_text(SMALL_MODULE)
+    (sources / "csrc" / "cpu" / "conv" / "empty.cpp").write_text('#include "empty.h"\n')
+    (sources / "csrc" / "cpu" / "conv" / "empty.h").touch()
     assert "compile module.o" in compiled(run(BUILD, sources))
     assert compiled(run(BUILD, sources)) == []
-    (sources / "csrc" / "cpu" / "empty.h").touch()
+    (sources / "csrc" / "cpu" / "conv" / "empty.h").touch()
     again = compiled(run(BUILD, sources))
     assert "compile cpu/empty.baseline.o" in again
     assert "compile module.o" not in again
@@ -120,9 +121,10 @@ def test_cuda_sources_are_compiled_for_every_target_and_linked(copy_sources, run
     """One small kernel in place of ours, which the build of the package itself compiles (tests/cuda/test_compiled)."""
     sources = copy_sources()
     shutil.rmtree(sources / "csrc")
+    (sources / "csrc" / "bindings").mkdir(parents=True)
     (sources / "csrc" / "cuda").mkdir(parents=True)
     (sources / "csrc" / "cuda" / "probe.cu").write_text(CUDA_SOURCE)
-    (sources / "csrc" / "module.cpp").write_text(SMALL_MODULE)
+    (sources / "csrc" / "bindings" / "module.cpp").write_text(SMALL_MODULE)
     built = run(BUILD, sources, FUSED_RESNET_BUILD="cuda")
     assert built.returncode == 0, built.stdout + built.stderr
     (extension,) = (sources / "fused_resnet").glob("_C*.so")

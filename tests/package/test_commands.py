@@ -12,7 +12,7 @@ import torch
 
 import fused_resnet
 from fused_resnet.__main__ import COMMANDS, main
-from fused_resnet.ops import backend
+from fused_resnet.ops.route import backend
 
 
 @pytest.mark.parametrize("words", [[], ["frobnicate"], ["info", "--frobnicate"]])

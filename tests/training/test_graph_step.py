@@ -20,9 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fused_resnet
-from fused_resnet.training import graph_step as module_under_test
-from fused_resnet.training.graph_step import graph_step
-from fused_resnet.training.training_state import TrainingState, add_state, reset_state
+from fused_resnet.cuda_graph import graph_step as module_under_test
+from fused_resnet.cuda_graph.graph_step import graph_step
+from fused_resnet.cuda_graph.training_state import TrainingState, add_state, reset_state
 
 CPU = torch.device("cpu")
 Make = Callable[[Any], torch.optim.Optimizer]

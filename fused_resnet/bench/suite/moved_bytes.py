@@ -15,8 +15,8 @@ from fused_resnet.bench.result import TRAINING_STEP
 from fused_resnet.bench.suite.loss import loss_of
 from fused_resnet.bench.suite.network_task import NetworkTask
 from fused_resnet.bench.suite.training import make_optimizer
-from fused_resnet.ops.backend import counting_native, keeping_masks
-from fused_resnet.ops.reasons import unavailable
+from fused_resnet.ops.route.backend import counting_native, keeping_masks
+from fused_resnet.ops.route.reasons import unavailable
 from fused_resnet.training.loop import autocast
 
 EAGER, FROZEN, FUSED, EFFICIENT = "eager", "frozen", "fused", "efficient"
@@ -92,7 +92,7 @@ def _of_training(task: NetworkTask, module: nn.Module) -> int:
 
 
 def automatic_level(task: NetworkTask) -> int:
-    """What ``ops/plan.py`` chooses for most of a network: for a 3x3 convolution of 64 channels."""
+    """What ``ops/route/fusion_level.py`` chooses for most of a network: for a 3x3 convolution of 64 channels."""
     with fused_resnet.use_backend("auto"), fused_resnet.ops.use_fusion_level(None):
         x, weight = (
             torch.empty(shape, dtype=task.dtype, device=task.device).to(memory_format=torch.channels_last)

@@ -27,8 +27,8 @@ from fused_resnet.bench.suite.op_base import (
 )
 from fused_resnet.bench.suite.op_sites import ADDED, SHORTCUT, ConvSite
 from fused_resnet.bench.suite.task import Results
+from fused_resnet.ops.backends.onednn import pack_conv_weight, packed_conv_act, why_not_packed
 from fused_resnet.ops.conv_bn_act import fold
-from fused_resnet.ops.packed_conv import pack_conv_weight, packed_conv_act, why_not_packed
 
 FOLDED, NCHW = "eager, norm folded", "eager NCHW"
 PACKED, CUDNN_FUSED = "packed oneDNN", "ATen's fused cuDNN ops"

@@ -1,7 +1,8 @@
 """The three convolutions of a training step, each with the norms around it, as tasks.
 
 In a block, a norm and a ReLU stand in front of a convolution and a norm behind it; one kernel of this package does what
-of them can be done on the way (``ops/plan.py``, level 3), where PyTorch runs passes beside the convolution.
+of them can be done on the way (``ops/route/fusion_level.py``, level 3), where PyTorch runs passes beside the
+convolution.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from fused_resnet.bench.suite.op_base import (
 from fused_resnet.bench.suite.op_sites import ConvSite
 from fused_resnet.bench.suite.task import Results
 from fused_resnet.ops import reference
-from fused_resnet.ops.reference_norm import normalize
+from fused_resnet.ops.reference.norm import normalize
 
 FORWARD, GRAD_INPUT, GRAD_WEIGHT = "conv_stats", "conv_grad_input", "conv_grad_weight"
 PRODUCTS = (FORWARD, GRAD_INPUT, GRAD_WEIGHT)

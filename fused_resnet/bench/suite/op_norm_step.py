@@ -18,7 +18,7 @@ from fused_resnet.bench.suite.op_base import COMPILE, EAGER, OpTask, counted
 from fused_resnet.bench.suite.op_sites import PROJECTION, RELU, RESIDUAL, NormSite
 from fused_resnet.bench.suite.task import Results
 from fused_resnet.ops import BatchNorm, bn_act, bn_act_dual, use_backend
-from fused_resnet.ops.backend import keeps_masks, takes_one_launch
+from fused_resnet.ops.route.backend import keeps_masks, takes_one_launch
 
 MOMENTUM = 0.1
 PASSES_OF = {

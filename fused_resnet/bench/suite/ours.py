@@ -25,8 +25,8 @@ from fused_resnet.bench.suite.preparing import Surroundings, prepared_inference,
 from fused_resnet.bench.suite.subjects import Subject
 from fused_resnet.bench.suite.task import Prepared
 from fused_resnet.convert.sites import fusion_sites
-from fused_resnet.ops.plan import HIGHEST_LEVEL
-from fused_resnet.ops.reasons import why_not_device
+from fused_resnet.ops.route.fusion_level import HIGHEST_LEVEL
+from fused_resnet.ops.route.reasons import why_not_device
 
 
 def our_contenders() -> list[Contender]:

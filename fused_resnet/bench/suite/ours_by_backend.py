@@ -14,7 +14,7 @@ from fused_resnet.bench.suite.ours import fusable, fused_copy, prepare_frozen
 from fused_resnet.bench.suite.preparing import prepared_module
 from fused_resnet.bench.suite.task import Prepared
 from fused_resnet.ops import why_not
-from fused_resnet.ops.reasons import MODULES, why_not_device
+from fused_resnet.ops.route.reasons import MODULES, why_not_device
 
 CHANNELS = 64
 

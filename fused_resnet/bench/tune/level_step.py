@@ -10,10 +10,10 @@ from torch import Tensor
 from fused_resnet.bench.norm_inputs import EPS
 from fused_resnet.bench.suite.op_conv_training import ConvTrainingInputs
 from fused_resnet.ops import reference
-from fused_resnet.ops.backend import passes_for
 from fused_resnet.ops.batch_norm import BatchNorm
 from fused_resnet.ops.conv_norm import ConvNorm, Done, Raw, Upstream, backward_link, forward_link
-from fused_resnet.ops.reference_norm import normalize
+from fused_resnet.ops.reference.norm import normalize
+from fused_resnet.ops.route.backend import passes_for
 
 Ran = tuple[Done, Tensor | None, Upstream | None, tuple[Tensor, Tensor] | None]
 

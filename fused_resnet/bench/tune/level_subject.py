@@ -18,11 +18,11 @@ from fused_resnet.bench.tune.level_step import LevelStep
 from fused_resnet.bench.tune.op_subject import with_batch
 from fused_resnet.bench.tune.subject import Subject
 from fused_resnet.bench.tune.tile_candidates import choosing, with_tiles
-from fused_resnet.ops import measured_plan, plan_key
-from fused_resnet.ops.backend import use_backend
-from fused_resnet.ops.plan import highest_level, training_level, use_fusion_level
-from fused_resnet.ops.plan_file import Key
-from fused_resnet.ops.reasons import unavailable
+from fused_resnet.ops.route import measured_plan, plan_key
+from fused_resnet.ops.route.backend import use_backend
+from fused_resnet.ops.route.fusion_level import highest_level, training_level, use_fusion_level
+from fused_resnet.ops.route.plan_file import Key
+from fused_resnet.ops.route.reasons import unavailable
 
 Result = TypeVar("Result")
 

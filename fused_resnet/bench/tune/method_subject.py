@@ -11,13 +11,14 @@ from fused_resnet.bench.suite.op_base import without_gradients
 from fused_resnet.bench.suite.op_conv_inference import ConvInferenceInputs, ConvInferenceTask
 from fused_resnet.bench.suite.task import Prepared, Results
 from fused_resnet.bench.tune.subject import Subject
-from fused_resnet.ops import measured_plan, plan_key
-from fused_resnet.ops.native_conv import NativeConv, why_not_native
-from fused_resnet.ops.plan_file import Key
+from fused_resnet.ops.backends.native.conv import NativeConv, why_not_native
+from fused_resnet.ops.route import measured_plan, plan_key
+from fused_resnet.ops.route.plan_file import Key
 
 
 class MethodSubject(Subject):
-    """Candidates are the methods of ``csrc/conv.h`` that can do a convolution; there are none where it runs otherwise.
+    """Candidates are the methods of ``csrc/cpu/conv.h`` that can do a convolution; there are none where it runs
+    otherwise.
 
     Args:
         task: has the inputs, and knows which numbers are right.

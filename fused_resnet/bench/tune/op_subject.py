@@ -15,10 +15,10 @@ from fused_resnet.bench.suite.task import Prepared, Results
 from fused_resnet.bench.tune.measure import Found
 from fused_resnet.bench.tune.subject import Entry, Subject
 from fused_resnet.bench.tune.tile_candidates import TileQuestion, choosing, questions, with_tiles
-from fused_resnet.ops import measured_plan, plan_key
-from fused_resnet.ops.backend import choose_automatically, use_backend
-from fused_resnet.ops.plan_file import Key
-from fused_resnet.ops.reasons import MODULES, unavailable
+from fused_resnet.ops.route import measured_plan, plan_key
+from fused_resnet.ops.route.backend import choose_automatically, use_backend
+from fused_resnet.ops.route.plan_file import Key
+from fused_resnet.ops.route.reasons import MODULES, unavailable
 
 TRITON = "triton"
 

@@ -14,9 +14,9 @@ from fused_resnet.bench.suite.rounds import Method
 from fused_resnet.bench.tune.measure import METHOD, Found, NothingRan, find_fastest
 from fused_resnet.bench.tune.subject import Subject
 from fused_resnet.bench.tune.tile_candidates import ask_nobody
-from fused_resnet.ops import measured_plan
-from fused_resnet.ops.plan_file import Key
-from fused_resnet.ops.reasons import unavailable
+from fused_resnet.ops.route import measured_plan
+from fused_resnet.ops.route.plan_file import Key
+from fused_resnet.ops.route.reasons import unavailable
 
 SECONDS_PER_SUBJECT = 20.0
 """For the rounds of one, at most; a few rounds are measured in any case."""

@@ -1,0 +1,1 @@
+"""The backends: each exports functions named as in ``ops/reference/``, with the same meaning."""

@@ -1,0 +1,36 @@
+"""The ``native`` backend: C++ over every core, for dense activations on the CPU.
+
+Same names and meaning as ``ops/reference/``, which says what each reads and writes: passes over float32, float16 and
+bfloat16 in both memory formats, and the convolutions of a training step over channels_last float32. Layout, dtype and
+lifetime are settled where tensors become addresses (``ops/backends/native/address.py``). Shapes and devices are settled
+before: by the public functions, and by ``reasons_against`` for whoever calls an op by itself.
+"""
+
+from __future__ import annotations
+
+from fused_resnet.ops.backends.extension import extension
+from fused_resnet.ops.backends.native.conv_training import (
+    conv_grad_input,
+    conv_grad_weight,
+    conv_stats,
+    why_not_train_conv,
+)
+from fused_resnet.ops.backends.native.norm import bn_apply, bn_apply_dual, bn_grad_apply, bn_grad_stats, bn_stats
+
+__all__ = [
+    "bn_apply",
+    "bn_apply_dual",
+    "bn_grad_apply",
+    "bn_grad_stats",
+    "bn_stats",
+    "conv_grad_input",
+    "conv_grad_weight",
+    "conv_stats",
+    "empty_cache",
+    "why_not_train_conv",
+]
+
+
+def empty_cache() -> None:
+    """Gives the memory of freed outputs, kept for the next of their sizes, back to the system."""
+    extension.release_kept_buffers()
