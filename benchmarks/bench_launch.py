@@ -42,7 +42,7 @@ from fused_resnet.bench.passes import PASSES, STATS_APPLY, NormPass
 from fused_resnet.bench.timer import Timing, rotate
 from fused_resnet.ops import use_backend
 from fused_resnet.ops.backends.cuda import launch as cuda_launch
-from fused_resnet.ops.route import backend, reasons
+from fused_resnet.ops.route import choose, reasons, routes
 from fused_resnet.ops.schemas import SCHEMAS
 
 SHAPE, DTYPE = (2, 64, 4, 4), torch.bfloat16
@@ -106,13 +106,15 @@ def on_host() -> Iterator[Any]:
     machine, before = host(), cuda_launch.extension
     machine.reset()
     machine.skip_launches(True)
-    cuda_launch.extension = machine.module
+    cuda_launch.extension, cuda_launch.DEVICE_TYPE = machine.module, "cpu"
+    routes.kept.clear()
     reasons.unavailable.cache_clear()
     try:
         yield machine
     finally:
         machine.reset()
-        cuda_launch.extension = before
+        cuda_launch.extension, cuda_launch.DEVICE_TYPE = before, "cuda"
+        routes.kept.clear()
         reasons.unavailable.cache_clear()
 
 
@@ -136,13 +138,13 @@ class Op:
         found: Calls = {
             DISPATCHER: through_dispatcher,
             NOTHING: functools.partial(op_that_does_nothing(self.name, through_dispatcher()), *self.arguments),
-            CHOICE: functools.partial(backend.choose, self.name, self.arguments),
+            CHOICE: functools.partial(choose.choose, self.name, self.arguments),
             MODULE: functools.partial(getattr(reasons.module("cuda"), self.name), *self.arguments),
             EXTENSION: recorded(self),
         }
         if device == "cuda":
             found[EAGER] = self.eager
-            if not backend.why_not("triton", self.name, *self.arguments):
+            if not choose.why_not("triton", self.name, *self.arguments):
                 found[TRITON] = through_dispatcher
                 found[TRITON_MODULE] = functools.partial(getattr(reasons.module("triton"), self.name), *self.arguments)
         return found

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fused_resnet.bench.machine import machine_facts
-from fused_resnet.ops.route import backend, measured_plan
+from fused_resnet.ops.route import measured_plan, reasons, request
 from fused_resnet.version import __version__
 
 PREFIX = "FUSED_RESNET_"
@@ -35,8 +35,8 @@ def collect() -> dict[str, Any]:
         "fused_resnet": {"version": __version__, "path": str(Path(__file__).resolve().parent)},
         "machine": machine_facts("cuda" if torch.cuda.is_available() else "cpu"),
         "cuda_devices": _cuda_devices(),
-        "backends": {name: backend.unavailable(name) for name in backend.MODULES},
-        "requested_backend": backend.requested_backend(),
+        "backends": {name: reasons.unavailable(name) for name in reasons.MODULES},
+        "requested_backend": request.requested_backend(),
         "measured_plan": measured_plan.describe(),
         "extension": _extension(),
         "triton_cache": _triton_cache(),

@@ -40,9 +40,7 @@ EXTRAS = {
     *("rich", "matplotlib", "sklearn", "jinja2", "torchvision", "timm"),
     *("onnx", "onnxruntime", "openvino", "torch_tensorrt", "cudnn", "apex"),
 }
-READS_ENVIRONMENT = {
-    f"fused_resnet/{name}.py" for name in ("ops/route/backend", "ops/route/fusion_level", "ops/route/plan_file", "info")
-}
+READS_ENVIRONMENT = {f"fused_resnet/{name}.py" for name in ("ops/route/request", "ops/route/plan_file", "info")}
 
 
 def package_files() -> list[Path]:
@@ -144,7 +142,7 @@ def test_environment_variables_are_read_in_their_rooms():
         if names & {"environ", "getenv"}:
             readers.add(path.relative_to(ROOT).as_posix())
     assert readers <= READS_ENVIRONMENT
-    assert "fused_resnet/ops/route/backend.py" in readers
+    assert "fused_resnet/ops/route/request.py" in readers
 
 
 def test_importing_the_package_needs_no_extras():

@@ -28,7 +28,7 @@ from fused_resnet.bench.contenders import builder_names
 from fused_resnet.bench.suite.op_sites import ADDED, SHORTCUT, conv_sites
 from fused_resnet.bench.training_ledger import training_ledger
 from fused_resnet.ops import use_backend
-from fused_resnet.ops.route.backend import why_not
+from fused_resnet.ops.route.choose import why_not
 
 LEVELS = (0, 3)
 """Of training: the passes beside the convolutions, and what is fused into them."""

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "address.h"
 #include "cpu/conv_training.h"
 #include "cpu/packed_conv.h"
 
@@ -15,12 +16,11 @@ namespace py = pybind11;
 namespace fused_resnet {
 namespace {
 
-using Address = uintptr_t;
 using Pair = std::array<int, 2>;
 
 template <typename T>
 T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
+  return address.pointer<T>();
 }
 
 // What a convolution or a pooling is, whatever its image.
@@ -68,24 +68,18 @@ void average(int64_t images, int channels, int height, int width, DType dtype, i
   conv_kernels().average(on_images(pixel, images, height, width, threads), pointer<const void>(x), pointer<void>(out));
 }
 
-// Where the weights lie, in elements, and on how many images a convolution in training runs.
+// Where the weights lie, in elements.
 using Strides = std::array<int64_t, 4>;  // of filter, channel, row and column, as PyTorch has them
-using Images = std::array<int64_t, 4>;   // images, height, width, threads
 
 ConvWeight weight_of(Address address, const Strides& strides) {
   return {pointer<const void>(address), strides[0], strides[2], strides[3], strides[1]};
 }
 
-CpuConv on(const CpuConv& conv, const Images& images) {
-  return on_images(conv, images[0], static_cast<int>(images[1]), static_cast<int>(images[2]),
-                   static_cast<int>(images[3]));
-}
-
-CpuConv takeable(const CpuConv& conv, ConvMethod method, bool takes) {
-  if (conv.groups != 1 || !takes || method == ConvMethod::grouped || !conv_kernels().takes(conv, method)) {
-    throw py::value_error("this method cannot do this in training: ask conv_trains first");
-  }
-  return conv;
+// Whether a method does a convolution's forward, "input" or "weight" gradient.
+bool trains(const CpuConv& conv, ConvMethod method, const std::string& what) {
+  if (conv.groups != 1 || conv.dtype != DType::float32 || method == ConvMethod::grouped) return false;
+  if (what != "input") return conv_kernels().takes(conv, method);
+  return grad_input_takes(conv) && conv_kernels().takes(grad_input_conv(conv), method);
 }
 
 // x, or what a norm and a ReLU make of it, with the vectors that say so.
@@ -107,33 +101,39 @@ class Input {
   std::vector<float> scale_, bias_;
 };
 
-void forward(const CpuConv& conv, ConvMethod method, const Images& images, Address x, const std::optional<Norm>& norm,
-             Address weight, const Strides& strides, Address out) {
-  conv_forward(takeable(on(conv, images), method, conv.dtype == DType::float32), method,
-               Input(x, norm, conv.channels).get(), weight_of(weight, strides), pointer<void>(out));
-}
+// A convolution of a training step and its gradients, on images of one size: each by the method that is named.
+class TrainingConv {
+ public:
+  TrainingConv(const CpuConv& conv, int64_t images, int height, int width, int threads, ConvMethod forward,
+               ConvMethod grad_input, ConvMethod grad_weight)
+      : conv_{on_images(conv, images, height, width, threads)},
+        forward_{forward},
+        grad_input_{grad_input},
+        grad_weight_{grad_weight} {
+    if (!trains(conv_, forward, "forward") || !trains(conv_, grad_input, "input") ||
+        !trains(conv_, grad_weight, "weight")) {
+      throw py::value_error("a method cannot do this in training: ask conv_trains first");
+    }
+  }
 
-void grad_input(const CpuConv& conv, ConvMethod method, const Images& images, Address grad_out, Address weight,
-                const Strides& strides, Address residual, Address out) {
-  const CpuConv whole = on(conv, images);
-  takeable(grad_input_conv(whole), method, grad_input_takes(whole));
-  conv_grad_input(whole, method, pointer<const void>(grad_out), weight_of(weight, strides),
-                  pointer<const void>(residual), pointer<void>(out));
-}
+  void forward(Address x, const std::optional<Norm>& norm, Address weight, const Strides& strides, Address out) const {
+    conv_forward(conv_, forward_, Input(x, norm, conv_.channels).get(), weight_of(weight, strides), pointer<void>(out));
+  }
 
-void grad_weight(const CpuConv& conv, ConvMethod method, const Images& images, Address x,
-                 const std::optional<Norm>& norm, Address grad_out, Address out) {
-  const CpuConv whole = takeable(on(conv, images), method, conv.dtype == DType::float32);
-  conv_kernels().grad_weight(whole, method, Input(x, norm, conv.channels).get(), pointer<const void>(grad_out),
-                             pointer<float>(out));
-}
+  void grad_input(Address grad_out, Address weight, const Strides& strides, Address residual, Address out) const {
+    conv_grad_input(conv_, grad_input_, pointer<const void>(grad_out), weight_of(weight, strides),
+                    pointer<const void>(residual), pointer<void>(out));
+  }
 
-// Whether a method does a convolution's forward, "input" or "weight" gradient.
-bool trains(const CpuConv& conv, ConvMethod method, const std::string& what) {
-  if (conv.groups != 1 || conv.dtype != DType::float32 || method == ConvMethod::grouped) return false;
-  if (what != "input") return conv_kernels().takes(conv, method);
-  return grad_input_takes(conv) && conv_kernels().takes(grad_input_conv(conv), method);
-}
+  void grad_weight(Address x, const std::optional<Norm>& norm, Address grad_out, Address out) const {
+    conv_kernels().grad_weight(conv_, grad_weight_, Input(x, norm, conv_.channels).get(), pointer<const void>(grad_out),
+                               pointer<float>(out));
+  }
+
+ private:
+  CpuConv conv_;
+  ConvMethod forward_, grad_input_, grad_weight_;
+};
 
 }  // namespace
 
@@ -148,9 +148,13 @@ void define_conv(py::module_& m) {
            py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("dtype"))
       .def_readonly("groups", &CpuConv::groups);
   m.def("conv_trains", &trains, py::arg("conv"), py::arg("method"), py::arg("what"));
-  m.def("conv_forward", &forward, NoGil());
-  m.def("conv_grad_input", &grad_input, NoGil());
-  m.def("conv_grad_weight", &grad_weight, NoGil());
+  py::class_<TrainingConv>(m, "TrainingConv", "A convolution of a training step and its gradients.")
+      .def(py::init<const CpuConv&, int64_t, int, int, int, ConvMethod, ConvMethod, ConvMethod>(), py::arg("conv"),
+           py::arg("images"), py::arg("height"), py::arg("width"), py::arg("threads"), py::arg("forward"),
+           py::arg("grad_input"), py::arg("grad_weight"))
+      .def("forward", &TrainingConv::forward, NoGil())
+      .def("grad_input", &TrainingConv::grad_input, NoGil())
+      .def("grad_weight", &TrainingConv::grad_weight, NoGil());
   m.def("conv_takes", [](const CpuConv& conv, ConvMethod method) { return conv_kernels().takes(conv, method); });
   const auto pack = [](ConvMethod method, Address weight, Address bias, const CpuConv& conv) {
     return std::make_shared<PackedConv>(method, pointer<const void>(weight), pointer<const float>(bias), conv);

@@ -181,7 +181,6 @@ void define_cuda(py::module_& parent) {
 
   using NoGil = py::call_guard<py::gil_scoped_release>;
   m.attr("CONV_TILES") = cuda::conv_tiles();
-  m.attr("EXECUTED_ON_HOST") = cuda::executed_on_host();
   m.def("mask_stride", &cuda::mask_stride, py::arg("channels"));
   m.def("bn_workspace_bytes", [](const Place& place) { return cuda::bn_workspace_bytes(matrix(place), place.device); });
   m.def("fits_on_chip", [](const Place& place) { return cuda::fits_on_chip(matrix(place), place.device); });

@@ -1,10 +1,11 @@
-// The table of contents of fused_resnet._C. Tensors are checked and allocated in fused_resnet/ops/native*.py; what
-// arrives here is addresses, sizes and numbers, so this file builds without PyTorch and works with every version.
+// The table of contents of fused_resnet._C. Tensors are checked and allocated in fused_resnet/ops/backends; what arrives
+// here is addresses, sizes and numbers, so this file builds without PyTorch and works with every version.
 #include <pybind11/pybind11.h>
 
+#include "address.h"
+#include "conv.h"
 #include "cpu/bn_act.h"
 #include "cpu/buffers.h"
-#include "conv.h"
 #include "cpu/dispatch.h"
 #include "cuda.h"
 #include "types.h"
@@ -24,10 +25,8 @@ namespace py = pybind11;
 namespace fused_resnet {
 namespace {
 
-using Address = uintptr_t;
-
-void* pointer(Address address) { return reinterpret_cast<void*>(address); }
-float* floats(Address address) { return reinterpret_cast<float*>(address); }
+void* pointer(Address address) { return address.pointer<void>(); }
+float* floats(Address address) { return address.pointer<float>(); }
 
 void check(const Activation& shape) {
   if (shape.images < 1 || shape.channels < 1 || shape.pixels < 1 || shape.threads < 1) {

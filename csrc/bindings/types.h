@@ -5,7 +5,7 @@
 
 namespace fused_resnet {
 
-// Adds DType and Norm.
+// Adds DType.
 void define_types(pybind11::module_& m);
 
 }  // namespace fused_resnet

@@ -34,14 +34,6 @@ DeviceProperties ask(int device) {
 
 }  // namespace
 
-bool executed_on_host() {
-#ifdef __CUDACC__
-  return false;
-#else
-  return true;
-#endif
-}
-
 const DeviceProperties& properties_of(int device) {
   static std::array<std::once_flag, kMostDevices> asked;
   static std::array<DeviceProperties, kMostDevices> properties;

@@ -33,9 +33,6 @@ struct Matrix {
   DType dtype;
 };
 
-// Whether this is not the CUDA runtime but the tests' (tests/cuda/host_execution): addresses are then of the CPU.
-bool executed_on_host();
-
 // Bytes that bn_stats, bn_grad_stats and bn_stats_apply need for partial results.
 std::size_t bn_workspace_bytes(const Matrix& shape, int device);
 

@@ -17,7 +17,7 @@ from fused_resnet.bench.contenders import build
 from fused_resnet.bench.dry_run import DryRun
 from fused_resnet.bench.ledger import Ledger, ledger
 from fused_resnet.bench.saved_bytes import saved_bytes
-from fused_resnet.ops.route.backend import keeping_masks
+from fused_resnet.ops.route.request import asking
 from fused_resnet.training.loop import MOMENTUM, WEIGHT_DECAY, autocast
 
 EAGER = "eager"
@@ -106,8 +106,7 @@ def _dry_training(
     with (
         DryRun(),
         fused_resnet.use_backend("reference"),
-        fused_resnet.ops.use_fusion_level(fused_level),
-        keeping_masks() if level == MASKS else contextlib.nullcontext(),
+        asking(level=fused_level, masks=level == MASKS),
     ):
         model = build(model_name)
         if level == EAGER:

@@ -14,7 +14,7 @@ from fused_resnet.convert.sites import fusion_sites
 from fused_resnet.modules.basic_block import BasicBlock
 from fused_resnet.modules.bn_act import UNFUSED
 from fused_resnet.modules.bottleneck import Bottleneck
-from fused_resnet.modules.whole_block import MEMORY
+from fused_resnet.modules.whole_block import MEMORY, WHOLE
 from fused_resnet.ops.residual_block import check_memory
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -74,6 +74,7 @@ def unfuse(model: Model) -> Model:
         if type(module) in plain_class:
             module.__class__ = plain_class[type(module)]
         module.__dict__.pop(MEMORY, None)
+        module.__dict__.pop(WHOLE, None)
         for site in fusion_sites(module):
             for norm in site.norms:
                 module.get_submodule(norm).__dict__[UNFUSED] = True

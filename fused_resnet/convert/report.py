@@ -18,8 +18,10 @@ from fused_resnet.modules.shortcut import why_not_split
 from fused_resnet.modules.stem import why_not_whole_stem, window
 from fused_resnet.modules.whole_block import why_not_whole
 from fused_resnet.ops.layout import is_channels_last
-from fused_resnet.ops.route.backend import AUTO, requested_backend, unavailable, why_not
+from fused_resnet.ops.route.choose import why_not
 from fused_resnet.ops.route.fusion_level import training_level_asked_for, why_not_fused_training
+from fused_resnet.ops.route.reasons import unavailable
+from fused_resnet.ops.route.request import AUTO, requested_backend
 from fused_resnet.ops.stem import why_not_pooled
 
 LINE_LENGTH = 120
@@ -155,8 +157,8 @@ def _why_level_0(module: nn.Module, conv_name: str | None, memory_format: torch.
         reasons = ["its convolution is neither in a residual block nor in a stem"]
     if reasons or conv_name is None:
         return reasons
-    if isinstance(module, (BasicBlock, Bottleneck)) and conv_name != module.links[0][0]:
-        first = _why_level_0(module, module.links[0][0], memory_format)
+    if isinstance(module, (BasicBlock, Bottleneck)) and conv_name != module.sites[0].conv:
+        first = _why_level_0(module, module.sites[0].conv, memory_format)
         if first:  # a block is run whole if its first convolution is fused
             return first
     conv = cast(nn.Conv2d, module.get_submodule(conv_name))

@@ -19,7 +19,9 @@ from fused_resnet.ops.backends.native.chain import Block, NativeChain
 from fused_resnet.ops.backends.native.conv import NativeConv, why_not_native
 from fused_resnet.ops.backends.onednn import pack_conv_weight, packed_conv_act, why_not_packed
 from fused_resnet.ops.conv_bn_act import fold
-from fused_resnet.ops.route.backend import AUTO, remembered, requested_backend, runs_unseen
+from fused_resnet.ops.route.choose import function_for
+from fused_resnet.ops.route.listeners import runs_unseen
+from fused_resnet.ops.route.request import AUTO, requested_backend
 
 PACKED_SIZES = 4  # of the input: a weight packed for one size is packed again at every call of another, 4x slower
 
@@ -58,7 +60,6 @@ class FrozenConvAct(nn.Module):
         """What was made or decided for the weight as it was."""
         weights_changed()
         self._packed: dict[torch.Size, tuple[Tensor, Tensor]] = {}
-        self._chosen: dict[Any, Any] = {}
         self._native: tuple[NativeConv | None] | None = None
 
     def _bias_dtype(self) -> torch.dtype:
@@ -72,7 +73,7 @@ class FrozenConvAct(nn.Module):
             return native(x, residual, overwrite)
         if torch.compiler.is_compiling() or requested_backend() != AUTO or why_not_packed(x):
             arguments = (x, self.weight, None, self.bias, residual, *settings, self.relu)
-            return remembered(self._chosen, "conv_bn_act", x, residual, arguments)(*arguments)
+            return function_for("conv_bn_act", arguments)(*arguments)
         packed = self._packed.get(x.shape)
         if packed is None:
             if x.shape[1] != self.weight.shape[1] * self.groups:
@@ -105,7 +106,7 @@ class FrozenConvAct(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # neither copied nor pickled, made again when needed
-        return {**self.__dict__, "_packed": {}, "_chosen": {}, "_native": None}
+        return {**self.__dict__, "_packed": {}, "_native": None}
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self._forget()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fused_resnet.frozen.untouched import Untouched
 from fused_resnet.ops.backends.native.chain import NativeChain
-from fused_resnet.ops.route.backend import runs_unseen
+from fused_resnet.ops.route.listeners import runs_unseen
 
 MOST_CHAINS = 4
 

@@ -21,16 +21,10 @@ from fused_resnet.frozen.ends import (
     pixel_scale_and_shift,
 )
 from fused_resnet.frozen.network import network_chains
-from fused_resnet.models.cifar import CIFARResNet, PlainBlock
-from fused_resnet.models.resnet import ResNet
-from fused_resnet.modules.basic_block import BasicBlock
 from fused_resnet.modules.bn_act import has_global_hooks, is_intercepted
-from fused_resnet.modules.bottleneck import Bottleneck
 from fused_resnet.modules.conv_bn_act import ConvBNAct2d, why_not_fold
+from fused_resnet.modules.site import Site, sites_of
 from fused_resnet.ops.checks import DTYPES, check_bytes, check_image, check_normalize
-
-BLOCK_FORWARDS = (BasicBlock.forward, Bottleneck.forward, PlainBlock.forward)
-STEM_FORWARDS = (ResNet.forward, CIFARResNet.forward)
 
 
 class FrozenModel(nn.Module):
@@ -195,47 +189,50 @@ def _fold(
     """What takes this module's place, or (for a network) the places of its children; None where it stays as it is."""
     if is_intercepted(module) or has_global_hooks():
         return None
-    forward = type(module).forward
-    if forward is ConvBNAct2d.forward:
-        return _fold_conv(module.conv, module.bn, module.act, dtype)
-    if forward in STEM_FORWARDS:
-        conv = _fold_conv(module.conv1, module.bn1, module.relu, dtype)
-        ends: dict[str, nn.Module] = {}
-        if conv is not None:
-            ends = {"conv1": conv, "bn1": nn.Identity(), "relu": nn.Identity()}
-            pool = getattr(module, "maxpool", None)
-            if pool is not None and is_stem(conv, pool) and not is_intercepted(pool):
-                ends |= {"conv1": FrozenStem(conv, pool, normalize), "maxpool": nn.Identity()}
-        average = getattr(module, "avgpool", None)
-        if type(average) is nn.AdaptiveAvgPool2d and average.output_size in (1, (1, 1)) and not is_intercepted(average):
-            ends["avgpool"] = FrozenAvgPool()
-        linear = getattr(module, "fc", None)
-        if type(linear) is nn.Linear and not is_intercepted(linear):
-            ends["fc"] = FrozenLinear(linear)
-        return ends or None
-    if forward in BLOCK_FORWARDS:
-        return _fold_block(module, dtype)
-    return None
+    sites = sites_of(module)
+    if len(sites) > 1:
+        return _fold_block(module, sites, dtype)
+    if isinstance(module, ConvBNAct2d) and sites:
+        return _fold_conv(module, sites[0], dtype)
+    return (_fold_ends(module, sites[0], dtype, normalize) or None) if sites else None
 
 
-def _fold_conv(conv: Any, norm: Any, act: Any, dtype: torch.dtype) -> FrozenConvAct | None:
+def _fold_conv(module: nn.Module, site: Site, dtype: torch.dtype) -> FrozenConvAct | None:
+    conv, norm, act = (getattr(module, name) for name in (site.conv, site.norm, site.act))
     return None if why_not_fold(conv, norm, act) else FrozenConvAct(conv, norm, act is not None, dtype)
 
 
-def _fold_block(block: Any, dtype: torch.dtype) -> FrozenBlock | None:
+def _fold_block(block: nn.Module, sites: Sequence[Site], dtype: torch.dtype) -> FrozenBlock | None:
     """The block as convolutions, all of them or none; a shortcut that is no convolution and norm stays as it is."""
-    layers = [(getattr(block, f"conv{i}"), getattr(block, f"bn{i}")) for i in (1, 2, 3) if hasattr(block, f"conv{i}")]
-    convs = [_fold_conv(conv, norm, block.relu, dtype) for conv, norm in layers]
-    downsample = getattr(block, "downsample", None)
+    convs = [_fold_conv(block, site, dtype) for site in sites]
+    shortcut = sites[-1].residual
+    downsample = None if shortcut is None else getattr(block, shortcut)
     if type(downsample) is nn.Sequential and len(downsample) == 2 and not is_intercepted(downsample):
         conv, norm = downsample
-        downsample = _fold_conv(conv, norm, None, dtype)
-        if downsample is None:
+        if why_not_fold(conv, norm, None):
             return None
+        downsample = FrozenConvAct(conv, norm, False, dtype)  # type: ignore[arg-type]
     folded = [conv for conv in convs if conv is not None]
-    if len(folded) < len(convs):
-        return None
-    return FrozenBlock(folded, downsample, shortcut=type(block).forward is not PlainBlock.forward)
+    return FrozenBlock(folded, downsample, shortcut is not None) if len(folded) == len(convs) else None
+
+
+def _fold_ends(
+    network: nn.Module, site: Site, dtype: torch.dtype, normalize: tuple[Sequence[float], Sequence[float]] | None
+) -> dict[str, nn.Module]:
+    """What takes the places of a network's first and last layers."""
+    ends: dict[str, nn.Module] = {}
+    if (conv := _fold_conv(network, site, dtype)) is not None:
+        ends = {site.conv: conv, site.norm: nn.Identity(), site.act: nn.Identity()}
+        pool: Any = None if site.pool is None else getattr(network, site.pool)
+        if site.pool is not None and is_stem(conv, pool) and not is_intercepted(pool):
+            ends |= {site.conv: FrozenStem(conv, pool, normalize), site.pool: nn.Identity()}
+    average = getattr(network, "avgpool", None)
+    if type(average) is nn.AdaptiveAvgPool2d and average.output_size in (1, (1, 1)) and not is_intercepted(average):
+        ends["avgpool"] = FrozenAvgPool()
+    linear = getattr(network, "fc", None)
+    if type(linear) is nn.Linear and not is_intercepted(linear):
+        ends["fc"] = FrozenLinear(linear)
+    return ends
 
 
 def _replace(model: nn.Module, name: str, part: nn.Module | dict[str, nn.Module]) -> nn.Module:

@@ -8,6 +8,8 @@ pair in which the paper shows that plain networks get worse with depth and resid
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from fused_resnet.models.resnet import initialize
 from fused_resnet.modules.basic_block import BasicBlock
 from fused_resnet.modules.bn_act import norm_act
+from fused_resnet.modules.site import Site
 
 STAGE_PLANES = (16, 32, 64)
 STAGE_STRIDES = (1, 2, 2)
@@ -38,6 +41,8 @@ class ZeroPadShortcut(nn.Module):
 
 class PlainBlock(nn.Module):
     """``BasicBlock`` without the shortcut: relu(H(x)) in place of relu(F(x) + x), with the same children."""
+
+    sites: ClassVar = (Site("conv1", "bn1", "relu"), Site("conv2", "bn2", "relu"))
 
     def __init__(self, inplanes: int, planes: int, stride: int = 1) -> None:
         super().__init__()
@@ -66,6 +71,8 @@ class CIFARResNet(nn.Module):
     Raises:
         ValueError: depth is not 6n + 2.
     """
+
+    sites: ClassVar = (Site("conv1", "bn1", "relu"),)
 
     def __init__(self, depth: int, num_classes: int = 10, shortcut: bool = True) -> None:
         super().__init__()

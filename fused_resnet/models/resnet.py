@@ -12,7 +12,7 @@ residual block learn only how it differs from its input, F(x) := H(x) - x, and a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fused_resnet.models.weights import WeightsArgument, read_state_dict, resolve_weights, with_num_classes
 from fused_resnet.modules.basic_block import BasicBlock
 from fused_resnet.modules.bottleneck import Bottleneck
+from fused_resnet.modules.site import Site
 from fused_resnet.modules.stem import conv_norm_act_pool
 
 STEM_CHANNELS = 64
@@ -50,6 +51,8 @@ class ResNet(nn.Module):
             asked for groups or widths that only ``Bottleneck`` has.
         NotImplementedError: ``BasicBlock`` was asked to dilate.
     """
+
+    sites: ClassVar = (Site("conv1", "bn1", "relu", pool="maxpool"),)
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fused_resnet.modules.bn_act import norm_act
 from fused_resnet.modules.shortcut import norm_add_act
+from fused_resnet.modules.site import Site
 from fused_resnet.modules.whole_block import whole_block
 
 
@@ -38,7 +39,7 @@ class BasicBlock(nn.Module):
         NotImplementedError: dilation is greater than 1.
     """
 
-    links: ClassVar[tuple[tuple[str, str], ...]] = (("conv1", "bn1"), ("conv2", "bn2"))
+    sites: ClassVar = (Site("conv1", "bn1", "relu"), Site("conv2", "bn2", "relu", residual="downsample"))
     expansion: ClassVar[int] = 1
 
     def __init__(

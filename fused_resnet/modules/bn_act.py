@@ -167,8 +167,9 @@ def batch_norm_arguments(norm: PlainNorm) -> BatchNorm:
     training when they are tracked; ``momentum=None`` makes them the average over all batches counted. An
     ``nn.SyncBatchNorm`` in training shares the statistics of its batch with the other ranks of its group.
     """
-    running_mean, running_var, momentum = norm.running_mean, norm.running_var, norm.momentum
-    training = norm.training
+    # Past nn.Module.__getattr__, which costs as much for each tensor as all else here.
+    parameters, buffers, momentum, training = norm._parameters, norm._buffers, norm.momentum, norm.training
+    running_mean, running_var = buffers["running_mean"], buffers["running_var"]
     if not training:
         training = running_mean is None and running_var is None
     elif not norm.track_running_stats:
@@ -176,14 +177,15 @@ def batch_norm_arguments(norm: PlainNorm) -> BatchNorm:
     elif _is_recomputation():
         running_mean = None if running_mean is None else running_mean.clone()
         running_var = None if running_var is None else running_var.clone()
-    elif norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
+    elif (counted := buffers["num_batches_tracked"]) is not None:
+        counted.add_(1)
         if momentum is None:
-            momentum = 1.0 / float(norm.num_batches_tracked)
+            momentum = 1.0 / float(counted)
     if momentum is None:
         momentum = 0.0
-    group = _process_group(norm)
-    return BatchNorm(norm.weight, norm.bias, running_mean, running_var, training, momentum, norm.eps, group)
+    group = None if type(norm) is nn.BatchNorm2d else _process_group(norm)
+    vectors = (parameters["weight"], parameters["bias"], running_mean, running_var)
+    return BatchNorm(*vectors, training, momentum, norm.eps, group)
 
 
 def _process_group(norm: PlainNorm) -> Any:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fused_resnet.modules.bn_act import norm_act
 from fused_resnet.modules.shortcut import norm_add_act
+from fused_resnet.modules.site import Site
 from fused_resnet.modules.whole_block import whole_block
 
 
@@ -35,7 +36,11 @@ class Bottleneck(nn.Module):
         norm_layer: called with a number of channels, gives a norm; ``nn.BatchNorm2d`` if None.
     """
 
-    links: ClassVar[tuple[tuple[str, str], ...]] = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
+    sites: ClassVar = (
+        Site("conv1", "bn1", "relu"),
+        Site("conv2", "bn2", "relu"),
+        Site("conv3", "bn3", "relu", residual="downsample"),
+    )
     expansion: ClassVar[int] = 4
 
     def __init__(

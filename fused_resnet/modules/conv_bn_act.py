@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from fused_resnet.modules.bn_act import is_image, is_intercepted, norm_act, why_not_fuse
+from fused_resnet.modules.site import Site
 from fused_resnet.ops.checks import check_activation
 from fused_resnet.ops.conv_bn_act import conv_bn_act
 
@@ -36,6 +37,8 @@ class ConvBNAct2d(nn.Module):
     Raises:
         ValueError: for another ``activation``; padding is None and a kernel size is even; and ``nn.Conv2d``'s own.
     """
+
+    sites: ClassVar = (Site("conv", "bn", "act"),)
 
     def __init__(
         self,

@@ -7,10 +7,19 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fused_resnet.modules.bn_act import has_global_hooks, is_image, is_intercepted, norm_act, why_not_fuse
+from fused_resnet.modules.bn_act import (
+    batch_norm_arguments,
+    has_global_hooks,
+    is_image,
+    is_intercepted,
+    norm_act,
+    why_not_fuse,
+)
 from fused_resnet.modules.conv_bn_act import why_not_plain_conv
-from fused_resnet.modules.whole_block import as_convolution_gets_it, conv_norm
-from fused_resnet.ops.stem import conv_bn_act_pool, gains
+from fused_resnet.ops.conv_norm import ConvNorm
+from fused_resnet.ops.conv_settings import ConvSettings
+from fused_resnet.ops.residual_block import autocast_dtype
+from fused_resnet.ops.stem import conv_bn_act_pool, stem_route
 
 
 def conv_norm_act_pool(conv: nn.Module, norm: nn.Module, act: nn.Module, pool: nn.Module, x: Tensor) -> Tensor:
@@ -24,10 +33,13 @@ def conv_norm_act_pool(conv: nn.Module, norm: nn.Module, act: nn.Module, pool: n
     whole = is_image(x) and (torch.is_grad_enabled() or norm.training) and not torch.compiler.is_compiling()
     if whole and not why_not_whole_stem(conv, norm, act, pool):
         conv, norm, pool = cast(nn.Conv2d, conv), cast(nn.BatchNorm2d, norm), cast(nn.MaxPool2d, pool)
-        like = as_convolution_gets_it(x, conv)
-        if like is not None and gains(like, conv.weight, window(pool)):
+        dtype, settings = autocast_dtype(x), ConvSettings(conv.stride, conv.padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
+        takes = x.shape[1] == conv.in_channels and (dtype is not None or x.dtype == conv.weight.dtype)
+        like = x if dtype in (None, x.dtype) else torch.empty_like(x, dtype=dtype)
+        if takes and stem_route(like, conv.weight, settings, window(pool)) is not None:
             kernel_size, stride, padding = window(pool)
-            return conv_bn_act_pool(x, conv_norm(conv, norm), kernel_size=kernel_size, stride=stride, padding=padding)
+            link = ConvNorm(conv.weight, batch_norm_arguments(norm), *settings)
+            return conv_bn_act_pool(x, link, kernel_size=kernel_size, stride=stride, padding=padding)
     return pool(norm_act(norm, act, conv(x)))
 
 

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as global_hooks
 
-from fused_resnet.modules.bn_act import batch_norm_arguments, is_image, why_not_fuse
+from fused_resnet.modules.bn_act import UNFUSED, BatchNormAct2d, PlainNorm, batch_norm_arguments, why_not_fuse
 from fused_resnet.modules.conv_bn_act import why_not_plain_conv
 from fused_resnet.modules.shortcut import why_not_split
+from fused_resnet.modules.site import Site
 from fused_resnet.ops.conv_norm import ConvNorm
-from fused_resnet.ops.residual_block import autocast_dtype, gains, residual_block
+from fused_resnet.ops.conv_settings import ConvSettings
+from fused_resnet.ops.residual_block import block_route, run
 
 MEMORY = "_fused_resnet_memory"
 """``fused_resnet.fuse(model, memory=...)`` gives a block an attribute of this name."""
+WHOLE = "_fused_resnet_whole"
+"""Where a block that has run keeps what `whole_block` knows of it."""
 
 
 def whole_block(block: nn.Module, x: Tensor) -> Tensor | None:
@@ -23,25 +29,90 @@ def whole_block(block: nn.Module, x: Tensor) -> Tensor | None:
     eval without gradients, where ``why_not_whole`` has a reason, and where no kernel here gains from it.
 
     Args:
-        block: a ``BasicBlock`` or ``Bottleneck``; its ``links`` names its convolutions and norms in order.
+        block: its ``sites`` say what it is made of.
         x: (N, inplanes, H, W), any floating dtype and memory format.
     """
-    if not is_image(x) or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or torch._C._get_tracing_state() is not None:
         return None
-    pairs = [(getattr(block, conv), getattr(block, norm)) for conv, norm in block.links]  # type: ignore[union-attr]
-    if not torch.is_grad_enabled() and not any(norm.training for _, norm in pairs):
-        return None
-    if why_not_whole(block):
-        return None
-    first = pairs[0][0]
-    like = as_convolution_gets_it(x, first)
-    if like is None:
-        return None
-    memory = block.__dict__.get(MEMORY, "default")
-    if not gains(like, first.weight, first.stride, first.padding, first.dilation, first.groups, memory):
-        return None
-    shortcut = None if block.downsample is None else conv_norm(*block.downsample)  # type: ignore[misc]
-    return residual_block(x, [conv_norm(*pair) for pair in pairs], shortcut, memory=memory)
+    known = block.__dict__.get(WHOLE)
+    if known is None or not known.holds():
+        known = block.__dict__[WHOLE] = WholeBlock(block)
+    return known(block.__dict__.get(MEMORY, "default"), x)
+
+
+class WholeBlock:
+    """What is known of a block until somebody replaces, hooks, compiles or sets a part of it. Of its tensors nothing is
+    known: they are asked for at every call. Copies and pickles of a block start anew."""
+
+    def __init__(self, block: nn.Module) -> None:
+        parts = [module for module in block.modules() if module is not block]
+        self._children = [(part._modules, tuple(part._modules.values())) for part in (block, *parts) if part._modules]
+        self._parts, self._types = parts, [type(part) for part in parts]
+        self._own = [part.__dict__ for part in parts]
+        self._hooks = [hooks for part in parts for hooks in _hooks_of(part)] + _global_hooks()
+        self._settings = [(part, get, get(part)) for part in parts if (get := _SETTINGS.get(type(part)))]
+        self._links: list[tuple[dict[str, Any], ConvSettings, PlainNorm]] = []
+        self._no_bias: list[None] = []
+        self._has_shortcut = self._trains = False
+        if any(_reasons(block)):
+            return
+        convs_and_norms = [(getattr(block, site.conv), getattr(block, site.norm)) for site in _sites(block)]
+        downsample = _shortcut(block)
+        if downsample is not None:
+            convs_and_norms.append((downsample[0], downsample[1]))
+        self._has_shortcut = downsample is not None
+        self._trains = any(norm.training for _, norm in convs_and_norms)
+        for conv, norm in convs_and_norms:
+            settings = ConvSettings(conv.stride, conv.padding, conv.dilation, conv.groups)
+            self._links.append((conv._parameters, settings, norm))
+        self._no_bias = [None] * len(self._links)
+
+    def holds(self) -> bool:
+        """False once a part does, or may do, something else than when this was made."""
+        if any(self._hooks) or [*map(type, self._parts)] != self._types:
+            return False
+        for children, before in self._children:
+            if tuple(children.values()) != before:
+                return False
+        for own in self._own:
+            if "forward" in own or UNFUSED in own or own.get("_compiled_call_impl") is not None:
+                return False
+        for part, get, before in self._settings:
+            if get(part) != before:
+                return False
+        return [parameters["bias"] for parameters, _, _ in self._links] == self._no_bias
+
+    def __call__(self, memory: str, x: Tensor) -> Tensor | None:
+        """`whole_block` of the block that this was made of."""
+        if not self._links or not (self._trains or torch.is_grad_enabled()):
+            return None
+        kind = x.device.type
+        if kind not in ("cpu", "cuda"):
+            return None
+        if torch.is_autocast_enabled(kind) and x.dtype is not torch.float64:
+            x = x.to(torch.get_autocast_dtype(kind))
+        chain = [(parameters["weight"], settings) for parameters, settings, _ in self._links]
+        shortcut = chain.pop() if self._has_shortcut else None
+        route = block_route(x, chain, shortcut, memory)
+        if route is None or route.fewest_values == 1:  # which the norms refuse, or share with other ranks
+            return None
+        for parameters, _, norm in self._links:
+            takes = parameters["weight"].shape[:1], x.device, True
+            for vector in (*norm._parameters.values(), norm._buffers["running_mean"], norm._buffers["running_var"]):
+                if vector is not None and (vector.shape, vector.device, vector.is_floating_point()) != takes:
+                    return None
+        links = [
+            ConvNorm(parameters["weight"], batch_norm_arguments(norm), *settings)
+            for parameters, settings, norm in self._links
+        ]
+        return run(route, x, links, links.pop() if self._has_shortcut else None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_nothing, ())
+
+
+def _nothing() -> None:
+    """What a copy of a block has in the place of a `WholeBlock`."""
 
 
 def why_not_whole(block: nn.Module) -> list[str]:
@@ -50,28 +121,46 @@ def why_not_whole(block: nn.Module) -> list[str]:
 
 
 def _reasons(block: nn.Module) -> Iterator[str]:
-    downsample = block.downsample
-    pairs = [(getattr(block, conv), getattr(block, norm)) for conv, norm in block.links]  # type: ignore[union-attr]
+    pairs = [(getattr(block, site.conv), getattr(block, site.norm), getattr(block, site.act)) for site in _sites(block)]
+    downsample = _shortcut(block)
     if downsample is not None:
         if type(downsample) is not nn.Sequential or len(downsample) != 2:
             yield "downsample is not a convolution and a norm"
             return
         yield from why_not_split(downsample)
-        pairs.append((downsample[0], downsample[1]))
-    for conv, norm in pairs:
+        pairs.append((downsample[0], downsample[1], None))
+    for conv, norm, act in pairs:
         yield from why_not_plain_conv(conv)
-        yield from why_not_fuse(norm, cast(nn.Module, block.relu))
+        yield from why_not_fuse(norm, act)
 
 
-def as_convolution_gets_it(x: Tensor, conv: nn.Conv2d) -> Tensor | None:
-    """x or, under autocast, an empty tensor like it of autocast's dtype; None if ``conv`` itself would refuse x."""
-    dtype = autocast_dtype(x)
-    if (dtype is None and x.dtype != conv.weight.dtype) or x.shape[1] != conv.in_channels:
-        return None
-    return x if dtype in (None, x.dtype) else torch.empty_like(x, dtype=dtype)
+def _sites(block: nn.Module) -> tuple[Site, ...]:
+    return type(block).sites  # type: ignore[attr-defined]
 
 
-def conv_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> ConvNorm:
-    """What the ops take of a plain convolution and a plain norm; counts the batch where the norm would."""
-    sizes = (conv.stride, cast(tuple[int, int], conv.padding), conv.dilation, conv.groups)
-    return ConvNorm(conv.weight, batch_norm_arguments(norm), *sizes)  # type: ignore[arg-type]
+def _shortcut(block: nn.Module) -> nn.Sequential | None:
+    name = _sites(block)[-1].residual
+    return None if name is None else cast(nn.Sequential | None, getattr(block, name))
+
+
+def _hooks_of(part: nn.Module) -> list[Any]:
+    return [part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks]
+
+
+def _global_hooks() -> list[Any]:
+    return [
+        global_hooks._global_forward_hooks,
+        global_hooks._global_forward_pre_hooks,
+        global_hooks._global_backward_hooks,
+        global_hooks._global_backward_pre_hooks,
+    ]
+
+
+_OF_NORM = operator.attrgetter("training", "momentum", "eps", "track_running_stats")
+_SETTINGS: dict[type, operator.attrgetter] = {
+    nn.Conv2d: operator.attrgetter("stride", "padding", "dilation", "groups", "padding_mode"),
+    nn.BatchNorm2d: _OF_NORM,
+    BatchNormAct2d: operator.attrgetter("training", "momentum", "eps", "track_running_stats", "activation"),
+    nn.SyncBatchNorm: _OF_NORM,
+}
+"""What a user may set on a part; a change makes what is known of the block stale."""

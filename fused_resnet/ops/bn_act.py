@@ -28,7 +28,7 @@ from fused_resnet.ops import checks
 from fused_resnet.ops.batch_norm import BatchNorm, batch_norm
 from fused_resnet.ops.bn_act_autograd import BNAct, BNActDual
 from fused_resnet.ops.reference import statistics_dtype
-from fused_resnet.ops.route.backend import has_fused_backend, passes_for, takes_one_launch
+from fused_resnet.ops.route.routes import DISPATCHED, PassRoute, pass_route
 from fused_resnet.ops.synchronize import group_to_share, statistics_over_ranks
 
 
@@ -109,20 +109,22 @@ def bn_act_dual(x: Tensor, norm: BatchNorm, x2: Tensor, norm2: BatchNorm, *, act
     # Ranks that share both go one way, whatever x is on each: backward, two separate norms come to their collectives in
     # the other order.
     both_shared = norm.process_group is not None and norm2.process_group is not None
-    if not (both_shared or has_fused_backend(x)) or x2.dtype != x.dtype:
+    route = pass_route(x)
+    if (route is None and not both_shared) or x2.dtype != x.dtype:
         z = _bn_act(x, norm, None, False) + _bn_act(x2, norm2, None, False)
         return F.relu(z) if relu else z
-    mean, invstd, share = _statistics(x, norm)
-    mean2, invstd2, share2 = _statistics(x2, norm2)
+    route = route or DISPATCHED
+    mean, invstd, share = _statistics(x, norm, route)
+    mean2, invstd2, share2 = _statistics(x2, norm2, route)
     if not wants_gradient(x, norm.weight, norm.bias, x2, norm2.weight, norm2.bias):
         first, second = (x, mean, invstd, norm.weight, norm.bias), (x2, mean2, invstd2, norm2.weight, norm2.bias)
-        return passes_for(x).bn_apply_dual(*first, *second, relu)
+        return route.passes.bn_apply_dual(*first, *second, relu)
     return BNActDual.apply(
         *(x, norm.weight, norm.bias, mean, invstd, share),
         *(x2, norm2.weight, norm2.bias, mean2, invstd2, share2),
         (not norm.training, norm.eps, norm.process_group),
         (not norm2.training, norm2.eps, norm2.process_group),
-        relu,
+        *(relu, route),
     )
 
 
@@ -139,29 +141,31 @@ def _checked_batch_norm(x: Tensor, norm: BatchNorm, suffix: str = "") -> BatchNo
 
 def _bn_act(x: Tensor, norm: BatchNorm, residual: Tensor | None, relu: bool) -> Tensor:
     """``bn_act`` of checked arguments, the residual of x's dtype."""
-    if norm.process_group is None and not has_fused_backend(x):
+    route = pass_route(x)
+    if route is None and norm.process_group is None:
         z = batch_norm(x, norm)
         z = z if residual is None else z + residual
         return F.relu(z) if relu else z
+    route = route or DISPATCHED
     settings = (not norm.training, norm.eps, norm.process_group)
     differentiable = wants_gradient(x, norm.weight, norm.bias, residual)
-    if norm.training and norm.process_group is None and takes_one_launch(x):
+    if norm.training and norm.process_group is None and route.one_launch is not None:
         with_mask = differentiable and relu and residual is not None
         moved = (norm.running_mean, norm.running_var, norm.momentum, norm.eps)
         with torch.no_grad():
-            made = passes_for(x).bn_stats_apply(x, *moved, norm.weight, norm.bias, residual, relu, with_mask)
+            made = route.one_launch.bn_stats_apply(x, *moved, norm.weight, norm.bias, residual, relu, with_mask)
         out, mask, mean, invstd = made
         if not differentiable:
             return out
         done = (out, mask if with_mask else None)
-        return BNAct.apply(x, norm.weight, norm.bias, residual, mean, invstd, None, settings, relu, done)
-    mean, invstd, share = _statistics(x, norm)
+        return BNAct.apply(x, norm.weight, norm.bias, residual, mean, invstd, None, settings, relu, done, route)
+    mean, invstd, share = _statistics(x, norm, route)
     if not differentiable:
-        return passes_for(x).bn_apply(x, mean, invstd, norm.weight, norm.bias, residual, relu)
-    return BNAct.apply(x, norm.weight, norm.bias, residual, mean, invstd, share, settings, relu, None)
+        return route.passes.bn_apply(x, mean, invstd, norm.weight, norm.bias, residual, relu)
+    return BNAct.apply(x, norm.weight, norm.bias, residual, mean, invstd, share, settings, relu, None, route)
 
 
-def _statistics(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor, Tensor | None]:
+def _statistics(x: Tensor, norm: BatchNorm, route: PassRoute) -> tuple[Tensor, Tensor, Tensor | None]:
     """(mean, 1/sqrt(variance + eps), share) to normalise x with; moves the running statistics when training.
 
     ``share`` is this rank's part of the values behind them; None if they are not shared.
@@ -170,12 +174,12 @@ def _statistics(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor, Tensor | No
     with torch.no_grad():
         if norm.process_group is not None:
             if x.numel() > 0:
-                mean, invstd = passes_for(x).bn_stats(x, None, None, 0.0, 0.0)
+                mean, invstd = route.passes.bn_stats(x, None, None, 0.0, 0.0)
             else:
                 mean = invstd = x.new_zeros(x.shape[1], dtype=statistics_dtype(x))
             return statistics_over_ranks(mean, invstd, x.numel() // x.shape[1], norm)
         if norm.training:
-            return (*passes_for(x).bn_stats(x, norm.running_mean, norm.running_var, norm.momentum, norm.eps), None)
+            return (*route.passes.bn_stats(x, norm.running_mean, norm.running_var, norm.momentum, norm.eps), None)
         assert norm.running_mean is not None and norm.running_var is not None
         dtype = statistics_dtype(x)
         mean = norm.running_mean.to(dtype, copy=grad_mode)  # a copy: backward needs it as it is now

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fused_resnet.ops.batch_norm import BatchNorm, batch_norm
 from fused_resnet.ops.reference import unpack_mask
-from fused_resnet.ops.route.backend import keeps_masks, passes_for
+from fused_resnet.ops.route.listeners import hears_backward
+from fused_resnet.ops.route.routes import PassRoute
 from fused_resnet.ops.synchronize import sums_over_ranks
 
 
@@ -47,29 +48,31 @@ class BNAct(torch.autograd.Function):
         settings: tuple[bool, float, Any],
         relu: bool,
         done: tuple[Tensor, Tensor | None] | None,
+        route: PassRoute,
     ) -> Tensor:
         """``done``: the result and its mask, if they are there already."""
         passed = None
         if done is not None:
             out, passed = done
         else:
-            passes, arguments = passes_for(x), (x, mean, invstd, weight, bias, residual)
+            arguments = (x, mean, invstd, weight, bias, residual)
             if not relu or residual is None:
-                out = passes.bn_apply(*arguments, relu)
-            elif keeps_masks(x):
-                out, passed = passes.bn_apply_mask(*arguments)
+                out = route.passes.bn_apply(*arguments, relu)
+            elif route.masks is not None:
+                out, passed = route.masks.bn_apply_mask(*arguments)
             else:
-                passed = out = passes.bn_apply(*arguments, relu)
+                passed = out = route.passes.bn_apply(*arguments, relu)
         ctx.save_for_backward(x, weight, bias, mean, invstd, share, passed)
-        ctx.settings, ctx.relu = settings, relu
+        ctx.settings, ctx.relu, ctx.route = settings, relu, route
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, invstd, share, passed = ctx.saved_tensors
         norm = Normalization(weight, bias, mean, invstd, share, *ctx.settings)
-        grads = _backward(grad_out, x, passed, norm, ctx.relu, ctx.needs_input_grad[:4])
-        return (*grads, None, None, None, None, None, None)
+        route = ctx.route.heard if hears_backward(grad_out) else ctx.route
+        grads = _backward(grad_out, x, passed, norm, ctx.relu, ctx.needs_input_grad[:4], route)
+        return (*grads, None, None, None, None, None, None, None)
 
 
 class BNActDual(torch.autograd.Function):
@@ -93,17 +96,18 @@ class BNActDual(torch.autograd.Function):
         settings: tuple[bool, float, Any],
         settings2: tuple[bool, float, Any],
         relu: bool,
+        route: PassRoute,
     ) -> Tensor:
-        passes, arguments = passes_for(x), (x, mean, invstd, weight, bias, x2, mean2, invstd2, weight2, bias2)
+        arguments = (x, mean, invstd, weight, bias, x2, mean2, invstd2, weight2, bias2)
         passed = None
-        if relu and keeps_masks(x):
-            out, passed = passes.bn_apply_dual_mask(*arguments)
+        if relu and route.masks is not None:
+            out, passed = route.masks.bn_apply_dual_mask(*arguments)
         else:
-            out = passes.bn_apply_dual(*arguments, relu)
+            out = route.passes.bn_apply_dual(*arguments, relu)
             passed = out if relu else None
         saved = (x, weight, bias, mean, invstd, share, x2, weight2, bias2, mean2, invstd2, share2)
         ctx.save_for_backward(*saved, passed)
-        ctx.settings, ctx.settings2, ctx.relu = settings, settings2, relu
+        ctx.settings, ctx.settings2, ctx.relu, ctx.route = settings, settings2, relu, route
         return out
 
     @staticmethod
@@ -111,18 +115,19 @@ class BNActDual(torch.autograd.Function):
         x, weight, bias, mean, invstd, share, x2, weight2, bias2, mean2, invstd2, share2, passed = ctx.saved_tensors
         norm = Normalization(weight, bias, mean, invstd, share, *ctx.settings)
         norm2 = Normalization(weight2, bias2, mean2, invstd2, share2, *ctx.settings2)
+        route = ctx.route.heard if hears_backward(grad_out) else ctx.route
         need, need2 = ctx.needs_input_grad[:3], ctx.needs_input_grad[6:9]
         grads2: list[Tensor | None] = [None, None, None]
         if passed is not None and is_mask(passed):  # which both read: nobody needs to write dz
-            *grads, _ = _backward(grad_out, x, passed, norm, True, (*need, False))
+            *grads, _ = _backward(grad_out, x, passed, norm, True, (*need, False), route)
             if any(need2):
-                *grads2, _ = _backward(grad_out, x2, passed, norm2, True, (*need2, False))
+                *grads2, _ = _backward(grad_out, x2, passed, norm2, True, (*need2, False), route)
         else:
             # To the first normalisation the second is a residual: its gradient is dz, the ReLU's part already done.
-            *grads, dz = _backward(grad_out, x, passed, norm, ctx.relu, (*need, any(need2)))
+            *grads, dz = _backward(grad_out, x, passed, norm, ctx.relu, (*need, any(need2)), route)
             if dz is not None:
-                *grads2, _ = _backward(dz, x2, None, norm2, False, (*need2, False))
-        return (*grads, None, None, None, *grads2, None, None, None, None, None, None)
+                *grads2, _ = _backward(dz, x2, None, norm2, False, (*need2, False), route)
+        return (*grads, None, None, None, *grads2, None, None, None, None, None, None, None)
 
 
 def is_mask(passed: Tensor) -> bool:
@@ -134,24 +139,29 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def _backward(
-    grad_out: Tensor, x: Tensor, passed: Tensor | None, norm: Normalization, relu: bool, need: tuple[bool, ...]
+    grad_out: Tensor,
+    x: Tensor,
+    passed: Tensor | None,
+    norm: Normalization,
+    relu: bool,
+    need: tuple[bool, ...],
+    route: PassRoute,
 ) -> Gradients:
     """None for the gradients that are not in ``need``; no pass for what nobody asked for."""
-    create_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if passed is not None and is_mask(passed) and (create_graph or not keeps_masks(x)):
-        passed = unpack_mask(passed, x).to(x.dtype)  # another backend was asked for since: it reads signs
-    if create_graph:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+        if passed is not None and is_mask(passed):
+            passed = unpack_mask(passed, x).to(x.dtype)
         return _differentiable_backward(grad_out, x, passed, norm, relu, need)
-    masked = passed is not None and is_mask(passed)
+    masks = route.masks if passed is not None and is_mask(passed) else None
     need_x, need_weight, need_bias, need_residual = need
     weight, bias, mean, invstd, share, constant, _, process_group = norm
-    passes, dz, sum_dz, sum_dz_xhat = passes_for(x, grad_out), grad_out, None, None
+    dz, sum_dz, sum_dz_xhat = grad_out, None, None
     need_sums = need_weight or need_bias or (need_x and not constant)
-    if passed is not None and masked:
+    if passed is not None and masks is not None:
         if need_sums:
-            sum_dz, sum_dz_xhat, _ = passes.bn_grad_stats_mask(grad_out, x, passed, mean, invstd, False)
+            sum_dz, sum_dz_xhat, _ = masks.bn_grad_stats_mask(grad_out, x, passed, mean, invstd, False)
     elif need_sums or passed is not None:
-        sum_dz, sum_dz_xhat, written = passes.bn_grad_stats(grad_out, x, passed, mean, invstd, weight, bias, relu)
+        sum_dz, sum_dz_xhat, written = route.passes.bn_grad_stats(grad_out, x, passed, mean, invstd, weight, bias, relu)
         if passed is not None:
             dz, relu = written, False
     grad_x = None
@@ -160,11 +170,11 @@ def _backward(
         if share is not None:
             assert sum_dz is not None and sum_dz_xhat is not None
             sums = sums_over_ranks(sum_dz, sum_dz_xhat, share, process_group)
-        if passed is not None and masked:
-            grad_x, dz = passes.bn_grad_apply_mask(grad_out, x, passed, mean, invstd, weight, *sums, need_residual)
+        if passed is not None and masks is not None:
+            grad_x, dz = masks.bn_grad_apply_mask(grad_out, x, passed, mean, invstd, weight, *sums, need_residual)
         else:
-            grad_x = passes.bn_grad_apply(dz, x, mean, invstd, weight, bias, *sums, relu)
-    elif need_residual and passed is not None and masked:
+            grad_x = route.passes.bn_grad_apply(dz, x, mean, invstd, weight, bias, *sums, relu)
+    elif need_residual and passed is not None and masks is not None:
         dz = torch.where(unpack_mask(passed, x), grad_out, 0)
     return (
         grad_x,

@@ -1,7 +1,7 @@
 """Convolution + BatchNorm + residual add + ReLU for inference: one kernel that writes nothing but the result.
 
 With constant statistics a BatchNorm is a scale and a shift of each channel, which a convolution can apply while its
-result is still in registers. ``ops/route/backend.py`` says which backend does that where.
+result is still in registers. ``ops/route/choose.py`` says which backend does that where.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from fused_resnet.ops import checks
 from fused_resnet.ops.bn_act import bn_act, wants_gradient
 from fused_resnet.ops.layout import conv_output_size
 from fused_resnet.ops.reference import statistics_dtype
-from fused_resnet.ops.route.backend import is_transformed
+from fused_resnet.ops.route.choose import function_for
+from fused_resnet.ops.route.listeners import is_transformed
 
 
 def conv_bn_act(
@@ -86,12 +87,11 @@ def conv_bn_act(
     scale, shift = fold(weight, bias, running_mean, running_var, eps, statistics_dtype(x))
     if residual is not None and residual.dtype != x.dtype:
         widest = torch.promote_types(residual.dtype, x.dtype)
-        out = _run(x, conv_weight, scale, shift, None, stride, padding, dilation, groups, False).to(widest) + residual
+        alone = (x, conv_weight, scale, shift, None, stride, padding, dilation, groups, False)
+        out = function_for("conv_bn_act", alone)(*alone).to(widest) + residual
         return F.relu(out) if relu else out
-    return _run(x, conv_weight, scale, shift, residual, stride, padding, dilation, groups, relu)
-
-
-_run = torch.ops.fused_resnet.conv_bn_act
+    arguments = (x, conv_weight, scale, shift, residual, stride, padding, dilation, groups, relu)
+    return function_for("conv_bn_act", arguments)(*arguments)
 
 
 def fold(

@@ -1,8 +1,7 @@
-"""One link of a residual block in training: a convolution, the batch norm behind it, and the norm and ReLU in front.
+"""One link of a residual block in training: a convolution, the batch norm after it, and the norm and ReLU before.
 
-What stands in front of a convolution is given raw, as the tensor that the convolution before wrote and the vectors that
-normalise it; whether the activation is ever written is decided here, by the link's level
-(``ops/route/fusion_level.py``).
+What stands before a convolution is given raw, as the tensor that the convolution before wrote and the vectors that
+normalise it; whether the activation is ever written is decided here, by the level of the link's route.
 """
 
 from __future__ import annotations
@@ -14,23 +13,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_resnet.ops.bn_act import BatchNorm
+from fused_resnet.ops.batch_norm import BatchNorm
+from fused_resnet.ops.conv_settings import ConvSettings
 from fused_resnet.ops.reference import statistics_dtype
-from fused_resnet.ops.route.backend import convolutions_for, passes_for, trains_natively
-from fused_resnet.ops.route.fusion_level import training_level
+from fused_resnet.ops.route.routes import LinkRoute
+from fused_resnet.ops.route.signatures import Passes, Vector, Vectors
 from fused_resnet.ops.synchronize import group_to_share, statistics_over_ranks, sums_over_ranks
 
-_ops = torch.ops.fused_resnet
-
-Vectors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-"""mean, invstd, weight and bias of a norm."""
-NO_NORM = (None, None, None, None)
-_STILL = (None, None, 0.0, 0.0)
-"""No running statistics, and how far they do not move."""
+Prologue = tuple[Vector, Vector, Vector, Vector]
+NO_NORM: Prologue = (None, None, None, None)
+Moving = tuple[Vector, Vector, float, float]
+"""Running statistics, how far they move, and eps."""
+STILL: Moving = (None, None, 0.0, 0.0)
 
 
 class ConvNorm(NamedTuple):
-    """A convolution without bias and the batch norm behind it."""
+    """A convolution without bias and the batch norm after it."""
 
     conv_weight: Tensor
     """(K, C / groups, R, S)."""
@@ -41,9 +39,12 @@ class ConvNorm(NamedTuple):
     groups: int = 1
 
     @property
-    def sizes(self) -> tuple[list[int], list[int], list[int], int]:
-        """stride, padding, dilation and groups, as the ops take them."""
-        return list(self.stride), list(self.padding), list(self.dilation), self.groups
+    def settings(self) -> ConvSettings:
+        return ConvSettings.of(self.stride, self.padding, self.dilation, self.groups)
+
+    @property
+    def conv(self) -> tuple[Tensor, ConvSettings]:
+        return self.conv_weight, self.settings
 
 
 class Raw(NamedTuple):
@@ -51,59 +52,53 @@ class Raw(NamedTuple):
     norm's vectors and a ReLU would make the activation of."""
 
     tensor: Tensor
-    vectors: Vectors | None = None
-
-    @property
-    def prologue(self) -> tuple[Tensor | None, ...]:
-        return NO_NORM if self.vectors is None else self.vectors
+    vectors: Vectors | None
+    passes: Passes
+    """Who runs the pass that writes the activation."""
 
     def activation(self) -> Tensor:
         """The activation itself; written, unless it is the input. Reads 1T and writes 1T."""
         if self.vectors is None:
             return self.tensor
-        return passes_for(self.tensor).bn_apply(self.tensor, *self.vectors, None, True)
+        return self.passes.bn_apply(self.tensor, *self.vectors, None, True)
 
 
 class Done(NamedTuple):
     """What a link's forward leaves for what follows and for backward."""
 
-    link: ConvNorm
-    level: int
+    route: LinkRoute
+    conv_weight: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
     y: Tensor
     mean: Tensor
     invstd: Tensor
     share: Tensor | None
     """This rank's part of all values, where the statistics are those of several ranks."""
+    training: bool
+    eps: float
+    process_group: Any
 
     @property
     def vectors(self) -> Vectors:
-        return self.mean, self.invstd, self.link.norm.weight, self.link.norm.bias
+        return self.mean, self.invstd, self.weight, self.bias
+
+    @property
+    def raw(self) -> Raw:
+        """The output, for the link that follows."""
+        return Raw(self.y, (self.mean, self.invstd, self.weight, self.bias), self.route.over_output.passes)
+
+    def kept(self, parameters: Sequence[Tensor | None], without_y: bool = False) -> list[Tensor | None]:
+        """The KEPT_OF_A_LINK tensors that autograd keeps, the three parameters as it knows them."""
+        return [*parameters, None if without_y else self.y, self.mean, self.invstd, self.share]
 
 
 KEPT_OF_A_LINK = 7
 
 
-def keep(done: Done, parameters: Sequence[Tensor | None], without_y: bool = False) -> list[Tensor | None]:
-    """The KEPT_OF_A_LINK tensors that ``restored`` needs: the three parameters as autograd knows them, y, vectors."""
-    return [*parameters, None if without_y else done.y, done.mean, done.invstd, done.share]
-
-
-def without_tensors(link: ConvNorm) -> ConvNorm:
-    """The settings of a link: its tensors are kept by autograd, which knows if somebody changes them."""
-    norm = link.norm._replace(weight=None, bias=None, running_mean=None, running_var=None)
-    return link._replace(conv_weight=None, norm=norm)  # type: ignore[arg-type]
-
-
-def restored(link: ConvNorm, level: int, kept: Sequence[Any]) -> Done:
-    """What ``keep`` and ``without_tensors`` were given."""
-    conv_weight, weight, bias, y, mean, invstd, share = kept
-    norm = link.norm._replace(weight=weight, bias=bias)
-    return Done(link._replace(conv_weight=conv_weight, norm=norm), level, y, mean, invstd, share)
-
-
 class Upstream(NamedTuple):
-    """A gradient on its way back, in front of the ReLU behind a link (``masked``) or still behind it; and its sums
-    over each channel, masked and times xhat, None where they are not made yet."""
+    """A gradient on its way back, before the ReLU after a link (``masked``) or still after it; and its sums over each
+    channel, masked and times xhat, None where they are not made yet."""
 
     grad: Tensor
     masked: bool
@@ -111,57 +106,59 @@ class Upstream(NamedTuple):
     sum_dz_xhat: Tensor | None
 
 
-def forward_link(before: Raw, link: ConvNorm, level: int) -> Done:
+def forward_link(before: Raw, link: ConvNorm, route: LinkRoute) -> Done:
     """The convolution of the activation, and the statistics that normalise its output; moves the running ones."""
-    norm, share = link.norm, None
-    if not norm.training:
-        assert norm.running_mean is not None and norm.running_var is not None
+    conv_weight, (weight, bias, running_mean, running_var, training, momentum, eps, group) = link[0], link[1]
+    share = None
+    if not training:
+        assert running_mean is not None and running_var is not None
         wide = statistics_dtype(before.tensor)
-        mean = norm.running_mean.to(wide, copy=True)  # a copy: backward needs it as it is now
-        invstd = torch.rsqrt(norm.running_var.to(wide) + norm.eps)
-        return Done(link, level, convolve(before, link, level), mean, invstd, None)
+        mean = running_mean.to(wide, copy=True)  # a copy: backward needs it as it is now
+        invstd = torch.rsqrt(running_var.to(wide) + eps)
+        y = convolve(before, conv_weight, route)
+        return Done(route, conv_weight, weight, bias, y, mean, invstd, None, False, eps, None)
+    group = None if group is None else group_to_share(link.norm)
     # Those of one rank among several are moments to be merged: without eps, and no running statistics move yet.
-    alone = group_to_share(norm) is None
-    moving = (norm.running_mean, norm.running_var, norm.momentum, norm.eps) if alone else (None, None, 0.0, 0.0)
-    if level == 0:
-        y = convolve(before, link, level)
-        mean, invstd = passes_for(y).bn_stats(y, *moving)
+    moving: Moving = (running_mean, running_var, momentum, eps) if group is None else STILL
+    if route.fused is None:
+        y = convolve(before, conv_weight, route)
+        mean, invstd = route.over_output.passes.bn_stats(y, *moving)
     else:
-        if level == 1:
-            before = Raw(before.activation())
-        weight = link.conv_weight.to(before.tensor.dtype)
-        arguments = (before.tensor, weight, *before.prologue)
-        if trains_natively(before.tensor, weight, *link.sizes):
-            y = convolutions_for(before.tensor, weight, *link.sizes).conv_stats(
-                *arguments, *_STILL, *link.sizes, False
-            )[0]
-            mean, invstd = passes_for(y).bn_stats(y, *moving)
-        else:
-            y, mean, invstd = _ops.conv_stats(*arguments, *moving, *link.sizes, True)
-    if not alone:
-        mean, invstd, share = statistics_over_ranks(mean, invstd, values_per_channel(y), norm)
-    return Done(link, level, y, mean, invstd, share)
+        x, vectors = before.tensor, before.vectors
+        if route.level == 1:
+            x, vectors = before.activation(), None
+        weight_like_x = conv_weight if conv_weight.dtype is x.dtype else conv_weight.to(x.dtype)
+        prologue: Prologue = vectors or NO_NORM
+        y, mean, invstd = route.fused.conv_stats(x, weight_like_x, *prologue, *moving, *route.sizes, True)
+    if group is not None:
+        mean, invstd, share = statistics_over_ranks(mean, invstd, values_per_channel(y), link.norm)
+    return Done(route, conv_weight, weight, bias, y, mean, invstd, share, True, eps, group)
 
 
-def convolve(before: Raw, link: ConvNorm, level: int) -> Tensor:
+def convolve(before: Raw, conv_weight: Tensor, route: LinkRoute) -> Tensor:
     """The convolution of the activation, by itself."""
-    weight = link.conv_weight.to(before.tensor.dtype)
-    if level < 2:
-        return F.conv2d(before.activation(), weight, None, *link.sizes)
-    ops = convolutions_for(before.tensor, weight, *link.sizes)
-    return ops.conv_stats(before.tensor, weight, *before.prologue, *_STILL, *link.sizes, False)[0]
+    x, vectors = before.tensor, before.vectors
+    if conv_weight.dtype is not x.dtype:
+        conv_weight = conv_weight.to(x.dtype)
+    if route.level < 2 and vectors is not None:
+        x, vectors = before.activation(), None
+    prologue: Prologue = vectors or NO_NORM
+    if route.convolution is not None:
+        return route.convolution.forward(x, conv_weight, prologue)
+    if route.level < 2 or route.fused is None:
+        return F.conv2d(x, conv_weight, None, *route.sizes)
+    return route.fused.conv_stats(x, conv_weight, *prologue, *STILL, *route.sizes, False)[0]
 
 
 def sums_for_convolution(upstream: Upstream, done: Done) -> tuple[Tensor | None, Tensor | None]:
     """The sums as the gradient of the convolution's output needs them: over all ranks, or None where the statistics are
     constant."""
-    norm = done.link.norm
-    if not norm.training:
+    if not done.training:
         return None, None
     if done.share is None:
         return upstream.sum_dz, upstream.sum_dz_xhat
     assert upstream.sum_dz is not None and upstream.sum_dz_xhat is not None
-    return sums_over_ranks(upstream.sum_dz, upstream.sum_dz_xhat, done.share, norm.process_group)
+    return sums_over_ranks(upstream.sum_dz, upstream.sum_dz_xhat, done.share, done.process_group)
 
 
 def backward_link(
@@ -177,13 +174,15 @@ def backward_link(
 
     ``sums`` are those of ``sums_for_convolution``; ``residual`` is added to the gradient of the block's input.
     """
-    y, dz, raw, coefficients = done.y, upstream.grad, None, None
-    if done.level == 3 and upstream.masked:
-        raw = y if done.link.norm.training else None
-        coefficients = _ops.bn_grad_coefficients(*sums, *done.vectors[:3], values_per_channel(y))
-    else:
-        dz = passes_for(y, dz).bn_grad_apply(dz, y, *done.vectors, *sums, not upstream.masked)
-    return convolution_gradients(dz, raw, coefficients, done, before, need_weight, need_input, residual)
+    route, y, dz = done.route, done.y, upstream.grad
+    if route.level == 3 and route.fused is not None and upstream.masked:
+        raw = y if done.training else None
+        count = values_per_channel(y)
+        coefficients = route.fused.bn_grad_coefficients(*sums, done.mean, done.invstd, done.weight, count)
+        return convolution_gradients(dz, raw, coefficients, done, before, need_weight, need_input, residual)
+    vectors = (done.mean, done.invstd, done.weight, done.bias)
+    dy = route.over_output.passes.bn_grad_apply(dz, y, *vectors, *sums, not upstream.masked)
+    return convolution_gradients(dy, None, None, done, before, need_weight, need_input, residual)
 
 
 def convolution_gradients(
@@ -196,56 +195,46 @@ def convolution_gradients(
     need_input: bool,
     residual: Tensor | None,
 ) -> tuple[Tensor | None, Upstream | None]:
-    """``backward_link`` behind the norm: the gradient of the convolution's output is dz, or at level 3 what the
+    """``backward_link`` past the norm: the gradient of the convolution's output is dz, or at level 3 what the
     ``coefficients`` make of dz and ``raw`` (the op ``conv_grad_input``)."""
-    link, x = done.link, before.tensor
-    weight = link.conv_weight.to(x.dtype) if need_input else like_x(link.conv_weight, x)
-    if done.level < 3:
-        return _separate_gradients(dz, before, weight, done, need_weight, need_input, residual)
-    grad_weight = following = None
-    if need_weight:
-        grad_weight = _ops.conv_grad_weight(dz, raw, coefficients, x, *before.prologue, weight, *link.sizes)
-        grad_weight = grad_weight.to(link.conv_weight.dtype)
-    if need_input:
-        arguments = (dz, raw, coefficients, weight, x, *before.prologue, residual)
-        grad, *more_sums = _ops.conv_grad_input(*arguments, *link.sizes)
-        following = Upstream(grad, True, *more_sums)
+    route, x, conv_weight = done.route, before.tensor, done.conv_weight
+    weight = conv_weight
+    if weight.dtype is not x.dtype:  # of which the gradient of the weight reads shape and layout only
+        weight = weight.to(x.dtype) if need_input else torch.empty_like(weight, dtype=x.dtype)
+    vectors: Prologue = before.vectors or NO_NORM
+    grad = grad_weight = None
+    if route.level == 3 and route.fused is not None:
+        sums: list[Tensor] = []
+        if need_weight:
+            grad_weight = route.fused.conv_grad_weight(dz, raw, coefficients, x, *vectors, weight, *route.sizes)
+        if need_input:
+            arguments = (dz, raw, coefficients, weight, x, *vectors, residual, *route.sizes)
+            grad, *sums = route.fused.conv_grad_input(*arguments)
+        following = None if grad is None else Upstream(grad, True, *sums)
+    else:
+        first = before.vectors is None
+        added = residual if first else None
+        if route.convolution is not None:
+            if need_weight:
+                grad_weight = route.convolution.grad_weight(dz, weight, x, vectors)
+            if need_input:
+                grad = route.convolution.grad_input(dz, weight, x, added)
+        else:
+            grad, grad_weight = _gradients_of_pytorch(dz, before, weight, route, need_weight, need_input)
+            if grad is not None and added is not None:
+                grad = grad + added
+        following = None if grad is None else Upstream(grad, first, None, None)
+    if grad_weight is not None and grad_weight.dtype is not conv_weight.dtype:
+        grad_weight = grad_weight.to(conv_weight.dtype)
     return grad_weight, following
 
 
-def _separate_gradients(
-    dy: Tensor,
-    before: Raw,
-    weight: Tensor,
-    done: Done,
-    need_weight: bool,
-    need_input: bool,
-    residual: Tensor | None,
-) -> tuple[Tensor | None, Upstream | None]:
-    """``backward_link`` with convolutions alone, ours or PyTorch's."""
-    link, x, first = done.link, before.tensor, before.vectors is None
-    grad = grad_weight = None
-    if done.level > 0 and trains_natively(x, weight, *link.sizes):
-        ops = convolutions_for(x, weight, *link.sizes, dy)
-        if need_weight:
-            grad_weight = ops.conv_grad_weight(dy, None, None, x, *before.prologue, weight, *link.sizes)
-        if need_input:
-            added = residual if first else None
-            grad = ops.conv_grad_input(dy, None, None, weight, x, *NO_NORM, added, *link.sizes)[0]
-    else:
-        grad, grad_weight = _gradients_of_pytorch(dy, before, weight, link, need_weight, need_input)
-        if grad is not None and first and residual is not None:
-            grad = grad + residual
-    following = None if grad is None else Upstream(grad, first, None, None)
-    return None if grad_weight is None else grad_weight.to(link.conv_weight.dtype), following
-
-
 def _gradients_of_pytorch(
-    dy: Tensor, before: Raw, weight: Tensor, link: ConvNorm, need_weight: bool, need_input: bool
+    dy: Tensor, before: Raw, weight: Tensor, route: LinkRoute, need_weight: bool, need_input: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Of the input and the weight; the activation is made again for that of the weight."""
     activation = before.activation() if need_weight else before.tensor
-    stride, padding, dilation, groups = link.sizes
+    stride, padding, dilation, groups = route.sizes
     mask = [need_input, need_weight, False]
     settings = (None, stride, padding, dilation, False, [0, 0], groups, mask)
     grad, grad_weight, _ = torch.ops.aten.convolution_backward(dy, activation, weight, *settings)
@@ -254,11 +243,6 @@ def _gradients_of_pytorch(
 
 def values_per_channel(y: Tensor) -> int:
     return y.numel() // y.shape[1]
-
-
-def level_of(x: Tensor, link: ConvNorm) -> int:
-    """The level at which the plan has this link's convolution of x, or of the activation that lies in x, train."""
-    return training_level(x, like_x(link.conv_weight, x), *link.sizes)
 
 
 def like_x(conv_weight: Tensor, x: Tensor) -> Tensor:

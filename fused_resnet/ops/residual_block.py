@@ -23,30 +23,31 @@ with the passes of ``ops/bn_act.py`` beside it, and its activation is made again
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fused_resnet.ops import checks
-from fused_resnet.ops.bn_act import BatchNorm, bn_act, bn_act_dual, wants_gradient
+from fused_resnet.ops.batch_norm import BatchNorm
+from fused_resnet.ops.bn_act import bn_act, bn_act_dual
 from fused_resnet.ops.conv_norm import (
     KEPT_OF_A_LINK,
     ConvNorm,
     Done,
     Raw,
     forward_link,
-    keep,
-    level_of,
     like_x,
-    restored,
-    without_tensors,
+    values_per_channel,
 )
-from fused_resnet.ops.layout import conv_output_size, dense
+from fused_resnet.ops.conv_settings import ConvSettings
+from fused_resnet.ops.layout import dense
 from fused_resnet.ops.residual_block_grad import block_gradients, differentiable_gradients
-from fused_resnet.ops.route.backend import has_fused_backend, keeps_masks, passes_for
-from fused_resnet.ops.route.fusion_level import training_level
+from fused_resnet.ops.route import request, routes
+from fused_resnet.ops.route.fusion_level import needs_full_float32
+from fused_resnet.ops.route.listeners import hears_backward, is_listened_to, is_transformed
+from fused_resnet.ops.route.routes import BlockRoute
 from fused_resnet.ops.synchronize import group_to_share
 
 MEMORY_MODES = ("default", "efficient")
@@ -86,45 +87,86 @@ def residual_block(
     check_memory(memory)
     x = x.to(autocast_dtype(x) or x.dtype)
     _check_links(x, chain, shortcut)
-    if not gains(x, chain[0].conv_weight, *chain[0].sizes, memory):
-        return _link_by_link(x, chain, shortcut)
-    x = dense(x)  # here, where autograd sees it: a second derivative goes on through what is saved
-    links = [*chain, *([] if shortcut is None else [shortcut])]
-    parameters = [tensor for link in links for tensor in (link.conv_weight, link.norm.weight, link.norm.bias)]
-    if wants_gradient(x, *parameters):
-        return _ResidualBlock.apply(x, _Block(tuple(chain), shortcut, memory == "efficient"), *parameters)
-    with torch.no_grad():
-        return _forward(x, chain, shortcut)[0]
+    route = None
+    if not torch.compiler.is_compiling() and x.device.type in ("cpu", "cuda"):
+        route = block_route(x, [link.conv for link in chain], None if shortcut is None else shortcut.conv, memory)
+    return _link_by_link(x, chain, shortcut) if route is None else run(route, x, chain, shortcut)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast makes of x in front of a convolution; None where it leaves x alone."""
+    """What autocast makes of x before a convolution; None where it leaves x alone."""
     kind = x.device.type
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 
 
-def gains(
-    x: Tensor,
-    conv_weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    memory: str,
-) -> bool:
-    """True if a block on x is better run whole: its first convolution is fused with its norm, or memory is saved.
+Conv = tuple[Tensor, ConvSettings]
+"""The weight of a convolution, and how it moves."""
 
-    The other links have the dtype, device and memory format of the first, and so its reasons; a convolution with groups
-    of its own falls to level 0 alone. torch.compile gets the links one by one: its own partitioner decides there what
-    is kept.
+
+def block_route(x: Tensor, chain: Sequence[Conv], shortcut: Conv | None, memory: str = "default") -> BlockRoute | None:
+    """Who runs a block on x as a whole; None where it is better run link by link, or cannot run at all: where its first
+    convolution is not fused with its norm, unless memory is to be saved. The other links have the dtype, device and
+    memory format of the first, and so its reasons; a convolution with groups of its own falls to level 0 alone.
+
+    Args:
+        x: of the dtype that the convolutions get; the weights' own, but under autocast.
+        chain, shortcut: the block's convolutions.
+        memory: as of `residual_block`.
     """
-    if torch.compiler.is_compiling() or not has_fused_backend(x):
-        return False
-    if memory == "efficient" and torch.is_grad_enabled():
-        return True
-    return training_level(x, like_x(conv_weight, x), stride, padding, dilation, groups) > 0
+    efficient = memory == "efficient" and torch.is_grad_enabled()
+    key = (
+        *(type(x), x.shape, x.stride(), x.dtype, x.device, request.current, efficient, shortcut is None),
+        torch.get_num_threads() if x.is_cpu else x.dtype is torch.float32 and needs_full_float32(x),
+        torch.is_autocast_enabled(x.device.type),
+        *[
+            (type(weight), weight.shape, weight.stride(), weight.dtype, weight.device, settings)
+            for weight, settings in ([*chain, shortcut] if shortcut is not None else chain)
+        ],
+    )
+    route = routes.kept.get(key, _UNKNOWN)
+    if route is _UNKNOWN:
+        route = routes.keep(key, _decide(x, chain, shortcut, efficient))
+    if route is None or not is_listened_to():
+        return route
+    return None if is_transformed() else route.heard
+
+
+_UNKNOWN = object()
+
+
+def _decide(x: Tensor, chain: Sequence[Conv], shortcut: Conv | None, efficient: bool) -> BlockRoute | None:
+    over_input = routes.kept_pass_route(x)
+    if over_input is None:
+        return None
+    outputs = _outputs(x, chain)
+    other_outputs = [x] if shortcut is None else _outputs(x, [shortcut])
+    if outputs is None or other_outputs is None or outputs[-1].shape != other_outputs[-1].shape:
+        return None
+    befores = [x, *outputs[:-1]]
+    found = [routes.link_route(y, like_x(weight, y), how) for y, (weight, how) in zip(befores, chain, strict=True)]
+    if found[0].level == 0 and not efficient:
+        return None
+    other = None if shortcut is None else routes.link_route(x, like_x(shortcut[0], x), shortcut[1])
+    fewest = min(values_per_channel(y) for y in outputs)
+    return BlockRoute.of(tuple(found), other, efficient, over_input, fewest)
+
+
+def _outputs(x: Tensor, convs: Sequence[Conv]) -> list[Tensor] | None:
+    """Empty tensors such as the convolutions in a row give; None where one would refuse what it gets."""
+    found = []
+    for weight, settings in convs:
+        takes = weight.dim() == 4 and weight.numel() > 0 and weight.device == x.device and x.dim() == 4
+        if not takes or weight.shape[1] * settings.groups != x.shape[1] or min(x.shape) == 0:
+            return None
+        if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            return None
+        if min(settings.output_size(x.shape, weight.shape)) < 1:
+            return None
+        x = routes.output_like(x, like_x(weight, x), settings)
+        found.append(x)
+    return found
 
 
 def check_memory(memory: str) -> None:
@@ -149,18 +191,18 @@ def check_link(x: Tensor, shape: tuple[int, ...], link: ConvNorm, name: str) -> 
     if not isinstance(link, ConvNorm):
         raise TypeError(f"{name} must be a ConvNorm; got {type(link).__name__}")
     try:
-        return _shape_behind(x.new_empty(1).expand(shape), link)
+        return _shape_after(x.new_empty(1).expand(shape), link)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from None
 
 
-def _shape_behind(x: Tensor, link: ConvNorm) -> tuple[int, ...]:
+def _shape_after(x: Tensor, link: ConvNorm) -> tuple[int, ...]:
     checks.check_conv_weight(x, link.conv_weight, link.groups)
     if autocast_dtype(x) is None:
         checks.check_same_dtype("conv_weight", link.conv_weight, x.dtype)
     if not isinstance(link.norm, BatchNorm):
         raise TypeError(f"norm must be a BatchNorm; got {type(link.norm).__name__}")
-    filters, _, *kernel = link.conv_weight.shape
+    filters = link.conv_weight.shape[0]
     checks.check_batch_norm(x, *link.norm[:7], channels=filters)
     checks.check_process_group("process_group", link.norm.process_group)
     for setting, minimum in (("stride", 1), ("padding", 0), ("dilation", 1)):
@@ -168,8 +210,7 @@ def _shape_behind(x: Tensor, link: ConvNorm) -> tuple[int, ...]:
         if isinstance(value, int):
             raise TypeError(f"{setting} must be two ints; got {value!r}")
         checks.check_pair(setting, value, minimum)
-    settings = zip(x.shape[2:], kernel, link.stride, link.padding, link.dilation, strict=True)
-    height, width = (conv_output_size(*each) for each in settings)
+    height, width = link.settings.output_size(x.shape, link.conv_weight.shape)
     if min(height, width) < 1:
         raise ValueError(f"at least one pixel must be left; got {height} x {width} from {x.shape[2]} x {x.shape[3]}")
     shape = (x.shape[0], filters, height, width)
@@ -182,12 +223,12 @@ def _link_by_link(x: Tensor, chain: Sequence[ConvNorm], shortcut: ConvNorm | Non
     """``residual_block`` as level 0 runs it: a step of autograd for each norm."""
     h = x
     for link in chain[:-1]:
-        h = _bn_act(F.conv2d(h, link.conv_weight, None, *link.sizes), link, None)
+        h = _bn_act(F.conv2d(h, link.conv_weight, None, *link.settings), link, None)
     last = chain[-1]
-    h = F.conv2d(h, last.conv_weight, None, *last.sizes)
+    h = F.conv2d(h, last.conv_weight, None, *last.settings)
     if shortcut is None:
         return _bn_act(h, last, x)
-    return bn_act_dual(h, last.norm, F.conv2d(x, shortcut.conv_weight, None, *shortcut.sizes), shortcut.norm)
+    return bn_act_dual(h, last.norm, F.conv2d(x, shortcut.conv_weight, None, *shortcut.settings), shortcut.norm)
 
 
 def _bn_act(y: Tensor, link: ConvNorm, residual: Tensor | None) -> Tensor:
@@ -195,62 +236,77 @@ def _bn_act(y: Tensor, link: ConvNorm, residual: Tensor | None) -> Tensor:
     return bn_act(y, *vectors, residual, training=training, momentum=momentum, eps=eps, process_group=group)
 
 
+def run(route: BlockRoute, x: Tensor, chain: Sequence[ConvNorm], shortcut: ConvNorm | None) -> Tensor:
+    """`residual_block` by this route, of `block_route` for the same arguments."""
+    x = x if x.is_contiguous(memory_format=torch.channels_last) else dense(x)  # autograd sees it, for a second gradient
+    parameters: list[Tensor | None] = []
+    for link in chain if shortcut is None else [*chain, shortcut]:
+        parameters += (link[0], link[1][0], link[1][1])
+    if torch.is_grad_enabled() and (x.requires_grad or any([p is not None and p.requires_grad for p in parameters])):
+        return _ResidualBlock.apply(x, route, chain, shortcut, *parameters)
+    with torch.no_grad():
+        return _forward(route, x, chain, shortcut, differentiable=False)[0]
+
+
 def _forward(
-    x: Tensor, chain: Sequence[ConvNorm], shortcut: ConvNorm | None, differentiable: bool = False
-) -> tuple[Tensor, Tensor, list[Done], Done | None]:
-    """(the block's result, itself or a mask of one bit an element for its ReLU's backward, what each link of the chain
-    left, what the shortcut left)."""
-    before, links = Raw(x), []
-    for link in chain:
-        links.append(forward_link(before, link, level_of(before.tensor, link)))
-        before = Raw(links[-1].y, links[-1].vectors)
-    last, projection, added = links[-1], None, (x,)
-    passes = passes_for(last.y)
-    if shortcut is not None:
-        projection = forward_link(Raw(x), shortcut, level_of(x, shortcut))
-        added = (projection.y, *projection.vectors)  # type: ignore[assignment]
-    apply, apply_mask = (
-        (passes.bn_apply, passes.bn_apply_mask)
-        if projection is None
-        else (passes.bn_apply_dual, passes.bn_apply_dual_mask)
-    )
-    if differentiable and keeps_masks(last.y):
-        return (*apply_mask(last.y, *last.vectors, *added), links, projection)
-    out = apply(last.y, *last.vectors, *added, True)
-    return out, out, links, projection
-
-
-class _Block(NamedTuple):
-    chain: tuple[ConvNorm, ...]
-    shortcut: ConvNorm | None
-    efficient: bool
+    route: BlockRoute, x: Tensor, chain: Sequence[ConvNorm], shortcut: ConvNorm | None, differentiable: bool
+) -> tuple[Tensor, Tensor, list[Done]]:
+    """(the block's result, itself or a mask of one bit an element for its ReLU's backward, what each link left, the
+    shortcut last)."""
+    before, done = Raw(x, None, route.before.passes), list[Done]()
+    for link, link_route in zip(chain, route.chain, strict=True):
+        done.append(forward_link(before, link, link_route))
+        before = done[-1].raw
+    last, end = done[-1], route.chain[-1].over_output
+    vectors = (last.mean, last.invstd, last.weight, last.bias)
+    if shortcut is None or route.shortcut is None:
+        if differentiable and end.masks is not None:
+            return (*end.masks.bn_apply_mask(last.y, *vectors, x), done)
+        out = end.passes.bn_apply(last.y, *vectors, x, True)
+        return out, out, done
+    other = forward_link(Raw(x, None, route.before.passes), shortcut, route.shortcut)
+    done.append(other)
+    if differentiable and end.masks is not None:
+        return (*end.masks.bn_apply_dual_mask(last.y, *vectors, other.y, *other.vectors), done)
+    out = end.passes.bn_apply_dual(last.y, *vectors, other.y, *other.vectors, True)
+    return out, out, done
 
 
 class _ResidualBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, block: _Block, *parameters: Tensor | None) -> Tensor:
-        out, passed, links, projection = _forward(x, block.chain, block.shortcut, differentiable=True)
-        links += [] if projection is None else [projection]
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        route: BlockRoute,
+        chain: Sequence[ConvNorm],
+        shortcut: ConvNorm | None,
+        *parameters: Tensor | None,
+    ) -> Tensor:
+        out, passed, done = _forward(route, x, chain, shortcut, differentiable=True)
         kept: list[Tensor | None] = []
-        for index, done in enumerate(links):
-            recomputed = block.efficient and index == len(block.chain) - 1
-            kept += keep(done, parameters[3 * index : 3 * index + 3], without_y=recomputed)
+        for index, each in enumerate(done):
+            recomputed = route.efficient and index == len(chain) - 1
+            kept += each.kept(parameters[3 * index : 3 * index + 3], without_y=recomputed)
         ctx.save_for_backward(x, passed, *kept)
-        ctx.links = [(without_tensors(done.link), done.level) for done in links]
-        ctx.has_shortcut = projection is not None
+        ctx.route, ctx.norms = route, [each[8:] for each in done]
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, passed, *kept = ctx.saved_tensors
-        links = [
-            restored(link, level, kept[KEPT_OF_A_LINK * index : KEPT_OF_A_LINK * (index + 1)])
-            for index, (link, level) in enumerate(ctx.links)
+        route: BlockRoute = ctx.route
+        if route.heard is not None and hears_backward(grad_out):
+            route = route.heard
+        links = [*route.chain] if route.shortcut is None else [*route.chain, route.shortcut]
+        done = [
+            Done(link, *kept[KEPT_OF_A_LINK * index : KEPT_OF_A_LINK * (index + 1)], *norm)
+            for index, (link, norm) in enumerate(zip(links, ctx.norms, strict=True))
         ]
-        need_x, _, *need = ctx.needs_input_grad
-        shortcut = links.pop() if ctx.has_shortcut else None
+        need_x, _, _, _, *need = ctx.needs_input_grad
+        shortcut = None if route.shortcut is None else done.pop()
         if torch.is_grad_enabled():  # create_graph=True
-            grad_x, grads = differentiable_gradients(grad_out, x, links, shortcut, need_x, need)
+            grad_x, grads = differentiable_gradients(grad_out, x, done, shortcut, need_x, need)
         else:
-            grad_x, grads = block_gradients(grad_out, x, passed, links, shortcut, need_x, need)
-        return (grad_x, None, *grads)
+            before = Raw(x, None, route.before.passes)
+            grad_x, grads = block_gradients(grad_out, before, passed, done, shortcut, need_x, need)
+        return (grad_x, None, None, None, *grads)

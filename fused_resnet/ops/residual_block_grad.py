@@ -8,17 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_resnet.ops.bn_act_autograd import is_mask
 from fused_resnet.ops.conv_norm import Done, Raw, Upstream, backward_link, convolve, sums_for_convolution
-from fused_resnet.ops.reference import unpack_mask
-from fused_resnet.ops.route.backend import keeps_masks, passes_for
 
 NO_SECOND_DERIVATIVE = "a second derivative through statistics of several ranks is not implemented"
 
 
 def block_gradients(
     grad_out: Tensor,
-    x: Tensor,
+    before: Raw,
     passed: Tensor,
     links: list[Done],
     shortcut: Done | None,
@@ -27,36 +24,35 @@ def block_gradients(
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """(the gradient of x, those of each link's three parameters); no pass for what nobody asked for.
 
-    ``passed``: the block's output, or the mask of its ReLU (``ops/bn_act_autograd.py``).
+    ``before``: x. ``passed``: the block's output, or the mask of its ReLU (``ops/bn_act_autograd.py``).
     """
-    befores = [Raw(x), *(Raw(done.y, done.vectors) for done in links[:-1])]
+    befores = [before, *[done.raw for done in links[:-1]]]
     last = links[-1]
     if last.y is None:
-        links[-1] = last = last._replace(y=convolve(befores[-1], last.link, last.level))
-    passes = passes_for(last.y, grad_out)
-    if is_mask(passed) and not keeps_masks(last.y):
-        passed = unpack_mask(passed, last.y).to(last.y.dtype)
-    if is_mask(passed):
-        sum_dz, sum_dz_xhat, dz = passes.bn_grad_stats_mask(grad_out, last.y, passed, *last.vectors[:2], True)
+        links[-1] = last = last._replace(y=convolve(befores[-1], last.conv_weight, last.route))
+    end = last.route.over_output
+    if end.masks is not None:
+        sum_dz, sum_dz_xhat, dz = end.masks.bn_grad_stats_mask(grad_out, last.y, passed, last.mean, last.invstd, True)
     else:
-        sum_dz, sum_dz_xhat, dz = passes.bn_grad_stats(grad_out, last.y, passed, *last.vectors, True)
+        vectors = (last.mean, last.invstd, last.weight, last.bias)
+        sum_dz, sum_dz_xhat, dz = end.passes.bn_grad_stats(grad_out, last.y, passed, *vectors, True)
     grads: list[Tensor | None] = [None] * len(need)
 
     # Over the ranks in the order of their norms in forward, which is also that of norms run one by one.
     upstream: Upstream | None = Upstream(dz, True, sum_dz, sum_dz_xhat)
-    sums = _sums(upstream, last, need_x or any(need[: 3 * len(links) - 2]))
-    residual = dz
-    if shortcut is not None and (need_x or any(need[3 * len(links) :])):
+    sums = _sums(upstream, last, need_x or True in need[: 3 * len(links) - 2])
+    residual: Tensor | None = dz
+    if shortcut is not None and (need_x or True in need[3 * len(links) :]):
         needed = need[3 * len(links) :]
         projected = _with_sums(Upstream(dz, True, None, None), shortcut, needed, need_x)
         projected_sums = _sums(projected, shortcut, need_x or needed[0])
-        found, following = _link_gradients(projected, projected_sums, shortcut, Raw(x), needed, need_x, None)
+        found, following = _link_gradients(projected, projected_sums, shortcut, before, needed, need_x, None)
         grads[3 * len(links) :] = found
         residual = None if following is None else following.grad
 
     for index in reversed(range(len(links))):
         assert upstream is not None
-        needed, need_input = need[3 * index : 3 * index + 3], need_x or any(need[: 3 * index])
+        needed, need_input = need[3 * index : 3 * index + 3], need_x or True in need[: 3 * index]
         if links[index] is not last:
             upstream = _with_sums(upstream, links[index], needed, need_input)
             sums = _sums(upstream, links[index], needed[0] or need_input)
@@ -72,13 +68,13 @@ def _with_sums(upstream: Upstream, done: Done, need: Sequence[bool], need_input:
     """``upstream`` with its sums, where it came without and they are needed: a norm in training, a gradient of its
     weight or bias."""
     need_conv_weight, need_weight, need_bias = need
-    of_statistics = done.link.norm.training and (need_conv_weight or need_input)
+    of_statistics = done.training and (need_conv_weight or need_input)
     if upstream.sum_dz is not None or not (need_weight or need_bias or of_statistics):
         return upstream
     grad, masked, *_ = upstream
-    return Upstream(
-        grad, masked, *passes_for(done.y, grad).bn_grad_stats(grad, done.y, None, *done.vectors, not masked)[:2]
-    )
+    vectors = (done.mean, done.invstd, done.weight, done.bias)
+    first, second, _ = done.route.over_output.passes.bn_grad_stats(grad, done.y, None, *vectors, not masked)
+    return Upstream(grad, masked, first, second)
 
 
 def _sums(upstream: Upstream | None, done: Done, needed: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -96,13 +92,12 @@ def _link_gradients(
 ) -> tuple[list[Tensor | None], Upstream | None]:
     """(the gradients of conv_weight, weight and bias; the gradient on its way on, None if nobody needs it)."""
     need_conv_weight, need_weight, need_bias = need
-    norm = done.link.norm
     grad_conv_weight = following = None
     if need_conv_weight or need_input:
         arguments = (before, need_conv_weight, need_input, residual)
         grad_conv_weight, following = backward_link(upstream, sums, done, *arguments)
-    grad_weight = upstream.sum_dz_xhat.to(norm.weight.dtype) if need_weight else None  # type: ignore[union-attr]
-    grad_bias = upstream.sum_dz.to(norm.bias.dtype) if need_bias else None  # type: ignore[union-attr]
+    grad_weight = upstream.sum_dz_xhat.to(done.weight.dtype) if need_weight else None  # type: ignore[union-attr]
+    grad_bias = upstream.sum_dz.to(done.bias.dtype) if need_bias else None  # type: ignore[union-attr]
     return [grad_conv_weight, grad_weight, grad_bias], following
 
 
@@ -118,13 +113,13 @@ def differentiable_gradients(
         raise NotImplementedError(NO_SECOND_DERIVATIVE)
     h = x
     for index, done in enumerate(links):
-        h = plain_norm(F.conv2d(h, done.link.conv_weight.to(x.dtype), None, *done.link.sizes), done)
+        h = plain_norm(plain_conv(h, done), done)
         h = F.relu(h) if index < len(links) - 1 else h
     end = x
     if shortcut is not None:
-        end = plain_norm(F.conv2d(x, shortcut.link.conv_weight.to(x.dtype), None, *shortcut.link.sizes), shortcut)
+        end = plain_norm(plain_conv(x, shortcut), shortcut)
     out = F.relu(h + end)
-    inputs = [x, *(tensor for done in every for tensor in (done.link.conv_weight, *done.vectors[2:]))]
+    inputs = [x, *(tensor for done in every for tensor in (done.conv_weight, done.weight, done.bias))]
     wanted = [tensor for tensor, needed in zip(inputs, (need_x, *need), strict=True) if needed and tensor is not None]
     found = iter(torch.autograd.grad(out, wanted, grad_out, create_graph=True, allow_unused=True))
     grad_x, *grads = (next(found) if needed else None for needed in (need_x, *need))
@@ -133,19 +128,20 @@ def differentiable_gradients(
 
 def of_views(done: Done) -> Done:
     """The link with views of its parameters."""
-    conv_weight, norm = done.link.conv_weight, done.link.norm
-    weight, bias = (None if vector is None else vector.view_as(vector) for vector in (norm.weight, norm.bias))
-    link = done.link._replace(
-        conv_weight=conv_weight.view_as(conv_weight), norm=norm._replace(weight=weight, bias=bias)
-    )
-    return done._replace(link=link)
+    weight, bias = (None if vector is None else vector.view_as(vector) for vector in (done.weight, done.bias))
+    return done._replace(conv_weight=done.conv_weight.view_as(done.conv_weight), weight=weight, bias=bias)
+
+
+def plain_conv(x: Tensor, done: Done) -> Tensor:
+    """The link's convolution of x as autograd knows it."""
+    return F.conv2d(x, done.conv_weight.to(x.dtype), None, *done.route.settings)
 
 
 def plain_norm(y: Tensor, done: Done) -> Tensor:
     """The link's norm of y as autograd knows it, in y's dtype; nothing moves."""
-    norm, wide = done.link.norm, done.invstd.dtype
-    weight, bias = (None if vector is None else vector.to(wide) for vector in (norm.weight, norm.bias))
+    wide = done.invstd.dtype
+    weight, bias = (None if vector is None else vector.to(wide) for vector in (done.weight, done.bias))
     mean = variance = None
-    if not norm.training:
-        mean, variance = done.mean, done.invstd.double().pow(-2).to(wide) - norm.eps
-    return F.batch_norm(y.to(wide), mean, variance, weight, bias, norm.training, 0.0, norm.eps).to(y.dtype)
+    if not done.training:
+        mean, variance = done.mean, done.invstd.double().pow(-2).to(wide) - done.eps
+    return F.batch_norm(y.to(wide), mean, variance, weight, bias, done.training, 0.0, done.eps).to(y.dtype)

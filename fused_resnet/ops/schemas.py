@@ -1,4 +1,4 @@
-"""The ops as PyTorch knows them: one schema and one shape function each. ``ops/route/backend.py`` gives them their
+"""The ops as PyTorch knows them: one schema and one shape function each. ``ops/route/choose.py`` gives them their
 bodies.
 
 No gradients here: ``ops/bn_act.py`` puts an ``autograd.Function`` above them. An output that is not wanted is empty.

@@ -25,25 +25,24 @@ from torch import Tensor
 from fused_resnet.ops import checks
 from fused_resnet.ops.bn_act import bn_act, wants_gradient
 from fused_resnet.ops.conv_norm import (
+    KEPT_OF_A_LINK,
     ConvNorm,
+    Done,
     Raw,
     Upstream,
     convolution_gradients,
     forward_link,
-    keep,
-    level_of,
     like_x,
-    restored,
     sums_for_convolution,
-    without_tensors,
 )
+from fused_resnet.ops.conv_settings import ConvSettings
 from fused_resnet.ops.layout import conv_memory_format, conv_output_size, dense
 from fused_resnet.ops.residual_block import autocast_dtype, check_link
-from fused_resnet.ops.residual_block_grad import NO_SECOND_DERIVATIVE, of_views, plain_norm
-from fused_resnet.ops.route.backend import has_fused_backend
-from fused_resnet.ops.route.fusion_level import why_not_fused_pool
-
-_ops = torch.ops.fused_resnet
+from fused_resnet.ops.residual_block_grad import NO_SECOND_DERIVATIVE, of_views, plain_conv, plain_norm
+from fused_resnet.ops.route import request, routes
+from fused_resnet.ops.route.fusion_level import needs_full_float32, why_not_fused_pool
+from fused_resnet.ops.route.listeners import hears_backward, is_listened_to, is_transformed
+from fused_resnet.ops.route.routes import StemRoute
 
 Window = tuple[list[int], list[int], list[int]]
 """kernel size, stride and padding of the pooling, each [vertical, horizontal]."""
@@ -84,24 +83,44 @@ def conv_bn_act_pool(
     x = x.to(autocast_dtype(x) or x.dtype)
     shape = check_link(x, tuple(x.shape), link, "link")
     _check_window(shape, *window)
-    if not gains(x, link.conv_weight, window):
-        y = F.conv2d(x, link.conv_weight, None, *link.sizes)
+    route = stem_route(x, *link.conv, window)
+    if route is None:
+        y = F.conv2d(x, link.conv_weight, None, *link.settings)
         vectors, (training, momentum, eps, group) = link.norm[:4], link.norm[4:]
         a = bn_act(y, *vectors, training=training, momentum=momentum, eps=eps, process_group=group)
         return F.max_pool2d(a, *window)
     x = dense(x)
     if wants_gradient(x, link.conv_weight, link.norm.weight, link.norm.bias):
-        return _Stem.apply(x, link, window, link.conv_weight, link.norm.weight, link.norm.bias)
+        return _Stem.apply(x, route, link, window, link.conv_weight, link.norm.weight, link.norm.bias)
     with torch.no_grad():
-        done = forward_link(Raw(x), link, level_of(x, link))
-        return _ops.bn_apply_pool(done.y, *done.vectors, *window)[0]
+        done = forward_link(Raw(x, None, route.link.passes), link, route.link)
+        return route.pool.bn_apply_pool(done.y, *done.vectors, *window)[0]
 
 
-def gains(x: Tensor, conv_weight: Tensor, window: Window) -> bool:
-    """True if pooling is fused with the norm and ReLU in front of it for this x."""
-    if torch.compiler.is_compiling() or not has_fused_backend(x):
-        return False
-    return not why_not_pooled(x, conv_weight, window)
+def stem_route(x: Tensor, conv_weight: Tensor, settings: ConvSettings, window: Window) -> StemRoute | None:
+    """Who runs a stem on x; None where pooling is not fused with the norm and ReLU before it."""
+    if torch.compiler.is_compiling():
+        return None
+    of_weight = (type(conv_weight), conv_weight.shape, conv_weight.stride(), conv_weight.dtype, conv_weight.device)
+    key = (
+        *(type(x), x.shape, x.stride(), x.dtype, x.device, request.current),
+        *(of_weight, settings, *map(tuple, window)),
+        torch.get_num_threads() if x.is_cpu else x.dtype is torch.float32 and needs_full_float32(x),
+    )
+    route = routes.kept.get(key, _UNKNOWN)
+    if route is _UNKNOWN:
+        route = None
+        if routes.kept_pass_route(x) is not None and not why_not_pooled(x, conv_weight, window):
+            weight = like_x(conv_weight, x)
+            y = routes.output_like(x, weight, settings)
+            route = StemRoute.of(routes.link_route(x, weight, settings), routes.pool_passes(y))
+        routes.keep(key, route)
+    if route is None or not is_listened_to():
+        return route
+    return None if is_transformed() else route.heard
+
+
+_UNKNOWN = object()
 
 
 def why_not_pooled(x: Tensor, conv_weight: Tensor, window: Window) -> list[str]:
@@ -125,52 +144,54 @@ class _Stem(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        route: StemRoute,
         link: ConvNorm,
         window: Window,
         conv_weight: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
     ) -> Tensor:
-        done = forward_link(Raw(x), link, level_of(x, link))
-        out, place = _ops.bn_apply_pool(done.y, *done.vectors, *window)
-        ctx.save_for_backward(x, place, *keep(done, (conv_weight, weight, bias)))
-        ctx.link, ctx.level, ctx.window = without_tensors(link), done.level, window
+        done = forward_link(Raw(x, None, route.link.passes), link, route.link)
+        out, place = route.pool.bn_apply_pool(done.y, *done.vectors, *window)
+        ctx.save_for_backward(x, place, *done.kept((conv_weight, weight, bias)))
+        ctx.route, ctx.norm, ctx.window = route, done[KEPT_OF_A_LINK + 1 :], window
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, place, *kept = ctx.saved_tensors
-        done, window = restored(ctx.link, ctx.level, kept), ctx.window
-        need_x, _, _, *need = ctx.needs_input_grad
+        route: StemRoute = ctx.route
+        if route.heard is not None and hears_backward(grad_out):
+            route = route.heard
+        done, window = Done(route.link, *kept, *ctx.norm), ctx.window
+        need_x, _, _, _, *need = ctx.needs_input_grad
         need_conv_weight, need_weight, need_bias = need
-        norm = done.link.norm
         if torch.is_grad_enabled():  # create_graph=True
             if done.share is not None:
                 raise NotImplementedError(NO_SECOND_DERIVATIVE)
             x, done = x.view_as(x), of_views(done)
-            norm = done.link.norm
-            y = F.conv2d(x, done.link.conv_weight.to(x.dtype), None, *done.link.sizes)
-            out = F.max_pool2d(F.relu(plain_norm(y, done)), *window)
-            inputs = [x, done.link.conv_weight, norm.weight, norm.bias]
+            out = F.max_pool2d(F.relu(plain_norm(plain_conv(x, done), done)), *window)
+            inputs = [x, done.conv_weight, done.weight, done.bias]
             wanted = [tensor for tensor, needed in zip(inputs, (need_x, *need), strict=True) if needed]
             found = iter(torch.autograd.grad(out, wanted, grad_out, create_graph=True, allow_unused=True))
             grad_x, *grads = (next(found) if needed else None for needed in (need_x, *need))
-            return (grad_x, None, None, *grads)
+            return (grad_x, None, None, None, *grads)
         arguments = (grad_out, place, done.y, *done.vectors)
         sums: tuple[Any, Any] = (None, None)
-        if norm.training or need_weight or need_bias:
-            sums = _ops.bn_pool_grad_stats(*arguments, *window)
+        if done.training or need_weight or need_bias:
+            sums = route.pool.bn_pool_grad_stats(*arguments, *window)
         grad_conv_weight = following = None
         if need_conv_weight or need_x:
             over_ranks = sums_for_convolution(Upstream(grad_out, False, *sums), done)
-            dy = _ops.bn_pool_grad_apply(*arguments, *over_ranks, *window)
-            needed = (need_conv_weight, need_x, None)
-            grad_conv_weight, following = convolution_gradients(dy, None, None, done, Raw(x), *needed)
+            dy = route.pool.bn_pool_grad_apply(*arguments, *over_ranks, *window)
+            before = Raw(x, None, route.link.passes)
+            grad_conv_weight, following = convolution_gradients(
+                dy, None, None, done, before, need_conv_weight, need_x, None
+            )
         return (
             following.grad if following is not None else None,
-            None,
-            None,
+            *(None, None, None),
             grad_conv_weight,
-            sums[1].to(norm.weight.dtype) if need_weight and norm.weight is not None else None,
-            sums[0].to(norm.bias.dtype) if need_bias and norm.bias is not None else None,
+            sums[1].to(done.weight.dtype) if need_weight and done.weight is not None else None,
+            sums[0].to(done.bias.dtype) if need_bias and done.bias is not None else None,
         )

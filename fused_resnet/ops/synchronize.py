@@ -8,16 +8,14 @@ with an empty batch too, all in the same order.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fused_resnet.ops.route.backend import is_transformed
-
-if TYPE_CHECKING:
-    from fused_resnet.ops.bn_act import BatchNorm
+from fused_resnet.ops.batch_norm import BatchNorm
+from fused_resnet.ops.route.listeners import is_transformed
 
 
 def group_to_share(norm: BatchNorm) -> Any:

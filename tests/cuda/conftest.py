@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fused_resnet.ops.backends.cuda import launch as cuda_launch
-from fused_resnet.ops.route import backend, reasons
+from fused_resnet.ops.route import reasons, routes
+from fused_resnet.ops.route.choose import use_backend
 from tests.cuda import host_build
 from tests.cuda.on_host import Host
 from tests.cuda.on_host import host as load_host
@@ -22,6 +23,8 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     machine = load_host()
     machine.reset()
     monkeypatch.setattr(cuda_launch, "extension", machine.module)
+    monkeypatch.setattr(cuda_launch, "DEVICE_TYPE", "cpu")
+    monkeypatch.setattr(routes, "kept", {})
     reasons.unavailable.cache_clear()
     yield machine
     machine.reset()
@@ -40,7 +43,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    with backend.use_backend("cuda"):
+    with use_backend("cuda"):
         yield torch.device("cpu" if request.param == "host" else "cuda")
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(threads)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import fused_resnet
 from fused_resnet import use_backend
 from fused_resnet.frozen.ends import FrozenAvgPool, FrozenStem
-from fused_resnet.ops.route import backend
+from fused_resnet.ops.route import choose
 from tests.cuda.on_host import Host
 
 pytestmark = pytest.mark.xdist_group("cuda_on_host")
@@ -88,8 +88,8 @@ def test_which_ends_are_replaced():
 def test_the_choice_of_a_frozen_convolution_is_remembered(host: Host, monkeypatch: pytest.MonkeyPatch):
     """For an x and a residual like those of the first call; another device, size or request asks again."""
     asked = []
-    choose = backend.choose
-    monkeypatch.setattr(backend, "choose", lambda op, args: asked.append(op) or choose(op, args))
+    once = choose.choose
+    monkeypatch.setattr(choose, "choose", lambda op, args: asked.append(op) or once(op, args))
     frozen = fused_resnet.freeze(trained("resnet18"), torch.randn(1, 3, 32, 32), dtype=torch.float16)
     conv = frozen.module.layer1[0].convs[0]
     x = torch.randn(1, 64, 8, 8).half().to(memory_format=torch.channels_last)

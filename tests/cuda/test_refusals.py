@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet.ops import BackendError, reference, use_backend
-from fused_resnet.ops.route import backend, reasons
+from fused_resnet.ops.route import choose, reasons
 from tests.cuda.cases import (
     DTYPES,
     call,
@@ -155,7 +155,7 @@ def test_tensors_on_another_device(name: str, device) -> None:
             continue
         changed = [*args]
         changed[index] = tensor.to("meta")
-        found = backend.why_not("cuda", op, *changed)
+        found = choose.why_not("cuda", op, *changed)
         assert found and "meta" in "; ".join(found), f"argument {index} of {op} on another device is taken"
 
 
@@ -217,4 +217,4 @@ def test_the_automatic_choice_is_this_backend(device, host) -> None:
     """Where it takes the arguments, of each op that it has."""
     for dtype in DTYPES:
         for name, (op, args) in every_call(dtype, device).items():
-            assert backend.choose_automatically(op, tuple(args)) is reasons.module("cuda"), name
+            assert choose.choose_automatically(op, tuple(args)) is reasons.module("cuda"), name

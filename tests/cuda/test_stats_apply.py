@@ -13,7 +13,7 @@ from torch import Tensor
 from fused_resnet.ops import BackendError, reference, use_backend
 from fused_resnet.ops.backends import cuda
 from fused_resnet.ops.backends.cuda import launch as cuda_launch
-from fused_resnet.ops.route import backend
+from fused_resnet.ops.route import choose, reasons
 from tests.cuda.cases import (
     DTYPES,
     SHAPES,
@@ -222,11 +222,11 @@ def test_what_does_not_fit_is_refused_by_name_or_done_in_two_launches(device, ho
     assert not cuda.fits_on_chip(x)
     with pytest.raises(BackendError, match=r"bn_stats_apply: x, \(1, 4232, 130, 40\) torch.float16, does not fit in"):
         call("bn_stats_apply", *args)
-    assert backend.why_not("cuda", "bn_stats_apply", *args)
+    assert choose.why_not("cuda", "bn_stats_apply", *args)
     small = channels_last(torch.randn(1, 4232, 2, 2, dtype=torch.float16))
-    assert not backend.why_not("cuda", "bn_stats_apply", small, *args[1:])
+    assert not choose.why_not("cuda", "bn_stats_apply", small, *args[1:])
     with use_backend("auto"):
-        assert backend.choose_automatically("bn_stats_apply", args) is not backend.module("cuda")
+        assert choose.choose_automatically("bn_stats_apply", args) is not reasons.module("cuda")
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -7,6 +7,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from fused_resnet.modules import BasicBlock, BatchNormAct2d, Bottleneck, whole_b
 from fused_resnet.modules.bn_act import UNFUSED
 from fused_resnet.modules.whole_block import MEMORY, why_not_whole
 from fused_resnet.ops import use_backend, use_fusion_level
+from fused_resnet.ops.route.routes import BlockRoute
 from tests.modules.compare import assert_close, assert_equal, randomize, step
 from tests.modules.test_blocks import pair, projection
 
@@ -35,13 +37,13 @@ MODEL_FLOAT64 = 1e-9
 def whole(monkeypatch) -> list[str]:
     """The ``memory`` of every block that has run whole."""
     ran: list[str] = []
-    run = whole_block.residual_block
+    run = whole_block.run
 
-    def counted(x: Tensor, chain: list, shortcut: object, *, memory: str) -> Tensor:
-        ran.append(memory)
-        return run(x, chain, shortcut, memory=memory)
+    def counted(route: BlockRoute, *arguments: Any) -> Tensor:
+        ran.append("efficient" if route.efficient else "default")
+        return run(route, *arguments)
 
-    monkeypatch.setattr(whole_block, "residual_block", counted)
+    monkeypatch.setattr(whole_block, "run", counted)
     return ran
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_resnet.ops import BatchNorm, bn_act, use_backend
-from fused_resnet.ops.route.backend import unavailable
+from fused_resnet.ops.route.reasons import unavailable
 from tests.accuracy import assert_at_most_twice
 
 BUFFERS = ("running_mean", "running_var")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fused_resnet.ops import BackendError, bn_act, conv_bn_act, requested_backend, use_backend, why_not
-from fused_resnet.ops.route import backend, reasons
+from fused_resnet.ops.route import choose, reasons
 from tests.ops.step import NEEDS_NATIVE, make_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,7 +60,7 @@ def test_why_not_separate():
 
 def test_why_not_explains_why_a_backend_is_not_there():
     for name in ("cuda", "triton", "native"):
-        assert why_not(name, "bn_apply", *APPLY)[: len(backend.unavailable(name))] == backend.unavailable(name)
+        assert why_not(name, "bn_apply", *APPLY)[: len(reasons.unavailable(name))] == reasons.unavailable(name)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_use_backend_of_an_unknown_name(name):
 
 
 def test_a_backend_that_is_not_there_is_refused_at_once(monkeypatch):
-    monkeypatch.setattr(backend, "unavailable", lambda name: ["it was left at home", "it was not built"])
+    monkeypatch.setattr(choose, "unavailable", lambda name: ["it was left at home", "it was not built"])
     before = requested_backend()
     with (
         pytest.raises(BackendError, match="'native' cannot run any op: it was left at home; it was not built"),
@@ -136,9 +136,9 @@ def test_a_backend_that_cannot_take_these_tensors_is_refused_with_every_reason()
 
 def test_the_automatic_choice_is_the_first_that_can(monkeypatch):
     def chosen(op, args):
-        return backend.choose(op, args).__name__.rpartition(".")[2]
+        return choose.choose(op, args).__name__.rpartition(".")[2]
 
-    usable = ["separate", "reference", *(["native"] if not backend.unavailable("native") else [])]
+    usable = ["separate", "reference", *(["native"] if not reasons.unavailable("native") else [])]
     monkeypatch.setattr(reasons, "unavailable", lambda name: [] if name in usable else ["not here"])
     with use_backend("auto"):
         if "native" in usable:
@@ -155,7 +155,7 @@ def test_separate_leaves_what_was_asked_for_as_it_is(monkeypatch):
     """What finishes its convolution is chosen automatically; other threads must not see their request change for it."""
     seen = []
     for name in ("native", "reference"):
-        module = importlib.import_module(backend.MODULES[name])
+        module = importlib.import_module(reasons.MODULES[name])
 
         def watched(*args, bn_apply=module.bn_apply):
             seen.append(requested_backend())

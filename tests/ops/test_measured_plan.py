@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_resnet.ops.route import measured_plan, plan_file, plan_key
+from fused_resnet.ops.route import measured_plan, plan_file, plan_key, request
 from fused_resnet.ops.route.plan_file import Decision, NotAPlan
 
 CPU = torch.device("cpu")
@@ -60,14 +60,14 @@ def test_a_winner_that_would_be_chosen_anyway_is_kept_and_says_nothing():
 
 def test_describe_and_ignoring():
     measured_plan.record("thing", KEY, "fast", {})
-    before = measured_plan.generation
+    before = request.current.plan
     assert measured_plan.describe()["active"] and measured_plan.describe()["entries"] == 1
     assert Path(measured_plan.describe()["path"]).is_file()
     with measured_plan.ignoring_measured_plan():
         with measured_plan.ignoring_measured_plan():
             assert winner() is None
         assert winner() is None and not measured_plan.speaks and not measured_plan.describe()["active"]
-        assert measured_plan.generation > before
+        assert request.current.plan > before
     assert winner() == "fast"
 
 

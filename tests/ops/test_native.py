@@ -12,12 +12,12 @@ from torch import Tensor
 
 from fused_resnet import ops
 from fused_resnet.ops import BackendError, bn_act, reference, use_backend
-from fused_resnet.ops.backends.native.buffers import BUFFER_BYTES
-from fused_resnet.ops.route import backend
+from fused_resnet.ops.backends.native.norm import BUFFER_BYTES
+from fused_resnet.ops.route import reasons
 from tests.ops.step import FORMATS, HALF, NEEDS_NATIVE, assert_same, both, make_inputs, step
 
 pytestmark = NEEDS_NATIVE
-if not backend.unavailable("native"):
+if not reasons.unavailable("native"):
     from fused_resnet import _C
     from fused_resnet.ops.backends import native
     from fused_resnet.ops.backends.native import address as native_address

@@ -11,13 +11,14 @@ from torch import Tensor
 import fused_resnet
 from fused_resnet.ops import reference, use_backend, use_fusion_level
 from fused_resnet.ops.backends.native import conv as native_conv
-from fused_resnet.ops.route import backend, reasons
+from fused_resnet.ops.conv_settings import ConvSettings
+from fused_resnet.ops.route import choose, reasons, routes
 from fused_resnet.ops.route import fusion_level as plan
 from tests.accuracy import assert_at_most_twice
 from tests.ops.step import NEEDS_NATIVE
 
 pytestmark = NEEDS_NATIVE
-if not backend.unavailable("native"):
+if not reasons.unavailable("native"):
     from fused_resnet.ops.backends import native
     from fused_resnet.ops.backends.native import conv_training as native_training
 
@@ -187,7 +188,7 @@ def test_reasons():
     x, weight, vectors, sizes = inputs.x, inputs.weight, inputs.norm, inputs.sizes
 
     def forward(x: Tensor = x, weight: Tensor = weight, sizes: tuple = sizes, norm: list = vectors) -> list[str]:
-        return backend.why_not("native", "conv_stats", x, weight, *norm, None, None, 0.1, 1e-5, *sizes, True)
+        return choose.why_not("native", "conv_stats", x, weight, *norm, None, None, 0.1, 1e-5, *sizes, True)
 
     assert not forward()
     assert forward(x=x.bfloat16()) == ["x is torch.bfloat16 and conv_weight torch.float32; its training convolutions "
@@ -204,7 +205,7 @@ def test_reasons():
 
     def of_input(dy: Tensor, coefficients: Tensor | None, norm: list) -> list[str]:
         arguments = (dy, None, coefficients, weight, x, *norm, None)
-        return backend.why_not("native", "conv_grad_input", *arguments, *sizes)
+        return choose.why_not("native", "conv_grad_input", *arguments, *sizes)
 
     nothing = [None] * 4
     assert not of_input(inputs.dy, None, nothing)
@@ -222,21 +223,38 @@ def test_the_extension_refuses_what_it_cannot_do():
         assert built.conv_trains(conv, built.ConvMethod.gemm, what)
         assert not built.conv_trains(conv, built.ConvMethod.winograd, what)
         assert not built.conv_trains(grouped, built.ConvMethod.gemm, what)
-    strides = (144, 1, 48, 16)
-    with pytest.raises(ValueError, match="this method cannot"):
-        built.conv_forward(conv, built.ConvMethod.winograd, (1, 8, 8, 1), 0, None, 0, strides, 0)
-    with pytest.raises(ValueError, match="this method cannot"):
-        built.conv_grad_input(grouped, built.ConvMethod.gemm, (1, 8, 8, 1), 0, 0, strides, 0, 0)
+    gemm, winograd = built.ConvMethod.gemm, built.ConvMethod.winograd
+    for methods in ((winograd, gemm, gemm), (gemm, winograd, gemm), (gemm, gemm, winograd)):
+        with pytest.raises(ValueError, match="a method cannot do this"):
+            built.TrainingConv(conv, 1, 8, 8, 1, *methods)
+    with pytest.raises(ValueError, match="a method cannot do this"):
+        built.TrainingConv(grouped, 1, 8, 8, 1, gemm, gemm, gemm)
     with pytest.raises(ValueError, match="must be positive"):
-        built.conv_grad_weight(conv, built.ConvMethod.gemm, (1, 0, 8, 1), 0, None, 0, 0)
+        built.TrainingConv(conv, 1, 0, 8, 1, gemm, gemm, gemm)
+
+
+def test_the_extension_takes_tensors_with_memory_alone():
+    built = native_conv.extension
+    conv = built.Conv(16, 16, [3, 3], [1, 1], [1, 1], [1, 1], 1, built.DType.float32)
+    ready = built.TrainingConv(conv, 1, 8, 8, 1, *[built.ConvMethod.gemm] * 3)
+    x, weight = laid_out(torch.randn(1, 16, 8, 8)), torch.randn(16, 16, 3, 3)
+    with pytest.raises(TypeError, match="memory of their own"):
+        ready.forward(x.to("meta"), None, weight, weight.stride(), torch.empty_like(x))
+    for nonsense in ("x", 1.5, object()):
+        with pytest.raises(TypeError, match="incompatible function arguments"):
+            ready.forward(nonsense, None, weight, weight.stride(), torch.empty_like(x))
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        ready.forward(x, (weight, None, None, None), weight, weight.stride(), torch.empty_like(x))
 
 
 def calls_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Which of the C++ convolutions run from here on."""
     calls: list[str] = []
-    for name in ("conv_stats", "conv_grad_input", "conv_grad_weight"):
-        real = getattr(native, name)
-        monkeypatch.setattr(native, name, lambda *args, real=real, name=name: calls.append(name) or real(*args))
+    for name in ("forward", "grad_input", "grad_weight"):
+        real = getattr(native.NativeConvolution, name)
+        monkeypatch.setattr(
+            native.NativeConvolution, name, lambda *args, real=real, name=name: calls.append(name) or real(*args)
+        )
     return calls
 
 
@@ -252,7 +270,7 @@ def gradients(block: torch.nn.Module, x: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("memory", ["default", "efficient"])
 @pytest.mark.parametrize("name", ["basic", "bottleneck with a projection"])
 def test_a_block_trains_with_them_and_as_exactly(name: str, memory: str, monkeypatch: pytest.MonkeyPatch):
-    if not backend.why_not_device("triton", torch.device("cpu")):
+    if not reasons.why_not_device("triton", torch.device("cpu")):
         pytest.skip("Triton's interpreter runs the kernels of a GPU here")
     if name == "basic":
         block: torch.nn.Module = fused_resnet.modules.BasicBlock(32, 32)
@@ -266,8 +284,8 @@ def test_a_block_trains_with_them_and_as_exactly(name: str, memory: str, monkeyp
         plain = gradients(block, x)
     calls = calls_of(monkeypatch)
     ours = gradients(block, x)
-    assert calls.count("conv_grad_weight") == sum(isinstance(m, torch.nn.Conv2d) for m in block.modules())
-    assert {"conv_stats", "conv_grad_input"} <= set(calls)
+    assert calls.count("grad_weight") == sum(isinstance(m, torch.nn.Conv2d) for m in block.modules())
+    assert {"forward", "grad_input"} <= set(calls)
     with use_backend("reference"), use_fusion_level(0):
         exact = gradients(block.double(), x.double())
     for key, right in exact.items():
@@ -277,18 +295,18 @@ def test_a_block_trains_with_them_and_as_exactly(name: str, memory: str, monkeyp
 
 
 def test_a_block_in_groups_runs_the_rest_of_its_convolutions_here(monkeypatch: pytest.MonkeyPatch):
-    if not backend.why_not_device("triton", torch.device("cpu")):
+    if not reasons.why_not_device("triton", torch.device("cpu")):
         pytest.skip("Triton's interpreter runs the kernels of a GPU here")
     block = fused_resnet.modules.Bottleneck(64, 16, groups=4, base_width=64)
     block = block.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     calls = calls_of(monkeypatch)
     gradients(block, laid_out(torch.randn(2, 64, 8, 8)))
-    assert calls.count("conv_grad_weight") == 2
+    assert calls.count("grad_weight") == 2
 
 
 @pytest.mark.parametrize("frozen", ["weights", "input", "the first weight"])
 def test_nothing_is_computed_that_nobody_asked_for(frozen: str, monkeypatch: pytest.MonkeyPatch):
-    if not backend.why_not_device("triton", torch.device("cpu")):
+    if not reasons.why_not_device("triton", torch.device("cpu")):
         pytest.skip("Triton's interpreter runs the kernels of a GPU here")
     block = fused_resnet.modules.BasicBlock(16, 16).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = laid_out(torch.randn(2, 16, 8, 8)).requires_grad_(frozen != "input")
@@ -301,8 +319,8 @@ def test_nothing_is_computed_that_nobody_asked_for(frozen: str, monkeypatch: pyt
         parameter.grad = None
     calls = calls_of(monkeypatch)
     block(x).square().sum().backward()
-    assert calls.count("conv_grad_weight") == {"weights": 0, "input": 2, "the first weight": 1}[frozen]
-    assert calls.count("conv_grad_input") == {"weights": 2, "input": 1, "the first weight": 2}[frozen]
+    assert calls.count("grad_weight") == {"weights": 0, "input": 2, "the first weight": 1}[frozen]
+    assert calls.count("grad_input") == {"weights": 2, "input": 1, "the first weight": 2}[frozen]
     found = {name: p.grad for name, p in [("x", x), *block.named_parameters()] if p.grad is not None}
     assert found.keys() == expected.keys()
     for name, gradient in found.items():
@@ -321,15 +339,15 @@ def test_a_batch_of_gradients_goes_through_the_dispatcher():
 
 def test_a_cpu_beside_a_gpu_trains_with_them_too(monkeypatch: pytest.MonkeyPatch):
     """There Triton is usable, and takes no CPU tensor."""
-    if not backend.why_not_device("triton", torch.device("cpu")):
+    if not reasons.why_not_device("triton", torch.device("cpu")):
         pytest.skip("Triton's interpreter runs the kernels of a GPU here")
-    monkeypatch.setattr(plan, "_decided", {})
-    monkeypatch.setattr(backend, "_trains_natively", {})
+    monkeypatch.setattr(routes, "kept", {})
     monkeypatch.setattr(reasons, "unavailable", lambda name: [])
     inputs = Inputs("3x3", False)
     with use_fusion_level(None), use_backend("auto"):
         assert plan.training_level(inputs.x, inputs.weight, *inputs.sizes) == 2
-        assert backend.trains_natively(inputs.x, inputs.weight, *inputs.sizes)
+        route = routes.link_route(inputs.x, inputs.weight, ConvSettings.of(*inputs.sizes))
+        assert isinstance(route.convolution, native.NativeConvolution)
 
 
 def test_weights_that_are_no_plain_tensors_stay_at_level_0():

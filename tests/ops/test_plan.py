@@ -20,18 +20,13 @@ from fused_resnet.ops import (
     why_not_fused_training,
 )
 from fused_resnet.ops.backends.native.conv import why_no_kernels
-from fused_resnet.ops.route import backend, measured_plan, plan_file, plan_key
+from fused_resnet.ops.conv_settings import ConvSettings
 from fused_resnet.ops.route import fusion_level as plan
+from fused_resnet.ops.route import measured_plan, plan_file, plan_key, request
 from tests.ops.step import NEEDS_NATIVE
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = ([1, 1], [1, 1], [1, 1])
-
-
-@pytest.fixture(autouse=True)
-def nothing_decided_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reasons are replaced here, and answers are remembered."""
-    monkeypatch.setattr(plan, "_decided", {})
 
 
 def convolution(groups: int = 1, dtype: torch.dtype = torch.float32) -> tuple:
@@ -48,7 +43,7 @@ def level(*arguments) -> int:
 
 
 def test_nothing_is_requested_unless_asked_for():
-    requested = os.environ.get(plan.ENVIRONMENT_VARIABLE) or "auto"
+    requested = os.environ.get(request.LEVEL_VARIABLE) or "auto"
     assert requested_fusion_level() == (None if requested == "auto" else int(requested))
 
 
@@ -95,7 +90,7 @@ def test_other_levels_are_refused_at_once(value, error, message):
 
 def level_in_a_new_process(value: str) -> subprocess.CompletedProcess[str]:
     code = "from fused_resnet import ops; print(ops.requested_fusion_level())"
-    environment = {**os.environ, plan.ENVIRONMENT_VARIABLE: value, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, request.LEVEL_VARIABLE: value, "PYTHONPATH": str(ROOT)}
     return subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
 
 
@@ -108,17 +103,17 @@ def test_the_environment_asks_for_a_level(value, expected):
 @pytest.mark.parametrize("value", ["4", "-1", "fast", "²"])
 def test_the_environment_is_checked_when_it_is_read(monkeypatch, value):
     """isdecimal, not isdigit: int("²") would raise an error that names nothing."""
-    monkeypatch.setenv(plan.ENVIRONMENT_VARIABLE, value)
-    with pytest.raises(ValueError, match=f"^{plan.ENVIRONMENT_VARIABLE} must be .* 0 to 3; got '?{value}"):
-        plan._from_environment()
-    monkeypatch.setenv(plan.ENVIRONMENT_VARIABLE, "auto")
-    assert plan._from_environment() is None
+    monkeypatch.setenv(request.LEVEL_VARIABLE, value)
+    with pytest.raises(ValueError, match=f"^{request.LEVEL_VARIABLE} must be .* 0 to 3; got '?{value}"):
+        request.from_environment()
+    monkeypatch.setenv(request.LEVEL_VARIABLE, "auto")
+    assert request.from_environment().level is None
 
 
 @NEEDS_NATIVE
 def test_the_automatic_level_on_the_cpu_is_2_where_the_cpp_convolutions_take_it():
     """Else 0: oneDNN's convolutions, and the passes of C++ beside them."""
-    if not backend.why_not_device("triton", torch.device("cpu")):
+    if not plan.why_not_device("triton", torch.device("cpu")):
         pytest.skip("Triton's interpreter runs the kernels of a GPU here")
     kernels = not why_no_kernels(torch.float32)
     x, *others = convolution()
@@ -180,11 +175,11 @@ def test_what_the_kernels_cannot_take_is_said_in_their_words(monkeypatch):
     """As on a machine with a GPU, told from the kernels' own reasons."""
     asked: list[tuple] = []
 
-    def reasons(name: str, op: str, *arguments: Tensor) -> list[str]:
+    def reasons(name: str, op: str, arguments: tuple[Tensor, ...]) -> list[str]:
         asked.append((name, op, len(arguments)))
         return ["x is torch.float64; it takes float32"] if arguments[0].dtype == torch.float64 else []
 
-    monkeypatch.setattr(plan, "why_not", reasons)
+    monkeypatch.setattr(plan, "reasons_against", reasons)
     monkeypatch.setattr(plan, "is_native", lambda x: False)
     with use_backend("auto"), use_fusion_level(None):
         assert level(*convolution()) == 3
@@ -203,7 +198,7 @@ class OnCuda(torch.Tensor):
 @pytest.mark.parametrize(("precision", "expected"), [("ieee", 0), ("tf32", 3)])
 def test_float32_is_fused_where_it_may_be_rounded_to_tf32(monkeypatch, precision, expected):
     """Without matrix instructions cuDNN is faster; asked for by number, the level is as asked. bfloat16 has them."""
-    monkeypatch.setattr(plan, "why_not", lambda *arguments: [])
+    monkeypatch.setattr(plan, "reasons_against", lambda *arguments: [])
     monkeypatch.setattr(plan, "is_native", lambda x: False)
     before = torch.backends.cudnn.conv.fp32_precision
     x, *others = convolution()
@@ -224,12 +219,16 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """As on a machine where the kernels run; gives a function that records the level of a convolution."""
     monkeypatch.setenv(plan_file.ENVIRONMENT_VARIABLE, str(tmp_path))
     monkeypatch.setattr(plan_file, "SHIPPED_FOLDER", tmp_path / "shipped")
-    monkeypatch.setattr(plan, "why_not", lambda *arguments: [])
+    monkeypatch.setattr(plan, "reasons_against", lambda *arguments: [])
     monkeypatch.setattr(plan, "is_native", lambda x: False)
     measured_plan.reload()
-    yield lambda arguments, winner: measured_plan.record(
-        measured_plan.LEVEL, plan_key.level_key(*arguments), winner, {}
-    )
+
+    def record(arguments: tuple, winner: str) -> None:
+        x, weight, *settings = arguments
+        key = plan_key.level_key(x, weight, ConvSettings.of(*settings))
+        measured_plan.record(measured_plan.LEVEL, key, winner, {})
+
+    yield record
     monkeypatch.undo()
     measured_plan.reload()
 
@@ -258,7 +257,7 @@ def test_what_is_asked_for_overrules_what_was_measured(measured, monkeypatch):
                 assert training_level(*arguments) == asked
     with use_backend("reference"), use_fusion_level(None):
         assert training_level(*arguments) == 3
-    monkeypatch.setattr(plan, "why_not", lambda *arguments: ["it cannot"])
+    monkeypatch.setattr(plan, "reasons_against", lambda *arguments: ["it cannot"])
     measured(arguments, "2")
     with use_backend("auto"), use_fusion_level(None):
         assert training_level(*arguments) == 0  # nothing that cannot run is measured into being

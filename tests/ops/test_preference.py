@@ -14,7 +14,8 @@ from fused_resnet.bench.dry_run import DryRun
 from fused_resnet.ops import bn_act
 from fused_resnet.ops.backends import cuda
 from fused_resnet.ops.backends.cuda import launch as cuda_launch
-from fused_resnet.ops.route import backend, measured_plan, plan_file, plan_key, preference, reasons
+from fused_resnet.ops.route import choose, measured_plan, plan_file, plan_key, preference, reasons, routes
+from fused_resnet.ops.route.routes import pass_route
 from fused_resnet.ops.schemas import SCHEMAS
 from tests.ops.step import NEEDS_NATIVE
 
@@ -51,49 +52,66 @@ def test_passes_go_to_cuda_first_and_every_backend_is_asked():
 @pytest.fixture
 def cuda_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The cuda backend says that it takes CPU tensors; nothing runs on it here."""
-    monkeypatch.setattr(backend, "why_not_device", lambda name, device: [])
-    monkeypatch.setattr(cuda_launch, "device_type", lambda: "cpu")
+    monkeypatch.setattr(routes, "kept", {})
+    monkeypatch.setattr(routes, "why_not_device", lambda name, device: [] if device.type == "cpu" else ["elsewhere"])
+    monkeypatch.setattr(cuda, "fits_on_chip", lambda x: False)
 
 
-def test_passes_for(cuda_on_the_cpu):
+def runs(x: Tensor) -> str | None:
+    """Whose function ``bn_apply`` is by the route of passes over x."""
+    route = pass_route(x)
+    if route is None:
+        return None
+    function = route.passes.bn_apply
+    return "dispatcher" if function is torch.ops.fused_resnet.bn_apply else function.__module__.split(".")[-2]
+
+
+def test_pass_route(cuda_on_the_cpu):
     nhwc = torch.randn(2, 8, 3, 3).to(memory_format=torch.channels_last)
-    dispatcher = torch.ops.fused_resnet
-    assert backend.passes_for(nhwc) is cuda
-    assert backend.passes_for(nn.Parameter(nhwc)) is cuda
-    for other in (nhwc.contiguous(), nhwc.double(), nhwc[:0], nhwc.to("meta")):
-        assert backend.passes_for(other) is dispatcher
-    for name in ("reference", "separate"):
-        with fused_resnet.use_backend(name):
-            assert backend.passes_for(nhwc) is dispatcher
+    assert runs(nhwc) == runs(nn.Parameter(nhwc)) == "cuda"
+    route = pass_route(nhwc)
+    assert route is pass_route(nhwc.clone()) and route.masks.bn_apply_mask is cuda.bn_apply_mask
+    assert runs(nhwc.contiguous()) is runs(nhwc.double()) is runs(nhwc[:0]) is runs(nhwc.to("meta")) is None
+    with fused_resnet.use_backend("reference"):
+        assert runs(nhwc) == "reference" and pass_route(nhwc).masks is None
+    with fused_resnet.use_backend("separate"):
+        assert runs(nhwc) == "dispatcher"  # which raises
     with DryRun():
-        assert backend.passes_for(nhwc) is dispatcher
+        assert runs(nhwc) == "dispatcher"
+        assert pass_route(nhwc).masks.bn_apply_mask is torch.ops.fused_resnet.bn_apply_mask
 
-    batched = []
-    torch.func.vmap(lambda g: batched.append(backend.passes_for(nhwc, g)) or g)(torch.randn(4, *nhwc.shape))
-    assert batched == [dispatcher]
-    torch.jit.trace(lambda t: batched.append(backend.passes_for(t)) or t, nhwc, check_trace=False)
-    assert batched == [dispatcher, dispatcher]
+    seen = []
+    torch.func.vmap(lambda t: seen.append(runs(nhwc)) or t)(torch.randn(4, *nhwc.shape))
+    torch.jit.trace(lambda t: seen.append(runs(t)) or t, nhwc, check_trace=False)
+    assert seen == [None, "dispatcher"]  # autograd of torch.func takes PyTorch's own ops only
 
     class Subclass(Tensor):
         pass
 
-    assert backend.passes_for(nhwc.as_subclass(Subclass)) is dispatcher
-    assert backend.passes_for(nhwc) is cuda
+    assert runs(nhwc.as_subclass(Subclass)) is None
+    assert runs(nhwc) == "cuda"
 
 
 @NEEDS_NATIVE
 def test_passes_on_the_cpu_go_straight_to_native():
     x = torch.randn(2, 8, 3, 3, dtype=torch.bfloat16)
-    native, dispatcher = reasons.module("native"), torch.ops.fused_resnet
-    assert backend.passes_for(x).bn_apply is native.bn_apply
-    assert backend.passes_for(x).bn_apply_mask is dispatcher.bn_apply_mask  # for which it has nothing
+    assert runs(x) == "native" and pass_route(x).masks is None
     with fused_resnet.use_backend("native"):
-        assert backend.passes_for(x).bn_apply is native.bn_apply
+        assert runs(x) == "native"
     with fused_resnet.use_backend("reference"):
-        assert backend.passes_for(x) is dispatcher
+        assert runs(x) == "reference"
     with DryRun():
-        assert backend.passes_for(x) is dispatcher
-    assert backend.passes_for(x.double()) is dispatcher
+        assert runs(x) == "dispatcher"
+    assert runs(x.double()) is None
+
+
+def test_a_route_is_found_again_and_never_under_another_request():
+    x = torch.randn(2, 8, 3, 3)
+    first = pass_route(x)
+    with fused_resnet.use_backend("reference"):
+        assert pass_route(x) is not first
+    assert pass_route(x) is first
+    assert pass_route(torch.randn(3, 8, 3, 3)) is not first
 
 
 def test_cpu_tensors_do_not_wake_a_gpu(monkeypatch):
@@ -111,7 +129,7 @@ def test_cpu_tensors_do_not_wake_a_gpu(monkeypatch):
         bn_act(x, *vectors, residual=x.detach(), training=True).sum().backward()
         bn_act(x.detach(), *vectors)
         fused_resnet.freeze(fused_resnet.resnet18(), torch.randn(1, 3, 32, 32))
-        assert backend.why_not("cuda", "avgpool", x.detach())[0].endswith("it takes CUDA tensors") or not hasattr(
+        assert choose.why_not("cuda", "avgpool", x.detach())[0].endswith("it takes CUDA tensors") or not hasattr(
             cuda_launch.extension, "cuda"
         )
     finally:
@@ -147,7 +165,7 @@ def record(op: str, args: tuple, winner: str) -> None:
 
 
 def chosen(op: str, args: tuple) -> str:
-    module = backend.choose(op, args)
+    module = choose.choose(op, args)
     return next(name for name, path in reasons.MODULES.items() if path == module.__name__)
 
 

@@ -12,7 +12,7 @@ import torch
 
 import fused_resnet
 from fused_resnet.__main__ import COMMANDS, main
-from fused_resnet.ops.route import backend
+from fused_resnet.ops.route import reasons
 
 
 @pytest.mark.parametrize("words", [[], ["frobnicate"], ["info", "--frobnicate"]])
@@ -37,7 +37,7 @@ def test_info_agrees_with_the_package(capsys):
     facts = json.loads(capsys.readouterr().out)
     assert facts["fused_resnet"]["version"] == fused_resnet.__version__
     assert facts["machine"]["torch"] == torch.__version__
-    assert facts["backends"] == {name: backend.unavailable(name) for name in backend.MODULES}
+    assert facts["backends"] == {name: reasons.unavailable(name) for name in reasons.MODULES}
     assert facts["extension"]["built"] == (facts["backends"]["native"] == [])
     assert facts["requested_backend"] == "reference"
     assert len(facts["cuda_devices"]) == torch.cuda.device_count()
@@ -46,8 +46,8 @@ def test_info_agrees_with_the_package(capsys):
 def test_info_as_text_gives_every_reason(capsys):
     assert main(["info"]) == 0
     text = capsys.readouterr().out
-    for name in backend.MODULES:
-        for reason in backend.unavailable(name):
+    for name in reasons.MODULES:
+        for reason in reasons.unavailable(name):
             assert reason in text
     assert "reference" in text
 

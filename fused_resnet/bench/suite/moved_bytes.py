@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TypeAlias
 
 import torch
@@ -15,8 +14,8 @@ from fused_resnet.bench.result import TRAINING_STEP
 from fused_resnet.bench.suite.loss import loss_of
 from fused_resnet.bench.suite.network_task import NetworkTask
 from fused_resnet.bench.suite.training import make_optimizer
-from fused_resnet.ops.route.backend import counting_native, keeping_masks
 from fused_resnet.ops.route.reasons import unavailable
+from fused_resnet.ops.route.request import AUTO, asking
 from fused_resnet.training.loop import autocast
 
 EAGER, FROZEN, FUSED, EFFICIENT = "eager", "frozen", "fused", "efficient"
@@ -37,10 +36,7 @@ def moved_bytes(task: NetworkTask, way: Way) -> int | None:
     masks = level == HIGHEST and task.device.type == "cuda" and not unavailable("cuda")
     with (
         DryRun(),
-        fused_resnet.use_backend("reference"),
-        fused_resnet.ops.use_fusion_level(level if isinstance(level, int) else None),
-        keeping_masks() if masks else contextlib.nullcontext(),
-        counting_native() if natively else contextlib.nullcontext(),
+        asking(backend=AUTO if natively else "reference", level=level if isinstance(level, int) else None, masks=masks),
     ):
         module = _module(task, way)
         try:

@@ -15,7 +15,7 @@ from fused_resnet.bench.ledger import ledger
 from fused_resnet.bench.result import OP
 from fused_resnet.bench.suite.task import Prepared, Results, Task
 from fused_resnet.ops import use_backend
-from fused_resnet.ops.route.backend import why_not
+from fused_resnet.ops.route.choose import why_not
 from fused_resnet.ops.route.reasons import unavailable
 
 EAGER, COMPILE, SEPARATE = "eager", "torch.compile", "separate"

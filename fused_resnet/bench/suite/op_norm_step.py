@@ -18,7 +18,7 @@ from fused_resnet.bench.suite.op_base import COMPILE, EAGER, OpTask, counted
 from fused_resnet.bench.suite.op_sites import PROJECTION, RELU, RESIDUAL, NormSite
 from fused_resnet.bench.suite.task import Results
 from fused_resnet.ops import BatchNorm, bn_act, bn_act_dual, use_backend
-from fused_resnet.ops.route.backend import keeps_masks, takes_one_launch
+from fused_resnet.ops.route.routes import pass_route
 
 MOMENTUM = 0.1
 PASSES_OF = {
@@ -121,7 +121,8 @@ class NormStepTask(OpTask):
         if name == EAGER:
             return counted(self._step(self.first, plain))
         with use_backend(name):
-            bits, one_launch = keeps_masks(self.first.norm.x), takes_one_launch(self.first.norm.x)
+            route = pass_route(self.first.norm.x)
+        bits, one_launch = (False, False) if route is None else (route.masks is not None, route.one_launch is not None)
         names = (PASSES_WITH_BITS if bits else PASSES_OF)[self.site.ending]
         if not one_launch or self.site.ending == PROJECTION:
             return self._bytes(names)

@@ -13,7 +13,8 @@ from fused_resnet.ops import reference
 from fused_resnet.ops.batch_norm import BatchNorm
 from fused_resnet.ops.conv_norm import ConvNorm, Done, Raw, Upstream, backward_link, forward_link
 from fused_resnet.ops.reference.norm import normalize
-from fused_resnet.ops.route.backend import passes_for
+from fused_resnet.ops.route.request import asking
+from fused_resnet.ops.route.routes import DISPATCHED, LinkRoute, kept_pass_route, link_route
 
 Ran = tuple[Done, Tensor | None, Upstream | None, tuple[Tensor, Tensor] | None]
 
@@ -35,7 +36,8 @@ class LevelStep:
         if inputs.normed:
             mean, invstd, weight, bias = (self._wide(vector) for vector in inputs.before.norm)
             vectors = (mean, invstd, weight, bias)
-        self._before = Raw(inputs.x.to(dtype), vectors)
+        x = inputs.x.to(dtype)
+        self._before = Raw(x, vectors, (kept_pass_route(x) or DISPATCHED).passes)
         norm = BatchNorm(self._wide(inputs.behind.weight), self._wide(inputs.behind.bias), None, None, True, 0.1, EPS)
         stride, padding, dilation, groups = inputs.settings
         sizes = ((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]))
@@ -45,7 +47,7 @@ class LevelStep:
         """What forward left, the gradient of the weight, that of the input on its way on, and the two sums over it of
         the norm in front."""
         with torch.no_grad():
-            done = forward_link(self._before, self._link, level)
+            done = forward_link(self._before, self._link, self._route(level))
             upstream = Upstream(self._dz, True, *self._sums)
             arguments = (done, self._before, True, self._takes_gradient, None)
             grad_weight, following = backward_link(upstream, self._sums, *arguments)
@@ -54,7 +56,7 @@ class LevelStep:
             if following.sum_dz is not None and following.sum_dz_xhat is not None:
                 return done, grad_weight, following, (following.sum_dz, following.sum_dz_xhat)
             x, grad = self._before.tensor, following.grad
-            sums = passes_for(x, grad).bn_grad_stats(grad, x, None, *self._before.vectors, not following.masked)
+            sums = self._before.passes.bn_grad_stats(grad, x, None, *self._before.vectors, not following.masked)
             return done, grad_weight, following, sums[:2]
 
     def results(self, level: int) -> dict[str, Tensor]:
@@ -71,11 +73,15 @@ class LevelStep:
     @functools.cached_property
     def _sums(self) -> tuple[Tensor, Tensor]:
         """Of the gradient that comes from behind, with the output that the convolution has."""
-        done = forward_link(self._before, self._link, 0)
+        done = forward_link(self._before, self._link, self._route(0))
         y, dz = done.y.double(), self._dz.double()
         mean, invstd = done.mean.double(), done.invstd.double()
         first, second, _ = reference.bn_grad_stats(dz, y, None, mean, invstd, None, None, False)
         return self._wide(first), self._wide(second)
+
+    def _route(self, level: int) -> LinkRoute:
+        with asking(level=level):
+            return link_route(self._before.tensor, self._link.conv_weight, self._link.settings)
 
     def _masked(self, grad: Tensor) -> Tensor:
         if self._before.vectors is None:

@@ -18,11 +18,13 @@ from fused_resnet.bench.tune.level_step import LevelStep
 from fused_resnet.bench.tune.op_subject import with_batch
 from fused_resnet.bench.tune.subject import Subject
 from fused_resnet.bench.tune.tile_candidates import choosing, with_tiles
+from fused_resnet.ops.conv_settings import ConvSettings
 from fused_resnet.ops.route import measured_plan, plan_key
-from fused_resnet.ops.route.backend import use_backend
-from fused_resnet.ops.route.fusion_level import highest_level, training_level, use_fusion_level
+from fused_resnet.ops.route.choose import use_backend
+from fused_resnet.ops.route.fusion_level import highest_level, training_level
 from fused_resnet.ops.route.plan_file import Key
 from fused_resnet.ops.route.reasons import unavailable
+from fused_resnet.ops.route.request import use_fusion_level
 
 Result = TypeVar("Result")
 
@@ -51,7 +53,7 @@ class LevelSubject(Subject):
             torch.empty(shape, dtype=self.dtype, device=self.device, memory_format=torch.channels_last)
             for shape in (self.site.conv.input_shape(1), self.site.conv.weight_shape)
         )
-        return with_batch(plan_key.level_key(x, weight, *self.site.conv.settings), self.batch_size)
+        return with_batch(plan_key.level_key(x, weight, ConvSettings.of(*self.site.conv.settings)), self.batch_size)
 
     def heuristic(self) -> str:
         x, weight = self._inputs.x, self._inputs.weight

@@ -15,8 +15,9 @@ from fused_resnet.bench.suite.task import Prepared, Results
 from fused_resnet.bench.tune.measure import Found
 from fused_resnet.bench.tune.subject import Entry, Subject
 from fused_resnet.bench.tune.tile_candidates import TileQuestion, choosing, questions, with_tiles
+from fused_resnet.ops.conv_settings import ConvSettings
 from fused_resnet.ops.route import measured_plan, plan_key
-from fused_resnet.ops.route.backend import choose_automatically, use_backend
+from fused_resnet.ops.route.choose import choose_automatically, use_backend
 from fused_resnet.ops.route.plan_file import Key
 from fused_resnet.ops.route.reasons import MODULES, unavailable
 
@@ -118,7 +119,7 @@ class TrainingTileSubject(TaskSubject):
         conv = self.task.site.conv
         x = empty_image(conv.input_shape(1), self.task)
         weight = empty_image(conv.weight_shape, self.task)
-        key = plan_key.level_key(x, weight, *conv.settings)
+        key = plan_key.level_key(x, weight, ConvSettings.of(*conv.settings))
         return (*with_batch(key, self.task.batch_size), self.task.site.normed)
 
     def heuristic(self) -> str:

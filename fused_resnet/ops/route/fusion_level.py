@@ -21,55 +21,18 @@ FUSED_RESNET_LEVEL in the environment, asks for another.
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fused_resnet.ops.layout import is_channels_last_once_dense
-from fused_resnet.ops.route import measured_plan
-from fused_resnet.ops.route.backend import AUTO, is_native, requested_backend, why_not
+from fused_resnet.ops.conv_settings import ConvSettings
+from fused_resnet.ops.route import measured_plan, request
+from fused_resnet.ops.route.reasons import reasons_against, why_not_device
+from fused_resnet.ops.route.request import AUTO, HIGHEST_LEVEL
 
-ENVIRONMENT_VARIABLE = "FUSED_RESNET_LEVEL"
-HIGHEST_LEVEL = 3
 NATIVE_LEVEL = 2
 """The highest that the CPU's C++ has."""
-MOST_DECISIONS = 4096
-
-_decided: dict[tuple[Any, ...], int] = {}
-"""What ``training_level`` has answered: a block asks for each of its convolutions at every forward."""
-
-
-def use_fusion_level(level: int | None) -> contextlib.AbstractContextManager[None]:
-    """``with use_fusion_level(level):`` trains residual blocks at this level (None for the automatic choice).
-
-    For the whole process, as ``use_backend``. A block keeps the level of its forward for its backward. Asked for by
-    number, levels 1 to 3 run anywhere, through the reference where no kernel takes them: right, but slow. What no
-    backend but the reference takes at all (float64, for one) stays at level 0 unless ``use_backend("reference")`` asks
-    for that too.
-
-    Raises:
-        TypeError, ValueError: level is not None, 0, 1, 2 or 3.
-    """
-    return _using(_checked(level, "level"))
-
-
-@contextlib.contextmanager
-def _using(level: int | None) -> Iterator[None]:
-    global _requested
-    before, _requested = _requested, level
-    try:
-        yield
-    finally:
-        _requested = before
-
-
-def requested_fusion_level() -> int | None:
-    """The level asked for by ``use_fusion_level``, else by the environment when this was imported, else None."""
-    return _requested
 
 
 def training_level(
@@ -87,35 +50,8 @@ def training_level(
         x: (N, C, H, W), of the dtype, device and memory format that the convolution gets.
         conv_weight: (K, C / groups, R, S), x's dtype.
     """
-    weight = (type(conv_weight), conv_weight.shape, conv_weight.dtype, conv_weight.device)
-    image = (type(x), x.shape, x.dtype, x.device, is_channels_last_once_dense(x))
-    settings = (tuple(stride), tuple(padding), tuple(dilation), groups)
-    asked_for = (_requested, requested_backend(), _needs_full_float32(x), measured_plan.generation)
-    key = (image, weight, settings, asked_for)
-    level = _decided.get(key)
-    if level is None:
-        fused = not why_not_fused_training(x, conv_weight, stride, padding, dilation, groups)
-        measured = measured_plan.level_for(x, conv_weight, stride, padding, dilation, groups)
-        if not fused:
-            level = 0
-        elif measured is None or _requested is not None or requested_backend() != AUTO:
-            level = training_level_asked_for(x)
-        else:
-            level = min(measured, highest_level(x))
-        if len(_decided) >= MOST_DECISIONS:
-            _decided.clear()
-        _decided[key] = level
-    return level
-
-
-def training_level_asked_for(x: Tensor) -> int:
-    """The level of what has no reason against it, on the device of x: the one asked for, else the highest there."""
-    return highest_level(x) if _requested is None else _requested
-
-
-def highest_level(x: Tensor) -> int:
-    """The highest level that the kernels of x's device have."""
-    return NATIVE_LEVEL if is_native(x) else HIGHEST_LEVEL
+    settings = ConvSettings.of(stride, padding, dilation, groups)
+    return 0 if why_not_fused(x, conv_weight, settings) else level_of_fused(x, conv_weight, settings)
 
 
 def why_not_fused_training(
@@ -127,23 +63,54 @@ def why_not_fused_training(
     groups: int,
 ) -> list[str]:
     """The reasons why this convolution trains at level 0; an empty list means that it does not. Arguments as above."""
-    if _requested == 0:
+    return why_not_fused(x, conv_weight, ConvSettings.of(stride, padding, dilation, groups))
+
+
+def level_of_fused(x: Tensor, conv_weight: Tensor, settings: ConvSettings) -> int:
+    """`training_level` of a convolution that ``why_not_fused_training`` has no reason against."""
+    asked = request.current
+    if asked.level is None and asked.backend == AUTO:
+        measured = measured_plan.level_for(x, conv_weight, settings)
+        if measured is not None:
+            return min(measured, highest_level(x))
+    return training_level_asked_for(x)
+
+
+def training_level_asked_for(x: Tensor) -> int:
+    """The level of what has no reason against it, on the device of x: the one asked for, else the highest there."""
+    return highest_level(x) if request.current.level is None else request.current.level
+
+
+def highest_level(x: Tensor) -> int:
+    """The highest level that the kernels of x's device have."""
+    return NATIVE_LEVEL if is_native(x) else HIGHEST_LEVEL
+
+
+def is_native(x: Tensor) -> bool:
+    """True if the convolutions that train on the device of x are the CPU's C++, automatically or asked for; Triton's
+    interpreter comes first."""
+    asked = request.current.backend
+    return asked == "native" or (asked == AUTO and not x.is_cuda and bool(why_not_device("triton", x.device)))
+
+
+def why_not_fused(x: Tensor, conv_weight: Tensor, settings: ConvSettings) -> list[str]:
+    """`why_not_fused_training` of settings in one value."""
+    backend, level = request.current.backend, request.current.level
+    if level == 0:
         return ["level 0 was asked for"]
-    if groups != 1:
-        return [f"groups is {groups}; the training kernels take 1"]
-    backend = requested_backend()
+    if settings.groups != 1:
+        return [f"groups is {settings.groups}; the training kernels take 1"]
     if backend == "separate":
         return [f"backend {backend!r} was asked for, which has no training convolution"]
-    if backend == "reference" or (backend == AUTO and _requested is not None and not x.is_cuda):
+    if backend == "reference" or (backend == AUTO and level is not None and not x.is_cuda):
         return []
-    if backend == "native" and _requested == HIGHEST_LEVEL:
-        return [f"backend {backend!r} was asked for, which has levels 1 and 2, and level {_requested}"]
-    settings = (list(stride), list(padding), list(dilation), groups)
-    forward = (x, conv_weight, None, None, None, None, None, None, 0.0, 0.0, *settings, True)
+    if backend == "native" and level == HIGHEST_LEVEL:
+        return [f"backend {backend!r} was asked for, which has levels 1 and 2, and level {level}"]
+    forward = (x, conv_weight, None, None, None, None, None, None, 0.0, 0.0, *settings.lists, True)
     if is_native(x):
-        return why_not("native", "conv_stats", *forward)
-    reasons = why_not("triton", "conv_stats", *forward)
-    if not reasons and _requested is None and x.is_cuda and _needs_full_float32(x):
+        return list(reasons_against("native", "conv_stats", forward))
+    reasons = list(reasons_against("triton", "conv_stats", forward))
+    if not reasons and level is None and x.is_cuda and needs_full_float32(x):
         reasons.append("float32 that may not be rounded to TF32 has no matrix instructions in Triton")
     return reasons
 
@@ -159,35 +126,15 @@ def why_not_fused_pool(y: Tensor, kernel_size: list[int], stride: list[int], pad
         return [f"level {level} was asked for, and pooling is fused at levels 2 and 3"]
     if is_native(y) and level <= NATIVE_LEVEL:
         return ["on the CPU pooling is a pass of its own"]
-    backend = requested_backend()
+    backend = request.current.backend
     if backend in ("native", "separate"):
         return [f"backend {backend!r} was asked for, which has no pooling"]
-    if backend == "reference" or (backend == AUTO and _requested is not None and not y.is_cuda):
+    if backend == "reference" or (backend == AUTO and request.current.level is not None and not y.is_cuda):
         return []
     vector = torch.empty(y.shape[1], device=y.device)
-    return why_not("triton", "bn_apply_pool", y, vector, vector, None, None, kernel_size, stride, padding)
+    arguments = (y, vector, vector, None, None, kernel_size, stride, padding)
+    return list(reasons_against("triton", "bn_apply_pool", arguments))
 
 
-def _needs_full_float32(x: Tensor) -> bool:
+def needs_full_float32(x: Tensor) -> bool:
     return x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision != "tf32"  # type: ignore[attr-defined]
-
-
-def _checked(level: int | None, name: str) -> int | None:
-    if level is not None and (isinstance(level, bool) or not isinstance(level, int)):
-        raise TypeError(f"{name} must be an int or None; got {type(level).__name__}")
-    if level is not None and not 0 <= level <= HIGHEST_LEVEL:
-        raise ValueError(f"{name} must be None or 0 to {HIGHEST_LEVEL}; got {level}")
-    return level
-
-
-def _from_environment() -> int | None:
-    text = os.environ.get(ENVIRONMENT_VARIABLE) or AUTO
-    if text == AUTO:
-        return None
-    if not text.isdecimal():
-        raise ValueError(f"{ENVIRONMENT_VARIABLE} must be auto or 0 to {HIGHEST_LEVEL}; got {text!r}")
-    return _checked(int(text), ENVIRONMENT_VARIABLE)
-
-
-# One for the process, not for the thread, as the requested backend.
-_requested: int | None = _from_environment()

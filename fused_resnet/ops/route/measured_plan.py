@@ -15,7 +15,7 @@ import contextlib
 import functools
 import importlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_resnet.ops.route import plan_file
+from fused_resnet.ops.conv_settings import ConvSettings
+from fused_resnet.ops.route import plan_file, request
 from fused_resnet.ops.route.plan_file import Decision, Decisions, Key
 from fused_resnet.ops.route.plan_key import CHOSEN_OPS, key_of, level_key
 
@@ -37,9 +38,6 @@ TILES = "tiles"
 
 speaks = True
 """False once it is known that no plan has anything to say in this process, and inside ``ignoring_measured_plan``."""
-
-generation = 0
-"""Changes whenever answers may: for whoever remembers them."""
 
 _CPU = torch.device("cpu")
 
@@ -98,16 +96,9 @@ def backend_for(op: str, args: tuple[Any, ...]) -> str | None:
     return known.winners.get((op, key_of(op, args)))
 
 
-def level_for(
-    x: Tensor,
-    conv_weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> int | None:
-    """The level at which this convolution was fastest in training, or None. Arguments as of ``plan.training_level``."""
-    found = winner(LEVEL, level_key(x, conv_weight, stride, padding, dilation, groups), x.device)
+def level_for(x: Tensor, conv_weight: Tensor, settings: ConvSettings) -> int | None:
+    """The level at which this convolution was fastest in training, or None. Tensors as of ``training_level``."""
+    found = winner(LEVEL, level_key(x, conv_weight, settings), x.device)
     return int(found) if found in ("0", "1", "2", "3") else None
 
 
@@ -253,8 +244,8 @@ def _load(asked: torch.device) -> _Known | None:
 
 
 def _answers_changed() -> None:
-    global generation, speaks
-    generation += 1
+    global speaks
+    request.plan_changed()
     speaks = not _ignored and (any(known.winners for known in _known.values()) or not _nobody_is_left_to_ask())
     _give_tiles_to_kernels()
 

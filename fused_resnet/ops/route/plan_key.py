@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_resnet.ops.conv_settings import ConvSettings
 from fused_resnet.ops.layout import is_channels_last_once_dense
 from fused_resnet.ops.route.plan_file import Key
 
@@ -47,17 +48,10 @@ def key_of(op: str, args: tuple[Any, ...]) -> Key:
     return (*key, args[1].shape, tuple(stride), tuple(padding), tuple(dilation), groups, _precision(x))
 
 
-def level_key(
-    x: Tensor,
-    conv_weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Key:
+def level_key(x: Tensor, conv_weight: Tensor, settings: ConvSettings) -> Key:
     """The key of ``measured_plan.LEVEL``, the level at which a convolution trains."""
     image = (x.shape, _DTYPES.get(x.dtype) or str(x.dtype), _layout(x))
-    return (*image, conv_weight.shape, tuple(stride), tuple(padding), tuple(dilation), groups, _precision(x))
+    return (*image, conv_weight.shape, *settings, _precision(x))
 
 
 def method_key(

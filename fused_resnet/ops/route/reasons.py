@@ -18,7 +18,7 @@ MODULES = {
     "cuda": "fused_resnet.ops.backends.cuda",
     "triton": "fused_resnet.kernels",
     "native": "fused_resnet.ops.backends.native",
-    "separate": "fused_resnet.ops.backends.separate",
+    "separate": "fused_resnet.ops.separate",
     "reference": "fused_resnet.ops.reference",
 }
 FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)

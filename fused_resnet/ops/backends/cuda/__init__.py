@@ -61,14 +61,14 @@ def why_unavailable() -> list[str]:
     """The reasons why no kernel of this backend can run in this process. Asks no device anything."""
     if not hasattr(cuda_launch.extension, "cuda"):
         return ["fused_resnet._C was built without CUDA kernels (there was no nvcc; FUSED_RESNET_BUILD=cuda insists)"]
-    if cuda_launch.device_type() == "cpu" or torch.cuda.is_available():
+    if cuda_launch.DEVICE_TYPE == "cpu" or torch.cuda.is_available():
         return []
     return ["no CUDA device is usable"]
 
 
 def why_not_device(device: torch.device) -> list[str]:
     """The reasons why this backend cannot run on a device; of a CUDA device, after a first kernel there."""
-    wanted = cuda_launch.device_type()
+    wanted = cuda_launch.DEVICE_TYPE
     if device.type != wanted:
         return [f"x is on {device}; it takes {wanted.upper()} tensors"]
     return list(_why_not_cuda_device(device)) if wanted == "cuda" else []

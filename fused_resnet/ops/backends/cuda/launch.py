@@ -15,6 +15,7 @@ from fused_resnet.ops.backends.extension import extension
 from fused_resnet.ops.reference import mask_shape
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+DEVICE_TYPE = "cuda"  # of the tensors that the kernels take; the tests run them on the CPU
 _FLOAT32, _NHWC = torch.float32, torch.channels_last
 _MOST_PLACES = 4096
 _places: dict[tuple[Any, ...], Any] = {}
@@ -23,12 +24,6 @@ _places: dict[tuple[Any, ...], Any] = {}
 def kernels() -> Any:
     """``fused_resnet._C.cuda``; in the tests that run the kernels on the CPU, what they put in its place."""
     return extension.cuda
-
-
-def device_type() -> str:
-    """Of the tensors that the kernels take: "cuda", or "cpu" in the tests that run them there."""
-    module = getattr(extension, "cuda", None)
-    return "cpu" if module is not None and module.EXECUTED_ON_HOST else "cuda"
 
 
 def launch(device: int | None, function: Any, *args: Any) -> None:

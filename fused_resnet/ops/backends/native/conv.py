@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet.ops.backends.extension import extension
-from fused_resnet.ops.backends.native.buffers import empty_strided
+from fused_resnet.ops.backends.native.norm import empty_strided
 from fused_resnet.ops.layout import conv_output_size, is_channels_last
 from fused_resnet.ops.route import measured_plan
 from fused_resnet.ops.route.plan_key import method_key

@@ -1,9 +1,9 @@
-"""Convolutions of a training step on the CPU by our own C++: a norm and ReLU in front, and both gradients.
+"""Convolutions of a training step on the CPU by our own C++: a norm and ReLU before, and both gradients.
 
 Weights are laid out anew in every call, since every step changes them; csrc/cpu/conv.h says which methods there are.
-They are levels 1 and 2 of ``ops/route/fusion_level.py``: the norm in front is applied to what the convolution reads,
-and read again by the gradient of the weight; the statistics of the norm behind are a pass of their own, and the
-gradient of the output is given as it is.
+They are levels 1 and 2 of ``ops/route/fusion_level.py``: the norm before is applied to what the convolution reads, and
+read again by the gradient of the weight; the statistics of the norm after are a pass of their own, and the gradient of
+the output is given as it is.
 """
 
 from __future__ import annotations
@@ -17,18 +17,13 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fused_resnet.ops.backends.extension import extension
-from fused_resnet.ops.backends.native.address import NormVectors, address
-from fused_resnet.ops.backends.native.buffers import empty_strided
-from fused_resnet.ops.backends.native.conv import (
-    WORK_OF_A_THREAD,
-    empty_channels_last,
-    prefers_winograd,
-    why_no_kernels,
-)
-from fused_resnet.ops.backends.native.norm import bn_stats
-from fused_resnet.ops.layout import conv_output_size, is_channels_last_once_dense
+from fused_resnet.ops.backends.native.conv import WORK_OF_A_THREAD, prefers_winograd, why_no_kernels
+from fused_resnet.ops.backends.native.norm import bn_stats, empty_strided, vectors_of
+from fused_resnet.ops.conv_settings import ConvSettings
+from fused_resnet.ops.layout import is_channels_last_once_dense
 
 DTYPE = torch.float32
+_NHWC = torch.channels_last
 
 
 def why_not_train_conv(
@@ -54,15 +49,73 @@ def why_not_train_conv(
     reasons = []
     if not is_channels_last_once_dense(x):
         reasons.append("x is not channels_last")
-    sizes = [_output_size(x, conv_weight, stride, padding, dilation, i) for i in (0, 1)]
+    settings = ConvSettings.of(stride, padding, dilation, groups)
+    sizes = settings.output_size(x.shape, conv_weight.shape)
     if min(sizes) < 1:
         reasons.append(f"the output would be {sizes[0]} x {sizes[1]}; it takes at least one pixel")
-    elif not _trains(_conv(conv_weight, stride, padding, dilation), "gemm", "input"):
+    elif not _takes(_conv(conv_weight.shape, settings), "gemm", "input"):
         reasons.append(
             f"stride is {stride}, padding {padding} and dilation {dilation}; it takes a dilation where stride is 1, "
             "and padding that is less than the dilated kernel"
         )
     return reasons
+
+
+class NativeConvolution:
+    """A convolution without groups and its gradients, on inputs of one shape; float32, the threads that there are now.
+
+    Args:
+        x_shape: (N, C, H, W).
+        weight_shape: (K, C, R, S).
+    """
+
+    __slots__ = ("_built", "_grad_weight_strides", "_shape", "_strides", "_weight_shape", "_x_shape", "_x_strides")
+
+    def __init__(self, x_shape: torch.Size, weight_shape: torch.Size, settings: ConvSettings) -> None:
+        images, _, height, width = x_shape
+        size = settings.output_size(x_shape, weight_shape)
+        self._x_shape, self._x_strides = x_shape, _nhwc_strides(x_shape)
+        self._shape = torch.Size((images, weight_shape[0], *size))
+        self._strides = _nhwc_strides(self._shape)
+        self._weight_shape, self._grad_weight_strides = weight_shape, _nhwc_strides(weight_shape)
+        conv = _conv(weight_shape, settings)
+        work = math.prod(self._shape) * math.prod(weight_shape[1:])
+        threads = min(torch.get_num_threads(), max(work // WORK_OF_A_THREAD, 1))
+        methods = (
+            _method(conv, "forward", images, *size),
+            _method(conv, "input", images, height, width),
+            _method(conv, "weight", images, *size),
+        )
+        self._built = extension.TrainingConv(conv, images, height, width, threads, *methods)
+
+    def forward(self, x: Tensor, conv_weight: Tensor, before: tuple[Tensor | None, ...]) -> Tensor:
+        """The convolution of x or, with the vectors of a norm ``before``, of what it and a ReLU make of x."""
+        if not x.is_contiguous(memory_format=_NHWC):
+            x = x.contiguous(memory_format=_NHWC)
+        y = empty_strided(self._shape, self._strides, DTYPE)
+        norm = None if before[0] is None else vectors_of(*before)
+        self._built.forward(x, norm, conv_weight, conv_weight.stride(), y)
+        return y
+
+    def grad_input(self, dy: Tensor, conv_weight: Tensor, x: Tensor, residual: Tensor | None) -> Tensor:
+        """The gradient of what was convolved, in x's shape, plus ``residual``."""
+        if not dy.is_contiguous(memory_format=_NHWC):
+            dy = dy.contiguous(memory_format=_NHWC)
+        if residual is not None and not residual.is_contiguous(memory_format=_NHWC):
+            residual = residual.contiguous(memory_format=_NHWC)
+        grad = empty_strided(self._x_shape, self._x_strides, DTYPE)
+        self._built.grad_input(dy, conv_weight, conv_weight.stride(), residual, grad)
+        return grad
+
+    def grad_weight(self, dy: Tensor, conv_weight: Tensor, x: Tensor, before: tuple[Tensor | None, ...]) -> Tensor:
+        """x and ``before`` as of `forward`."""
+        if not dy.is_contiguous(memory_format=_NHWC):
+            dy = dy.contiguous(memory_format=_NHWC)
+        if not x.is_contiguous(memory_format=_NHWC):
+            x = x.contiguous(memory_format=_NHWC)
+        grad = empty_strided(self._weight_shape, self._grad_weight_strides, DTYPE)
+        self._built.grad_weight(x, None if before[0] is None else vectors_of(*before), dy, grad)
+        return grad
 
 
 def conv_stats(
@@ -82,15 +135,8 @@ def conv_stats(
     groups: int,
     statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x = _channels_last(x)
-    conv = _conv(conv_weight, stride, padding, dilation)
-    height, width = (_output_size(x, conv_weight, stride, padding, dilation, i) for i in (0, 1))
-    y = empty_channels_last((x.shape[0], conv_weight.shape[0], height, width), DTYPE)
-    method = _method(conv, "forward", x.shape[0], height, width)
-    with NormVectors(mean, invstd, weight, bias) as norm:
-        extension.conv_forward(
-            conv, method, _images(x, y, conv_weight), address(x), norm, *_place(conv_weight), address(y)
-        )
+    convolution = _convolution(x, conv_weight, stride, padding, dilation, groups)
+    y = convolution.forward(x, conv_weight, (mean, invstd, weight, bias))
     if not statistics:
         return y, _no_vector(), _no_vector()
     return (y, *bn_stats(y, running_mean, running_var, momentum, eps))
@@ -113,14 +159,8 @@ def conv_grad_input(
     groups: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Without coefficients and norm (``reasons_against`` refuses them)."""
-    dz = _channels_last(dz)
-    residual = None if residual is None else _channels_last(residual)
-    conv = _conv(conv_weight, stride, padding, dilation)
-    grad = empty_channels_last(x.shape, DTYPE)
-    method = _method(conv, "input", *x.shape[:1], *x.shape[2:])
-    images = _images(x, dz, conv_weight)
-    extension.conv_grad_input(conv, method, images, address(dz), *_place(conv_weight), address(residual), address(grad))
-    return grad, _no_vector(), _no_vector()
+    convolution = _convolution(x, conv_weight, stride, padding, dilation, groups)
+    return convolution.grad_input(dz, conv_weight, x, residual), _no_vector(), _no_vector()
 
 
 def conv_grad_weight(
@@ -139,60 +179,37 @@ def conv_grad_weight(
     groups: int,
 ) -> Tensor:
     """Without coefficients (``reasons_against`` refuses them)."""
-    dz, x = _channels_last(dz), _channels_last(x)
-    conv = _conv(conv_weight, stride, padding, dilation)
-    _, channels, height, width = conv_weight.shape
-    strides = (channels * height * width, 1, width * channels, channels)
-    grad = empty_strided(conv_weight.shape, strides, DTYPE)
-    method = _method(conv, "weight", dz.shape[0], *dz.shape[2:])
-    with NormVectors(mean, invstd, weight, bias) as norm:
-        images = _images(x, dz, conv_weight)
-        extension.conv_grad_weight(conv, method, images, address(x), norm, address(dz), address(grad))
-    return grad
+    convolution = _convolution(x, conv_weight, stride, padding, dilation, groups)
+    return convolution.grad_weight(dz, conv_weight, x, (mean, invstd, weight, bias))
+
+
+def _convolution(
+    x: Tensor, conv_weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
+) -> NativeConvolution:
+    return NativeConvolution(x.shape, conv_weight.shape, ConvSettings.of(stride, padding, dilation, groups))
 
 
 def _method(conv: Any, what: str, images: int, height: int, width: int) -> Any:
     """Of the outputs of this size, the method that is likely the fastest."""
-    winograd = _trains(conv, "winograd", what) and prefers_winograd(images, height, width, DTYPE)
+    winograd = _takes(conv, "winograd", what) and prefers_winograd(images, height, width, DTYPE)
     return getattr(extension.ConvMethod, "winograd" if winograd else "gemm")
 
 
-@functools.lru_cache(maxsize=1024)
-def _trains(conv: Any, method: str, what: str) -> bool:
+def _takes(conv: Any, method: str, what: str) -> bool:
     return extension.conv_trains(conv, getattr(extension.ConvMethod, method), what)
 
 
-def _conv(conv_weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> Any:
-    return _conv_of(tuple(conv_weight.shape), tuple(stride), tuple(padding), tuple(dilation))
-
-
 @functools.lru_cache(maxsize=1024)
-def _conv_of(shape: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...]):
-    built = extension
-    filters, channels, *kernel_size = shape
-    return built.Conv(channels, filters, kernel_size, stride, padding, dilation, 1, built.DType.float32)
+def _conv(weight_shape: torch.Size, settings: ConvSettings) -> Any:
+    filters, channels, *kernel_size = weight_shape
+    stride, padding, dilation, _ = settings
+    return extension.Conv(channels, filters, kernel_size, stride, padding, dilation, 1, extension.DType.float32)
 
 
-def _images(x: Tensor, out: Tensor, conv_weight: Tensor) -> tuple[int, int, int, int]:
-    """images, height, width and threads."""
-    images, _, height, width = x.shape
-    work = out.numel() * math.prod(conv_weight.shape[1:])
-    return images, height, width, min(torch.get_num_threads(), max(work // WORK_OF_A_THREAD, 1))
-
-
-def _place(conv_weight: Tensor) -> tuple[int, tuple[int, ...]]:
-    return address(conv_weight), conv_weight.stride()
-
-
-def _output_size(
-    x: Tensor, conv_weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], i: int
-) -> int:
-    return conv_output_size(x.shape[i + 2], conv_weight.shape[i + 2], stride[i], padding[i], dilation[i])
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
+def _nhwc_strides(shape: torch.Size) -> tuple[int, int, int, int]:
+    _, channels, height, width = shape
+    return channels * height * width, 1, width * channels, channels
 
 
 def _no_vector() -> Tensor:
-    return torch.empty(0, dtype=torch.float32, device="cpu")
+    return torch.empty(0, dtype=DTYPE, device="cpu")

@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fused_resnet.ops.backends.extension import extension
-from fused_resnet.ops.backends.native.address import NormVectors, address, as_vector, dtype_of
-from fused_resnet.ops.backends.native.buffers import empty_strided
-from fused_resnet.ops.layout import dense, dense_like, is_channels_last
+from fused_resnet.ops.layout import dense, dense_like
 
 _ELEMENTS_PER_THREAD = 16 * 1024  # with fewer a second thread gains nothing, and on a busy machine it is waited for
+BUFFER_BYTES = 4 << 20  # below this, malloc itself keeps what is freed
+_FLOAT32, _NHWC = torch.float32, torch.channels_last
 
 
 def bn_stats(
     x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float, eps: float
 ) -> tuple[Tensor, Tensor]:
-    x = dense(x)
-    mean, invstd = _channel_vector(x), _channel_vector(x)
-    moved_mean, moved_var = as_vector(running_mean), as_vector(running_var)
-    extension.bn_stats(
-        _shape(x),
-        address(x),
-        address(mean),
-        address(invstd),
-        address(moved_mean),
-        address(moved_var),
-        momentum,
-        eps,
-    )
-    for running, moved in ((running_mean, moved_mean), (running_var, moved_var)):
-        if running is not None and moved is not None and moved is not running:
-            running.copy_(moved)
+    x, shape = _activation(x)
+    mean, invstd = _two_vectors(x)
+    moved_mean, moved_var = vectors_of(running_mean, running_var)
+    extension.bn_stats(shape, x, mean, invstd, moved_mean, moved_var, momentum, eps)
+    if moved_mean is not running_mean or moved_var is not running_var:
+        for running, moved in ((running_mean, moved_mean), (running_var, moved_var)):
+            if running is not None and moved is not None:
+                running.copy_(moved)
     return mean, invstd
 
 
@@ -44,11 +41,10 @@ def bn_apply(
     residual: Tensor | None,
     relu: bool,
 ) -> Tensor:
-    x = dense(x)
-    residual = _like(residual, x)
-    out = _empty_like(x)
-    with NormVectors(mean, invstd, weight, bias) as norm:
-        extension.bn_apply(_shape(x), address(x), norm, address(residual), relu, address(out))
+    x, shape = _activation(x)
+    residual = None if residual is None else _like(residual, x)
+    out = empty_strided(x.shape, x.stride(), x.dtype)
+    extension.bn_apply(shape, x, vectors_of(mean, invstd, weight, bias), residual, relu, out)
     return out
 
 
@@ -65,11 +61,11 @@ def bn_apply_dual(
     bias2: Tensor | None,
     relu: bool,
 ) -> Tensor:
-    x = dense(x)
-    x2 = dense_like(x2.to(x.dtype), x)
-    out = _empty_like(x)
-    with NormVectors(mean, invstd, weight, bias) as norm, NormVectors(mean2, invstd2, weight2, bias2) as norm2:
-        extension.bn_apply_dual(_shape(x), address(x), norm, address(x2), norm2, relu, address(out))
+    x, shape = _activation(x)
+    x2 = _like(x2, x)
+    out = empty_strided(x.shape, x.stride(), x.dtype)
+    norm, norm2 = vectors_of(mean, invstd, weight, bias), vectors_of(mean2, invstd2, weight2, bias2)
+    extension.bn_apply_dual(shape, x, norm, x2, norm2, relu, out)
     return out
 
 
@@ -83,16 +79,16 @@ def bn_grad_stats(
     bias: Tensor | None,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x = dense(x)
-    grad_out, out = dense_like(grad_out.to(x.dtype), x), _like(out, x)
-    sum_dz, sum_dz_xhat = _channel_vector(x), _channel_vector(x)
-    dz = x.new_empty(0) if out is None else _empty_like(x)
-    if out is not None and not relu:
-        dz.copy_(grad_out)
-    tensors = (grad_out, x, out, None if out is None else dz)
-    with NormVectors(mean, invstd, weight, bias) as norm:
-        extension.bn_grad_stats(_shape(x), *map(address, tensors), norm, relu, address(sum_dz), address(sum_dz_xhat))
-    return sum_dz, sum_dz_xhat, dz
+    x, shape = _activation(x)
+    grad_out, dz = _like(grad_out, x), None
+    if out is not None:
+        out, dz = _like(out, x), empty_strided(x.shape, x.stride(), x.dtype)
+        if not relu:
+            dz.copy_(grad_out)
+    sum_dz, sum_dz_xhat = _two_vectors(x)
+    norm = vectors_of(mean, invstd, weight, bias)
+    extension.bn_grad_stats(shape, grad_out, x, out, dz, norm, relu, sum_dz, sum_dz_xhat)
+    return sum_dz, sum_dz_xhat, x.new_empty(0) if dz is None else dz
 
 
 def bn_grad_apply(
@@ -106,35 +102,58 @@ def bn_grad_apply(
     sum_dz_xhat: Tensor | None,
     relu: bool,
 ) -> Tensor:
-    x = dense(x)
-    grad_out = dense_like(grad_out.to(x.dtype), x)
-    sum_dz, sum_dz_xhat = as_vector(sum_dz), as_vector(sum_dz_xhat)
-    grad_x = _empty_like(x)
-    with NormVectors(mean, invstd, weight, bias) as norm:
-        extension.bn_grad_apply(
-            _shape(x),
-            *map(address, (grad_out, x)),
-            norm,
-            *map(address, (sum_dz, sum_dz_xhat)),
-            relu,
-            address(grad_x),
-        )
+    x, shape = _activation(x)
+    grad_out, grad_x = _like(grad_out, x), empty_strided(x.shape, x.stride(), x.dtype)
+    sums = vectors_of(sum_dz, sum_dz_xhat)
+    extension.bn_grad_apply(shape, grad_out, x, vectors_of(mean, invstd, weight, bias), *sums, relu, grad_x)
     return grad_x
 
 
-def _shape(x: Tensor):
+def _activation(x: Tensor) -> tuple[Tensor, Any]:
+    """x, dense, and its ``_C.Activation``."""
+    channels_last = x.is_contiguous(memory_format=_NHWC)
+    if not channels_last and not x.is_contiguous():
+        x = dense(x)
+        channels_last = x.is_contiguous(memory_format=_NHWC)
     images, channels, height, width = x.shape
     threads = min(torch.get_num_threads(), max(x.numel() // _ELEMENTS_PER_THREAD, 1))
-    return extension.Activation(images, channels, height * width, is_channels_last(x), dtype_of(x.dtype), threads)
+    return x, extension.Activation(images, channels, height * width, channels_last, dtype_of(x.dtype), threads)
 
 
-def _empty_like(x: Tensor) -> Tensor:
-    return empty_strided(x.shape, x.stride(), x.dtype)
+def _like(tensor: Tensor, x: Tensor) -> Tensor:
+    """The tensor in the dtype and memory format of the dense x."""
+    if tensor.dtype is x.dtype and tensor.stride() == x.stride():
+        return tensor
+    return dense_like(tensor.to(x.dtype), x)
 
 
-def _channel_vector(x: Tensor) -> Tensor:
-    return torch.empty(x.shape[1], dtype=torch.float32, device="cpu")
+def _two_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
+    channels = x.shape[1]
+    return (
+        torch.empty(channels, dtype=_FLOAT32, device="cpu"),
+        torch.empty(channels, dtype=_FLOAT32, device="cpu"),
+    )
 
 
-def _like(tensor: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if tensor is None else dense_like(tensor.to(x.dtype), x)
+def vectors_of(*vectors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Per-channel vectors as contiguous float32; themselves where they are that already."""
+    for vector in vectors:
+        if vector is not None and (vector.dtype is not _FLOAT32 or not vector.is_contiguous()):
+            return tuple(None if each is None else each.to(_FLOAT32).contiguous() for each in vectors)
+    return vectors
+
+
+def empty_strided(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """``torch.empty_strided`` of a dense tensor; a large one in memory that was used before (csrc/cpu/buffers.h says
+    why). On the CPU, whatever the default device is. The extension is built."""
+    elements = math.prod(shape)
+    if elements * dtype.itemsize < BUFFER_BYTES:
+        return torch.empty_strided(shape, stride, dtype=dtype, device="cpu")
+    storage = torch.frombuffer(extension.Buffer(elements * dtype.itemsize), dtype=dtype).untyped_storage()
+    return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape, stride)
+
+
+@functools.cache
+def dtype_of(dtype: torch.dtype) -> Any:
+    """The extension's name of it."""
+    return getattr(extension.DType, str(dtype).removeprefix("torch."))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fused_resnet.ops.layout import conv_memory_format
 from fused_resnet.ops.reference import statistics_dtype
-from fused_resnet.ops.route.backend import choose_automatically
+from fused_resnet.ops.route.choose import choose_automatically
 
 
 def conv_bn_act(

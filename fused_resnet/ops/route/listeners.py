@@ -1,0 +1,43 @@
+"""Whether somebody between here and the kernels wants to see every op, or to change what it means."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from fused_resnet.ops.route import request
+
+
+def is_listened_to() -> bool:
+    """True if something wants to see every op: a dispatch mode, tracing, functorch."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None or is_transformed()
+
+
+def is_transformed() -> bool:
+    """True inside ``torch.func.grad``, ``vmap`` and their like, and inside ``forward_ad.dual_level``."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def hears_backward(grad: Tensor) -> bool:
+    """`is_listened_to` for a gradient on its way back: also True of those of ``is_grads_batched=True`` and ``vmap``,
+    and of subclasses of Tensor."""
+    if torch.compiler.is_compiling():
+        return False
+    functorch = torch._C._functorch
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or type(grad) is not Tensor
+        or functorch.is_batchedtensor(grad)
+        or functorch.is_legacy_batchedtensor(grad)
+    )
+
+
+def runs_unseen(x: Tensor) -> bool:
+    """True if C++ may run on the memory of x, past PyTorch's dispatcher: a plain CPU tensor that is not empty, nobody
+    that listens at the dispatcher, and no backend asked for."""
+    if torch.compiler.is_compiling() or request.current.backend != request.AUTO or is_listened_to():
+        return False
+    return type(x) in (Tensor, Parameter) and x.device.type == "cpu" and x.numel() > 0

@@ -1,0 +1,254 @@
+"""Routes: who runs a pass, a convolution of a training step or a whole block, decided once and kept.
+
+A route is found by everything that its decision depends on: shapes, strides, dtypes, device, settings and the current
+`Request`; whoever asks again with the same gets the same object. Forward takes the route, backward gets it from
+forward's context. What no backend of ours takes has a route too, with the reasons why.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from fused_resnet.ops.conv_settings import ConvSettings
+from fused_resnet.ops.layout import conv_memory_format, is_channels_last_once_dense
+from fused_resnet.ops.route import fusion_level, measured_plan, request
+from fused_resnet.ops.route.listeners import is_listened_to, is_transformed
+from fused_resnet.ops.route.reasons import FUSED_DTYPES, module, reasons_against, why_not_device
+from fused_resnet.ops.route.request import AUTO
+from fused_resnet.ops.route.signatures import (
+    Convolution,
+    DispatchedConvolution,
+    FusedConvolutions,
+    MaskPasses,
+    OneLaunch,
+    Passes,
+    PoolPasses,
+    dispatched,
+    functions_of,
+)
+
+MOST_KEPT = 4096
+
+kept: dict[tuple[Any, ...], Any] = {}
+"""Every route of the process."""
+
+
+def keep(key: tuple[Any, ...], route: Any) -> Any:
+    """The route itself, from now on found under the key."""
+    if len(kept) >= MOST_KEPT:
+        kept.clear()
+    kept[key] = route
+    return route
+
+
+@dataclass(frozen=True, slots=True)
+class PassRoute:
+    """Who runs the passes over an activation."""
+
+    passes: Passes
+    masks: MaskPasses | None = None
+    """Not None where the ReLU after a residual keeps a bit of each element for backward, instead of its output."""
+    one_launch: OneLaunch | None = None
+    """Not None where statistics, and what is made with them, are one launch."""
+
+    @property
+    def heard(self) -> PassRoute:
+        """The same passes by way of PyTorch's dispatcher."""
+        masks = None if self.masks is None else dispatched(MaskPasses)
+        return PassRoute(dispatched(Passes), masks, None if self.one_launch is None else dispatched(OneLaunch))
+
+
+@dataclass(frozen=True, slots=True)
+class LinkRoute:
+    """Who runs a convolution of a training step, and the passes over its output."""
+
+    level: int
+    """How far it is fused with the norms around it, 0 to 3 (``ops/route/fusion_level.py``)."""
+    settings: ConvSettings
+    sizes: tuple[list[int], list[int], list[int], int]
+    """The settings as the ops take them."""
+    over_output: PassRoute
+    convolution: Convolution | None = None
+    """Of a level 1 or 2 that leaves statistics and gradients of norms to passes of their own."""
+    fused: FusedConvolutions | None = None
+    """Of the other levels from 1 on; neither at level 0, whose convolution is PyTorch's."""
+    why_level_0: tuple[str, ...] = ()
+
+    @property
+    def passes(self) -> Passes:
+        return self.over_output.passes
+
+    @property
+    def heard(self) -> LinkRoute:
+        """The same by way of PyTorch's dispatcher."""
+        return replace(
+            self,
+            over_output=self.over_output.heard,
+            convolution=None if self.convolution is None else DispatchedConvolution(self.settings),
+            fused=None if self.fused is None else dispatched(FusedConvolutions),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRoute:
+    """Who runs a residual block in training, as one step of autograd."""
+
+    chain: tuple[LinkRoute, ...]
+    shortcut: LinkRoute | None
+    efficient: bool
+    """Whether the output of the chain's last convolution is computed again in backward, and not kept."""
+    before: PassRoute
+    """Over the block's input."""
+    fewest_values: int
+    """Of a channel, of the convolutions' outputs: one alone has no variance."""
+    heard: BlockRoute | None = field(default=None, repr=False)
+    """The same by way of PyTorch's dispatcher; None of that itself."""
+
+    @classmethod
+    def of(
+        cls,
+        chain: tuple[LinkRoute, ...],
+        shortcut: LinkRoute | None,
+        efficient: bool,
+        before: PassRoute,
+        fewest_values: int,
+    ) -> BlockRoute:
+        other = None if shortcut is None else shortcut.heard
+        heard = cls(tuple(link.heard for link in chain), other, efficient, before.heard, fewest_values)
+        return cls(chain, shortcut, efficient, before, fewest_values, heard)
+
+
+@dataclass(frozen=True, slots=True)
+class StemRoute:
+    """Who runs a network's stem in training: the convolution, and norm, ReLU and pooling as one pass."""
+
+    link: LinkRoute
+    pool: PoolPasses
+    heard: StemRoute | None = field(default=None, repr=False)
+    """The same by way of PyTorch's dispatcher; None of that itself."""
+
+    @classmethod
+    def of(cls, link: LinkRoute, pool: PoolPasses) -> StemRoute:
+        return cls(link, pool, cls(link.heard, dispatched(PoolPasses)))
+
+
+def pass_route(x: Tensor) -> PassRoute | None:
+    """Who runs the passes over x; None where PyTorch's own batch_norm, add and relu are faster.
+
+    A backend asked for by name, the reference included, always runs them (or raises). Inside ``torch.func`` and
+    forward-mode differentiation, and for subclasses of Tensor (DTensor), which take PyTorch's own ops only, nobody.
+    """
+    if torch.compiler.is_compiling():
+        return DISPATCHED if _compiles(x) else None
+    route = kept_pass_route(x)
+    if route is None or not is_listened_to():
+        return route
+    return None if is_transformed() else route.heard
+
+
+def kept_pass_route(x: Tensor) -> PassRoute | None:
+    """`pass_route` where nobody listens at the dispatcher and nothing is compiled."""
+    key = (type(x), x.shape, x.stride(), x.dtype, x.device, request.current)
+    route = kept.get(key, _UNKNOWN)
+    return keep(key, _decide_passes(x)) if route is _UNKNOWN else route
+
+
+def link_route(x: Tensor, conv_weight: Tensor, settings: ConvSettings) -> LinkRoute:
+    """Who runs this convolution of x, of the dtype, device and memory format that it gets; not kept by itself."""
+    over_output = kept_pass_route(output_like(x, conv_weight, settings)) or DISPATCHED
+    reasons = fusion_level.why_not_fused(x, conv_weight, settings)
+    level = 0 if reasons else fusion_level.level_of_fused(x, conv_weight, settings)
+    forward = (x, conv_weight, None, None, None, None, None, None, 0.0, 0.0, *settings.lists, True)
+    natively = 0 < level <= fusion_level.NATIVE_LEVEL and fusion_level.is_native(x)
+    convolution = fused = None
+    if natively and not reasons_against("native", "conv_stats", forward):
+        convolution = module("native").NativeConvolution(x.shape, conv_weight.shape, settings)
+    elif level > 0:
+        fused = _fused_convolutions(forward)
+    return LinkRoute(level, settings, settings.lists, over_output, convolution, fused, tuple(reasons))
+
+
+def output_like(x: Tensor, conv_weight: Tensor, settings: ConvSettings) -> Tensor:
+    """An empty tensor such as the convolution of x gives."""
+    shape = (x.shape[0], conv_weight.shape[0], *settings.output_size(x.shape, conv_weight.shape))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=conv_memory_format(x, conv_weight))
+
+
+def pool_passes(y: Tensor) -> PoolPasses:
+    """Who runs pooling fused with the norm and ReLU before it, where ``why_not_fused_pool`` is empty."""
+    backend = request.current.backend
+    if backend == "triton" or (y.is_cuda and backend == AUTO):
+        return functions_of(module("triton"), PoolPasses)
+    return functions_of(module("reference"), PoolPasses) if backend == "reference" else dispatched(PoolPasses)
+
+
+def _fused_convolutions(forward: tuple[Any, ...]) -> FusedConvolutions:
+    """For these arguments of ``conv_stats``."""
+    backend = request.current.backend
+    if backend == "reference":
+        return functions_of(module("reference"), FusedConvolutions)
+    if backend in (AUTO, "triton") and not reasons_against("triton", "conv_stats", forward):
+        return functions_of(module("triton"), FusedConvolutions)
+    return dispatched(FusedConvolutions)
+
+
+def _decide_passes(x: Tensor) -> PassRoute | None:
+    asked = request.current
+    if type(x) not in (Tensor, Parameter):
+        return None
+    if asked.backend == AUTO and (x.dtype not in FUSED_DTYPES or x.numel() == 0):
+        return None
+    masks = dispatched(MaskPasses) if asked.masks else None
+    name = _backend_of_passes(x)
+    if name is None:
+        fallback = asked.backend != AUTO
+        return PassRoute(dispatched(Passes), masks) if fallback else None
+    backend = module(name)
+    elsewhere = measured_plan.other_backend_for_passes(x, name)
+    passes = dispatched(Passes) if elsewhere else functions_of(backend, Passes)
+    if name != "cuda":
+        return PassRoute(passes, masks)
+    one_launch = functions_of(backend, OneLaunch) if backend.fits_on_chip(x) else None
+    return PassRoute(passes, functions_of(backend, MaskPasses), one_launch)
+
+
+def _backend_of_passes(x: Tensor) -> str | None:
+    """The backend whose functions run every pass over x; None where each has to be asked for, or refused."""
+    asked = request.current.backend
+    if asked == "reference":
+        return asked
+    if x.dtype not in FUSED_DTYPES or x.numel() == 0:
+        return None
+    for name in ("cuda", "triton", "native"):
+        if asked not in (AUTO, name) or why_not_device(name, x.device):
+            continue
+        if name == "native" and x.device.type != "cpu":
+            continue
+        return name if name == "native" or is_channels_last_once_dense(x) else None
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _works(backend: str, device: torch.device) -> bool:
+    return not why_not_device(backend, device)
+
+
+def _compiles(x: Tensor) -> bool:
+    """``pass_route(x) is not None``, as torch.compile can trace it."""
+    if request.current.backend != AUTO:
+        return True
+    if x.dtype not in FUSED_DTYPES or x.numel() == 0:
+        return False
+    if x.device.type == "cuda":
+        return (_works("cuda", x.device) or _works("triton", x.device)) and is_channels_last_once_dense(x)
+    return x.device.type == "cpu" and _works("native", x.device)
+
+
+_UNKNOWN = object()
+DISPATCHED = PassRoute(dispatched(Passes))
+"""What torch.compile's graphs hold."""
