@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fused_resnet.bench.suite.torchvision_ops import missing_torchvision_ops
+from fused_resnet.ops.route import routes
 
 SECONDS_PER_TEST = 300
 NO_PLANS = tempfile.mkdtemp(prefix="fused_resnet_tests_")
@@ -39,4 +40,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
+    """The same numbers for every test, and no route that an earlier one, which had replaced a function, has kept."""
     torch.manual_seed(0)
+    routes.kept.clear()

@@ -46,6 +46,5 @@ def test_reasons_belong_to_who_asked(monkeypatch):
     """One call's further reasons must not stay with the device."""
     device = torch.device("cuda", 0)
     monkeypatch.setattr(cuda, "_why_not_cuda_device", functools.cache(lambda device: ()))
-    monkeypatch.setattr(cuda_launch, "device_type", lambda: "cuda")
     cuda.why_not_device(device).append("x is not channels_last")
     assert cuda.why_not_device(device) == []

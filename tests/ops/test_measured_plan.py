@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fused_resnet.ops.conv_settings import ConvSettings
 from fused_resnet.ops.route import measured_plan, plan_file, plan_key, request
 from fused_resnet.ops.route.plan_file import Decision, NotAPlan
 
@@ -199,7 +200,7 @@ def test_without_a_plan_the_first_question_is_the_last_that_touches_a_disk(monke
     monkeypatch.setattr(measured_plan, "_plan_of", touched)
     x = torch.ones(2, 8, 4, 4)
     for _ in range(3):
-        assert winner() is None and measured_plan.level_for(x, x, [1, 1], [0, 0], [1, 1], 1) is None
+        assert winner() is None and measured_plan.level_for(x, x, ConvSettings()) is None
         assert not measured_plan.other_backend_for_passes(x, "native")
 
 

@@ -116,7 +116,7 @@ def test_accuracy(case: str, normed: bool, method: str):
 
 
 def test_both_methods_are_tested(method: str):
-    conv = native_training._conv(Inputs("3x3", False).weight, [1, 1], [1, 1], [1, 1])
+    conv = native_training._conv(Inputs("3x3", False).weight.shape, ConvSettings(padding=(1, 1)))
     for what in ("forward", "input", "weight"):
         assert native_training._method(conv, what, 2, 28, 28).name == method
 

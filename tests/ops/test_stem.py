@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fused_resnet.bench.saved_bytes import saved_bytes
 from fused_resnet.ops import BatchNorm, ConvNorm, conv_bn_act_pool, use_backend, use_fusion_level
+from fused_resnet.ops.conv_norm import Done
 from tests.accuracy import assert_at_most_twice
 
 stem = importlib.import_module("fused_resnet.ops.stem")
@@ -200,8 +201,8 @@ def test_no_second_derivative_through_statistics_of_several_ranks(monkeypatch: p
     """As residual_block and bn_act say; a wrong number would be worse."""
     given = tensors()
     given["conv_weight"].requires_grad_()
-    keep = stem.restored
-    monkeypatch.setattr(stem, "restored", lambda *args: keep(*args)._replace(share=torch.tensor(0.5)))
+    kept = Done.kept
+    monkeypatch.setattr(Done, "kept", lambda done, parameters: [*kept(done, parameters)[:-1], torch.tensor(0.5)])
     with use_backend("reference"), use_fusion_level(3):
         out = fused(given)
         with pytest.raises(NotImplementedError, match="several ranks"):

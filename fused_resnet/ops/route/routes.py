@@ -145,6 +145,9 @@ def pass_route(x: Tensor) -> PassRoute | None:
     """
     if torch.compiler.is_compiling():
         return DISPATCHED if _compiles(x) else None
+    if torch._C._get_tracing_state() is not None:  # sizes are no plain numbers, and not to be kept
+        route = _decide_passes(x)
+        return None if route is None else route.heard
     route = kept_pass_route(x)
     if route is None or not is_listened_to():
         return route
