@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from fused_resnet.bench.machine import machine_facts
-from fused_resnet.ops.route import measured_plan, reasons, request
+from fused_resnet.ops.plan import measured_plan
+from fused_resnet.ops.route import reasons, request
 from fused_resnet.version import __version__
 
 PREFIX = "FUSED_RESNET_"

@@ -1,6 +1,7 @@
 """The law of layers: every file's imports, read from its syntax tree, point downward.
 
 models -> modules -> ops -> kernels, _C
+    ops: public ops and autograd -> route -> (by name) backends -> reference, plan -> layout
 convert -> models, modules, ops;   frozen -> convert and below;   cuda_graph -> nothing;
 bench, training, info -> anything in the package;   nothing -> tests, benchmarks
 """
@@ -8,6 +9,7 @@ bench, training, info -> anything in the package;   nothing -> tests, benchmarks
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -34,13 +36,24 @@ MAY_IMPORT = {
     "__init__": ANYTHING,
     "__main__": ANYTHING,
 }
+MAY_IMPORT_IN_OPS = {
+    "layout": set(),
+    "conv_settings": {"layout"},
+    "checks": set(),
+    "reference": {"layout"},
+    "schemas": {"layout", "reference"},
+    "plan": {"layout", "conv_settings"},
+    "backends": {"layout", "conv_settings", "reference", "plan"},
+    "route": {"layout", "conv_settings", "reference", "plan", "schemas"},
+}
+"""Inside ops; every other file there holds public ops, autograd or what those share, and may not import backends."""
 NEVER = {"tests", "benchmarks", "kernels"}  # as top-level names
 # Needed by some commands only, so never imported by a module's top level outside the code of those commands.
 EXTRAS = {
     *("rich", "matplotlib", "sklearn", "jinja2", "torchvision", "timm"),
     *("onnx", "onnxruntime", "openvino", "torch_tensorrt", "cudnn", "apex"),
 }
-READS_ENVIRONMENT = {f"fused_resnet/{name}.py" for name in ("ops/route/request", "ops/route/plan_file", "info")}
+READS_ENVIRONMENT = {f"fused_resnet/{name}.py" for name in ("ops/route/request", "ops/plan/plan_file", "info")}
 
 
 def package_files() -> list[Path]:
@@ -89,6 +102,39 @@ def violations(source: str, module: str, is_package: bool = False) -> list[str]:
             if there != here and there != "version" and (not known or there not in MAY_IMPORT[here]):
                 found.append(f"{module} imports {name}")
     return found
+
+
+def violations_in_ops(source: str, module: str, is_package: bool = False) -> list[str]:
+    _, _, here, *_ = [*module.split("."), "__init__"]
+    found = []
+    for name in imported_modules(ast.parse(source), module, is_package):
+        if not name.startswith(f"{PACKAGE}.ops."):
+            continue
+        there = name.split(".")[2]
+        allowed = MAY_IMPORT_IN_OPS.get(here)
+        if there != here and (there == "backends" if allowed is None else there not in allowed):
+            found.append(f"{module} imports {name}")
+    return found
+
+
+def test_every_import_in_ops_points_downward():
+    found = []
+    for path in sorted((ROOT / PACKAGE / "ops").rglob("*.py")):
+        found += violations_in_ops(path.read_text(), module_name(path), path.name == "__init__.py")
+    assert not found
+    assert violations_in_ops("from fused_resnet.ops.route import routes", "fused_resnet.ops.backends.native.conv")
+    assert violations_in_ops("from fused_resnet.ops.backends import native", "fused_resnet.ops.bn_act")
+
+
+def test_no_imports_go_in_circles():
+    modules = {module_name(path): path for path in package_files()}
+    graph: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        found = imported_modules(ast.parse(path.read_text()), module, path.name == "__init__.py")
+        known = {name if name in modules else name.rpartition(".")[0] for name in found}
+        graph[module] = {name for name in known if name in modules and name not in (module, PACKAGE)}
+    for _ in graphlib.TopologicalSorter(graph).static_order():  # raises a CycleError that names them
+        pass
 
 
 def test_every_import_points_downward():

@@ -16,7 +16,8 @@ from fused_resnet.bench.tune.run import tune, unknown
 from fused_resnet.bench.tune.sites import Selection, subjects
 from fused_resnet.ops import reference, training_level, use_backend
 from fused_resnet.ops.backends.native.conv import NativeConv, takes_dtype
-from fused_resnet.ops.route import backend, measured_plan, plan_file, plan_key
+from fused_resnet.ops.plan import measured_plan, plan_file, plan_key
+from fused_resnet.ops.route import backend
 from fused_resnet.ops.route.reasons import module, why_not_device
 from tests.ops.step import NEEDS_NATIVE
 

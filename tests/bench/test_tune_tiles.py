@@ -20,7 +20,7 @@ from fused_resnet.kernels import chosen_tiles
 from fused_resnet.kernels.conv_tiles import conv_tiles
 from fused_resnet.kernels.device import CHIPS
 from fused_resnet.kernels.training_tiles import Product, training_tiles
-from fused_resnet.ops.route import measured_plan, plan_file
+from fused_resnet.ops.plan import measured_plan, plan_file
 from tests.kernels.compiled import chip, compile_launches, empty  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,7 +140,7 @@ from fused_resnet.bench.tune.level_subject import LevelSubject
 from fused_resnet.bench.tune.measure import DRY_METHOD
 from fused_resnet.bench.tune.op_subject import BackendSubject, TrainingTileSubject
 from fused_resnet.bench.tune.run import tune
-from fused_resnet.ops.route import measured_plan
+from fused_resnet.ops.plan import measured_plan
 from fused_resnet.ops import training_level
 
 torch.set_num_threads(1)

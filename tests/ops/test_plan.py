@@ -21,8 +21,9 @@ from fused_resnet.ops import (
 )
 from fused_resnet.ops.backends.native.conv import why_no_kernels
 from fused_resnet.ops.conv_settings import ConvSettings
+from fused_resnet.ops.plan import measured_plan, plan_file, plan_key
 from fused_resnet.ops.route import fusion_level as plan
-from fused_resnet.ops.route import measured_plan, plan_file, plan_key, request
+from fused_resnet.ops.route import request
 from tests.ops.step import NEEDS_NATIVE
 
 ROOT = Path(__file__).resolve().parents[2]

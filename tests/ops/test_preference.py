@@ -14,7 +14,8 @@ from fused_resnet.bench.dry_run import DryRun
 from fused_resnet.ops import bn_act
 from fused_resnet.ops.backends import cuda
 from fused_resnet.ops.backends.cuda import launch as cuda_launch
-from fused_resnet.ops.route import choose, measured_plan, plan_file, plan_key, preference, reasons, routes
+from fused_resnet.ops.plan import measured_plan, plan_file, plan_key
+from fused_resnet.ops.route import choose, preference, reasons, routes
 from fused_resnet.ops.route.routes import pass_route
 from fused_resnet.ops.schemas import SCHEMAS
 from tests.ops.step import NEEDS_NATIVE

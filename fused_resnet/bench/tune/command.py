@@ -18,9 +18,9 @@ from fused_resnet.bench.tune.compile import compile_all
 from fused_resnet.bench.tune.measure import DRY_METHOD, METHOD
 from fused_resnet.bench.tune.run import tune, unknown
 from fused_resnet.bench.tune.sites import MODES, Selection, subjects
-from fused_resnet.ops.route import measured_plan, plan_file
-from fused_resnet.ops.route.measured_plan import ignoring_measured_plan
-from fused_resnet.ops.route.plan_file import NotAPlan
+from fused_resnet.ops.plan import measured_plan, plan_file
+from fused_resnet.ops.plan.measured_plan import ignoring_measured_plan
+from fused_resnet.ops.plan.plan_file import NotAPlan
 
 DTYPES = ("float32", "bfloat16", "float16")
 BATCH_SIZES = {

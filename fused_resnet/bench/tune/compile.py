@@ -13,7 +13,7 @@ from typing import Any
 
 from fused_resnet.bench.tune.sites import Selection, subjects
 from fused_resnet.bench.tune.subject import Subject
-from fused_resnet.ops.route.measured_plan import ignoring_measured_plan
+from fused_resnet.ops.plan.measured_plan import ignoring_measured_plan
 
 PATIENCE = 600.0
 """Seconds without any news, after which the processes are given up: one may have been killed for its memory."""

@@ -19,10 +19,10 @@ from fused_resnet.bench.tune.op_subject import with_batch
 from fused_resnet.bench.tune.subject import Subject
 from fused_resnet.bench.tune.tile_candidates import choosing, with_tiles
 from fused_resnet.ops.conv_settings import ConvSettings
-from fused_resnet.ops.route import measured_plan, plan_key
+from fused_resnet.ops.plan import measured_plan, plan_key
+from fused_resnet.ops.plan.plan_file import Key
 from fused_resnet.ops.route.choose import use_backend
 from fused_resnet.ops.route.fusion_level import highest_level, training_level
-from fused_resnet.ops.route.plan_file import Key
 from fused_resnet.ops.route.reasons import unavailable
 from fused_resnet.ops.route.request import use_fusion_level
 

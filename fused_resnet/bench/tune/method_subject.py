@@ -12,8 +12,8 @@ from fused_resnet.bench.suite.op_conv_inference import ConvInferenceInputs, Conv
 from fused_resnet.bench.suite.task import Prepared, Results
 from fused_resnet.bench.tune.subject import Subject
 from fused_resnet.ops.backends.native.conv import NativeConv, why_not_native
-from fused_resnet.ops.route import measured_plan, plan_key
-from fused_resnet.ops.route.plan_file import Key
+from fused_resnet.ops.plan import measured_plan, plan_key
+from fused_resnet.ops.plan.plan_file import Key
 
 
 class MethodSubject(Subject):

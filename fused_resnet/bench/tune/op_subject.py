@@ -16,9 +16,9 @@ from fused_resnet.bench.tune.measure import Found
 from fused_resnet.bench.tune.subject import Entry, Subject
 from fused_resnet.bench.tune.tile_candidates import TileQuestion, choosing, questions, with_tiles
 from fused_resnet.ops.conv_settings import ConvSettings
-from fused_resnet.ops.route import measured_plan, plan_key
+from fused_resnet.ops.plan import measured_plan, plan_key
+from fused_resnet.ops.plan.plan_file import Key
 from fused_resnet.ops.route.choose import choose_automatically, use_backend
-from fused_resnet.ops.route.plan_file import Key
 from fused_resnet.ops.route.reasons import MODULES, unavailable
 
 TRITON = "triton"

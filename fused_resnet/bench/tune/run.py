@@ -14,8 +14,8 @@ from fused_resnet.bench.suite.rounds import Method
 from fused_resnet.bench.tune.measure import METHOD, Found, NothingRan, find_fastest
 from fused_resnet.bench.tune.subject import Subject
 from fused_resnet.bench.tune.tile_candidates import ask_nobody
-from fused_resnet.ops.route import measured_plan
-from fused_resnet.ops.route.plan_file import Key
+from fused_resnet.ops.plan import measured_plan
+from fused_resnet.ops.plan.plan_file import Key
 from fused_resnet.ops.route.reasons import unavailable
 
 SECONDS_PER_SUBJECT = 20.0

@@ -20,8 +20,8 @@ from fused_resnet.bench.tune.method_subject import MethodSubject
 from fused_resnet.bench.tune.op_subject import BackendSubject, TrainingTileSubject
 from fused_resnet.bench.tune.subject import Subject
 from fused_resnet.ops.backends.native.conv import why_no_kernels
-from fused_resnet.ops.route.plan_file import Key
-from fused_resnet.ops.route.plan_key import CHOSEN_OPS
+from fused_resnet.ops.plan.plan_file import Key
+from fused_resnet.ops.plan.plan_key import CHOSEN_OPS
 from fused_resnet.ops.route.reasons import unavailable, why_not_device
 
 MODES = {"inference": INFERENCE, "training": TRAINING_STEP}

@@ -11,7 +11,7 @@ import torch
 
 from fused_resnet.bench.suite.task import Prepared
 from fused_resnet.bench.tune.measure import Found
-from fused_resnet.ops.route.plan_file import Key
+from fused_resnet.ops.plan.plan_file import Key
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from fused_resnet.ops.route.measured_plan import choose_tiles_by
-from fused_resnet.ops.route.plan_file import Key
+from fused_resnet.ops.plan.measured_plan import choose_tiles_by
+from fused_resnet.ops.plan.plan_file import Key
 
 Result = TypeVar("Result")
 

@@ -9,7 +9,7 @@ level what one pass over memory holds
 3     and the same in backward: both gradients of a convolution, the norm behind it, the norm in front
 ===== ==============================================================================================
 
-The automatic choice is the level that was fastest here for this convolution, where ``ops/route/measured_plan.py`` knows
+The automatic choice is the level that was fastest here for this convolution, where ``ops/plan/measured_plan.py`` knows
 of a measurement. Else level 3 where the Triton kernels run on the device and have matrix instructions for the dtype, by
 what is known and not by measurement: it moves the fewest bytes (benchmarks/step_bytes.py), and nearly every convolution
 of a ResNet waits for memory. On the CPU level 2 where the C++ convolutions take it, which were measured to be faster
@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from fused_resnet.ops.conv_settings import ConvSettings
-from fused_resnet.ops.route import measured_plan, request
+from fused_resnet.ops.plan import measured_plan
+from fused_resnet.ops.route import request
 from fused_resnet.ops.route.reasons import reasons_against, why_not_device
 from fused_resnet.ops.route.request import AUTO, HIGHEST_LEVEL
 

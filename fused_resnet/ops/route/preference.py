@@ -1,6 +1,6 @@
 """Which backend is asked first where several can run an op.
 
-The one that was fastest here, where ``ops/route/measured_plan.py`` knows of a measurement; the rest is written, by what
+The one that was fastest here, where ``ops/plan/measured_plan.py`` knows of a measurement; the rest is written, by what
 is known and not by measurement: no rule here was timed on a device yet. A pass over memory takes as long in CUDA C++ as
 in Triton, but is launched in less time and, with a bit mask, moves less: ``cuda`` first. A convolution that fills a
 chip with wgmma runs faster in Triton, whose matrix instructions there take their operands from shared memory; one that
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet.ops.layout import conv_output_size
-from fused_resnet.ops.route import measured_plan
+from fused_resnet.ops.plan import measured_plan
 
 CUDA_FIRST = ("cuda", "triton", "native", "separate", "reference")
 TRITON_FIRST = ("triton", "cuda", "native", "separate", "reference")

@@ -28,8 +28,6 @@ class Request(NamedTuple):
     """0 to 3, or None for the automatic choice."""
     masks: bool = False
     """Whether the ReLU that ends a block keeps a bit of each element, on a backend that would keep its output."""
-    plan: int = 0
-    """The generation of the measured plan (``ops/route/measured_plan.py``)."""
 
 
 class BackendError(RuntimeError):
@@ -46,12 +44,6 @@ def asking(**wanted: str | int | bool | None) -> Iterator[None]:
         yield
     finally:
         current = current._replace(**before)
-
-
-def plan_changed() -> None:
-    """The measured plan may answer otherwise from now on."""
-    global current
-    current = current._replace(plan=current.plan + 1)
 
 
 def requested_backend() -> str:

@@ -16,7 +16,8 @@ from torch.nn import Parameter
 
 from fused_resnet.ops.conv_settings import ConvSettings
 from fused_resnet.ops.layout import conv_memory_format, is_channels_last_once_dense
-from fused_resnet.ops.route import fusion_level, measured_plan, request
+from fused_resnet.ops.plan import measured_plan
+from fused_resnet.ops.route import fusion_level, request
 from fused_resnet.ops.route.listeners import is_listened_to, is_transformed
 from fused_resnet.ops.route.reasons import FUSED_DTYPES, module, reasons_against, why_not_device
 from fused_resnet.ops.route.request import AUTO
@@ -35,7 +36,8 @@ from fused_resnet.ops.route.signatures import (
 MOST_KEPT = 4096
 
 kept: dict[tuple[Any, ...], Any] = {}
-"""Every route of the process."""
+"""Every route of the process; none once the measured plan has changed."""
+measured_plan.forget_answers.append(lambda: kept.clear())
 
 
 def keep(key: tuple[Any, ...], route: Any) -> Any:

@@ -16,8 +16,8 @@ from torch import Tensor
 from fused_resnet.ops.backends.extension import extension
 from fused_resnet.ops.backends.native.norm import empty_strided
 from fused_resnet.ops.layout import conv_output_size, is_channels_last
-from fused_resnet.ops.route import measured_plan
-from fused_resnet.ops.route.plan_key import method_key
+from fused_resnet.ops.plan import measured_plan
+from fused_resnet.ops.plan.plan_key import method_key
 
 CAPABILITIES = {torch.float32: ("avx2", "avx512", "avx512_bf16"), torch.bfloat16: ("avx512_bf16",)}
 """Builds of csrc/cpu in which these convolutions are no slower than oneDNN's, by dtype."""

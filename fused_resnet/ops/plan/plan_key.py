@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_resnet.ops.conv_settings import ConvSettings
 from fused_resnet.ops.layout import is_channels_last_once_dense
-from fused_resnet.ops.route.plan_file import Key
+from fused_resnet.ops.plan.plan_file import Key
 
 _TELLING: dict[str, tuple[int, ...]] = {
     "bn_stats": (),

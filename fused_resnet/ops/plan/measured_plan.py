@@ -2,10 +2,10 @@
 
 ``python -m fused_resnet tune`` measures; ``ops/route/preference.py``, ``ops/route/fusion_level.py`` and the Triton
 kernels ask here before they go by what is written. The plan of a device is read once, at the first question about it
-(``ops/route/plan_file.py`` says from where). As long as no file is found, ``speaks`` is False, and that is all that
+(``ops/plan/plan_file.py`` says from where). As long as no file is found, ``speaks`` is False, and that is all that
 anybody looks at.
 
-A decision is found by the op and a key of ints and strings (``ops/route/plan_key.py`` makes those of the ops). A plan
+A decision is found by the op and a key of ints and strings (``ops/plan/plan_key.py`` makes those of the ops). A plan
 advises and never forces: a backend that was asked for by name runs, and a winner that cannot run is passed over.
 """
 
@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from fused_resnet.ops.conv_settings import ConvSettings
-from fused_resnet.ops.route import plan_file, request
-from fused_resnet.ops.route.plan_file import Decision, Decisions, Key
-from fused_resnet.ops.route.plan_key import CHOSEN_OPS, key_of, level_key
+from fused_resnet.ops.plan import plan_file
+from fused_resnet.ops.plan.plan_file import Decision, Decisions, Key
+from fused_resnet.ops.plan.plan_key import CHOSEN_OPS, key_of, level_key
 
 LEVEL = "training_level"
 """In the place of the op, of the level at which a convolution trains; the winner is "0" to "3"."""
@@ -38,6 +38,9 @@ TILES = "tiles"
 
 speaks = True
 """False once it is known that no plan has anything to say in this process, and inside ``ignoring_measured_plan``."""
+
+forget_answers: list[Callable[[], None]] = []
+"""Called whenever answers may change: by whoever keeps what follows from them."""
 
 _CPU = torch.device("cpu")
 
@@ -245,7 +248,8 @@ def _load(asked: torch.device) -> _Known | None:
 
 def _answers_changed() -> None:
     global speaks
-    request.plan_changed()
+    for forget in forget_answers:
+        forget()
     speaks = not _ignored and (any(known.winners for known in _known.values()) or not _nobody_is_left_to_ask())
     _give_tiles_to_kernels()
 
