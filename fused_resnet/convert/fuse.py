@@ -12,8 +12,8 @@ from torch import nn
 
 from fused_resnet.convert.sites import fusion_sites
 from fused_resnet.modules.basic_block import BasicBlock
-from fused_resnet.modules.bn_act import UNFUSED
 from fused_resnet.modules.bottleneck import Bottleneck
+from fused_resnet.modules.plain import UNFUSED
 from fused_resnet.modules.whole_block import MEMORY, WHOLE
 from fused_resnet.ops.residual_block import check_memory
 

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from fused_resnet.modules.bn_act import UNFUSED, BatchNormAct2d, why_not_fuse
+from fused_resnet.modules.bn_act import BatchNormAct2d, why_not_fuse
+from fused_resnet.modules.plain import UNFUSED
 from fused_resnet.modules.shortcut import why_not_split
 from fused_resnet.modules.site import Site, sites_of
 

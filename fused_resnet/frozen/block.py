@@ -12,9 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fused_resnet.frozen.chains import Chains
-from fused_resnet.frozen.untouched import weights_changed
-from fused_resnet.modules.bn_act import has_global_hooks, is_intercepted
+from fused_resnet.frozen.chains import Chains, weights_changed
+from fused_resnet.modules.plain import has_global_hooks, is_intercepted
 from fused_resnet.ops.backends.native.chain import Block, NativeChain
 from fused_resnet.ops.backends.native.conv import NativeConv, why_not_native
 from fused_resnet.ops.backends.onednn import pack_conv_weight, packed_conv_act, why_not_packed

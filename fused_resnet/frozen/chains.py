@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fused_resnet.frozen.untouched import Untouched
+from fused_resnet.modules.plain import Snapshot
 from fused_resnet.ops.backends.native.chain import NativeChain
 from fused_resnet.ops.route.listeners import runs_unseen
 
 MOST_CHAINS = 4
+
+_generations = itertools.count()
+_generation = 0
+
+
+def weights_changed() -> None:
+    """Somebody's frozen weights were made, moved or loaded: what was laid out for any of them may be stale."""
+    global _generation
+    _generation = next(_generations)
 
 
 class Chains:
@@ -24,17 +34,19 @@ class Chains:
 
     def __init__(self, plan: Callable[[Any, Tensor], NativeChain | None]) -> None:
         self._plan = plan
-        self._untouched: Untouched | None = None
+        self._snapshot: Snapshot | None = None
+        self._generation = 0
         self._chains: dict[tuple[torch.Size, torch.dtype, int], tuple[NativeChain | None]] = {}
 
     def __call__(self, module: nn.Module, x: Tensor) -> Tensor | None:
         """What the module's forward gives for x; None where its parts have to be called."""
         if not runs_unseen(x):
             return None
-        if self._untouched is None or not self._untouched.holds():
-            self._untouched = untouched = Untouched(module)
+        if self._snapshot is None or self._generation != _generation or not self._snapshot.holds():
+            self._generation = _generation
+            self._snapshot = snapshot = Snapshot(module)
             self._chains.clear()
-            if not untouched.holds():  # hooks, which want every part to be called
+            if not snapshot.holds():  # hooks, which want every part to be called
                 return None
         key = (x.shape, x.dtype, torch.get_num_threads())
         found = self._chains.get(key)  # once: another thread may be clearing them

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fused_resnet.frozen.block import FrozenConvAct
-from fused_resnet.frozen.untouched import weights_changed
-from fused_resnet.modules.bn_act import is_intercepted
+from fused_resnet.frozen.chains import weights_changed
+from fused_resnet.modules.plain import is_intercepted
 from fused_resnet.ops.backends.native.conv import NativeConv, average, max_pool, takes_dtype
 from fused_resnet.ops.route.choose import runs_in_cuda
 from fused_resnet.ops.route.listeners import runs_unseen

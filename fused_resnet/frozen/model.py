@@ -21,8 +21,8 @@ from fused_resnet.frozen.ends import (
     pixel_scale_and_shift,
 )
 from fused_resnet.frozen.network import network_chains
-from fused_resnet.modules.bn_act import has_global_hooks, is_intercepted
 from fused_resnet.modules.conv_bn_act import ConvBNAct2d, why_not_fold
+from fused_resnet.modules.plain import has_global_hooks, is_intercepted
 from fused_resnet.modules.site import Site, sites_of
 from fused_resnet.ops.checks import DTYPES, check_bytes, check_image, check_normalize
 

@@ -6,22 +6,23 @@ not be (a hook, a subclass, another kind of norm), it calls the modules. ``why_n
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard, cast
+from typing import TypeGuard, cast
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as global_hooks
 
-from fused_resnet.ops.bn_act import BatchNorm, bn_act, bn_act_dual
+from fused_resnet.modules.plain import (
+    UNFUSED,
+    PlainNorm,
+    batch_norm_arguments,
+    class_name,
+    has_global_hooks,
+    is_intercepted,
+    vectors_fit,
+)
+from fused_resnet.ops.bn_act import bn_act, bn_act_dual, normalize
 from fused_resnet.ops.checks import check_activation
-
-UNFUSED = "_fused_resnet_unfused"
-"""``fused_resnet.unfuse`` gives a norm an attribute of this name to have its site run the ordinary way."""
-
-PlainNorm = nn.BatchNorm2d | nn.SyncBatchNorm
-"""What the fused ops can stand for."""
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
@@ -124,11 +125,11 @@ def why_not_fuse(norm: nn.Module, act: nn.Module | None) -> list[str]:
         if torch.compiler.is_compiling():
             reasons.append("the norm is a torch.nn.SyncBatchNorm, whose collectives are not fused under torch.compile")
     elif type(norm) is not nn.BatchNorm2d:
-        reasons.append(f"the norm is {_class_name(norm)}, not exactly torch.nn.BatchNorm2d or torch.nn.SyncBatchNorm")
+        reasons.append(f"the norm is {class_name(norm)}, not exactly torch.nn.BatchNorm2d or torch.nn.SyncBatchNorm")
     if UNFUSED in norm.__dict__:
         reasons.append("fused_resnet.unfuse was called on it")
     if act is not None and type(act) is not nn.ReLU:
-        reasons.append(f"the activation is {_class_name(act)}, not exactly torch.nn.ReLU")
+        reasons.append(f"the activation is {class_name(act)}, not exactly torch.nn.ReLU")
     if is_intercepted(norm):
         reasons.append("the norm has hooks, or a forward of its own")
     if act is not None and is_intercepted(act):
@@ -138,80 +139,22 @@ def why_not_fuse(norm: nn.Module, act: nn.Module | None) -> list[str]:
     return reasons
 
 
-def is_intercepted(module: nn.Module) -> bool:
-    """True if calling this module does more, or other, than its class's forward: hooks, a replaced or compiled one."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or module._compiled_call_impl is not None
-        or "forward" in module.__dict__
-    )
-
-
-def has_global_hooks() -> bool:
-    """True if torch.nn.modules.module has hooks that run for every module."""
-    return bool(
-        global_hooks._global_forward_hooks
-        or global_hooks._global_forward_pre_hooks
-        or global_hooks._global_backward_hooks
-        or global_hooks._global_backward_pre_hooks
-    )
-
-
-def batch_norm_arguments(norm: PlainNorm) -> BatchNorm:
-    """What the norm's forward would give to ``F.batch_norm`` now; counts the batch where it would.
-
-    Batch statistics normalise in training, and in eval when there are no running ones; the running statistics move in
-    training when they are tracked; ``momentum=None`` makes them the average over all batches counted. An
-    ``nn.SyncBatchNorm`` in training shares the statistics of its batch with the other ranks of its group.
-    """
-    # Past nn.Module.__getattr__, which costs as much for each tensor as all else here.
-    parameters, buffers, momentum, training = norm._parameters, norm._buffers, norm.momentum, norm.training
-    running_mean, running_var = buffers["running_mean"], buffers["running_var"]
-    if not training:
-        training = running_mean is None and running_var is None
-    elif not norm.track_running_stats:
-        running_mean = running_var = None
-    elif _is_recomputation():
-        running_mean = None if running_mean is None else running_mean.clone()
-        running_var = None if running_var is None else running_var.clone()
-    elif (counted := buffers["num_batches_tracked"]) is not None:
-        counted.add_(1)
-        if momentum is None:
-            momentum = 1.0 / float(counted)
-    if momentum is None:
-        momentum = 0.0
-    group = None if type(norm) is nn.BatchNorm2d else _process_group(norm)
-    vectors = (parameters["weight"], parameters["bias"], running_mean, running_var)
-    return BatchNorm(*vectors, training, momentum, norm.eps, group)
-
-
-def _process_group(norm: PlainNorm) -> Any:
-    """The ranks that ``nn.SyncBatchNorm.forward`` would share statistics with now; None if with no other."""
-    if type(norm) is not nn.SyncBatchNorm or not norm.training or not (dist.is_available() and dist.is_initialized()):
-        return None
-    group = norm.process_group or dist.group.WORLD
-    return group if dist.get_world_size(group) > 1 else None  # -1 for a rank outside the group
-
-
 def _bn_act(norm: PlainNorm, activation: str | None, x: Tensor, residual: Tensor | None) -> Tensor:
-    weight, bias, running_mean, running_var, training, momentum, eps, process_group = batch_norm_arguments(norm)
+    arguments = batch_norm_arguments(norm)
     if residual is not None and residual.dtype != x.dtype:  # a float32 input of a block whose convolutions are autocast
         residual = residual.to(x.dtype)
+    channels = x.shape[1]
+    several = x.numel() > channels and x.is_floating_point() and arguments.process_group is None
+    if several and vectors_fit(norm, channels, x.device):
+        return normalize(x, arguments, residual, activation is not None)
+    weight, bias, running_mean, running_var, training, momentum, eps, group = arguments
     return bn_act(
-        x,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        residual,
+        *(x, weight, bias, running_mean, running_var, residual),
         training=training,
         momentum=momentum,
         eps=eps,
         activation=activation,
-        process_group=process_group,
+        process_group=group,
     )
 
 
@@ -223,12 +166,3 @@ def _add(out: Tensor, residual: Tensor | None) -> Tensor:
 def is_image(x: object) -> TypeGuard[Tensor]:
     """False for what only the modules themselves can answer: fx proxies, jit traces, and shapes that they refuse."""
     return isinstance(x, Tensor) and x.dim() == 4 and not torch.jit.is_tracing()
-
-
-def _is_recomputation() -> bool:
-    """True while autograd is in a backward pass, where ``torch.utils.checkpoint`` runs the forward a second time."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def _class_name(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"

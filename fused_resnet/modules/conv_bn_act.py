@@ -7,7 +7,8 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from fused_resnet.modules.bn_act import is_image, is_intercepted, norm_act, why_not_fuse
+from fused_resnet.modules.bn_act import is_image, norm_act, why_not_fuse
+from fused_resnet.modules.plain import is_intercepted
 from fused_resnet.modules.site import Site
 from fused_resnet.ops.checks import check_activation
 from fused_resnet.ops.conv_bn_act import conv_bn_act

@@ -6,7 +6,8 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from fused_resnet.modules.bn_act import has_global_hooks, is_intercepted, norm_act, norm_act_dual
+from fused_resnet.modules.bn_act import norm_act, norm_act_dual
+from fused_resnet.modules.plain import has_global_hooks, is_intercepted
 
 
 def norm_add_act(norm: nn.Module, act: nn.Module, out: Tensor, downsample: nn.Module | None, x: Tensor) -> Tensor:

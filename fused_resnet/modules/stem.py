@@ -7,15 +7,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fused_resnet.modules.bn_act import (
-    batch_norm_arguments,
-    has_global_hooks,
-    is_image,
-    is_intercepted,
-    norm_act,
-    why_not_fuse,
-)
+from fused_resnet.modules.bn_act import is_image, norm_act, why_not_fuse
 from fused_resnet.modules.conv_bn_act import why_not_plain_conv
+from fused_resnet.modules.plain import batch_norm_arguments, has_global_hooks, is_intercepted
 from fused_resnet.ops.conv_norm import ConvNorm
 from fused_resnet.ops.conv_settings import ConvSettings
 from fused_resnet.ops.residual_block import autocast_dtype

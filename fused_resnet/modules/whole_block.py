@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as global_hooks
 
-from fused_resnet.modules.bn_act import UNFUSED, BatchNormAct2d, PlainNorm, batch_norm_arguments, why_not_fuse
+from fused_resnet.modules.bn_act import why_not_fuse
 from fused_resnet.modules.conv_bn_act import why_not_plain_conv
+from fused_resnet.modules.plain import PlainNorm, Snapshot, batch_norm_arguments, vectors_fit
 from fused_resnet.modules.shortcut import why_not_split
 from fused_resnet.modules.site import Site
 from fused_resnet.ops.conv_norm import ConvNorm
@@ -41,46 +40,24 @@ def whole_block(block: nn.Module, x: Tensor) -> Tensor | None:
 
 
 class WholeBlock:
-    """What is known of a block until somebody replaces, hooks, compiles or sets a part of it. Of its tensors nothing is
-    known: they are asked for at every call. Copies and pickles of a block start anew."""
+    """What is known of a block until somebody touches a part of it (`Snapshot`); its tensors are asked for at every
+    call. Copies and pickles of a block start anew."""
 
     def __init__(self, block: nn.Module) -> None:
-        parts = [module for module in block.modules() if module is not block]
-        self._children = [(part._modules, tuple(part._modules.values())) for part in (block, *parts) if part._modules]
-        self._parts, self._types = parts, [type(part) for part in parts]
-        self._own = [part.__dict__ for part in parts]
-        self._hooks = [hooks for part in parts for hooks in _hooks_of(part)] + _global_hooks()
-        self._settings = [(part, get, get(part)) for part in parts if (get := _SETTINGS.get(type(part)))]
+        self._snapshot = Snapshot(block)
+        self.holds = self._snapshot.holds
         self._links: list[tuple[dict[str, Any], ConvSettings, PlainNorm]] = []
-        self._no_bias: list[None] = []
         self._has_shortcut = self._trains = False
         if any(_reasons(block)):
             return
         convs_and_norms = [(getattr(block, site.conv), getattr(block, site.norm)) for site in _sites(block)]
-        downsample = _shortcut(block)
-        if downsample is not None:
+        if (downsample := _shortcut(block)) is not None:
+            self._has_shortcut = True
             convs_and_norms.append((downsample[0], downsample[1]))
-        self._has_shortcut = downsample is not None
         self._trains = any(norm.training for _, norm in convs_and_norms)
         for conv, norm in convs_and_norms:
             settings = ConvSettings(conv.stride, conv.padding, conv.dilation, conv.groups)
             self._links.append((conv._parameters, settings, norm))
-        self._no_bias = [None] * len(self._links)
-
-    def holds(self) -> bool:
-        """False once a part does, or may do, something else than when this was made."""
-        if any(self._hooks) or [*map(type, self._parts)] != self._types:
-            return False
-        for children, before in self._children:
-            if tuple(children.values()) != before:
-                return False
-        for own in self._own:
-            if "forward" in own or UNFUSED in own or own.get("_compiled_call_impl") is not None:
-                return False
-        for part, get, before in self._settings:
-            if get(part) != before:
-                return False
-        return [parameters["bias"] for parameters, _, _ in self._links] == self._no_bias
 
     def __call__(self, memory: str, x: Tensor) -> Tensor | None:
         """`whole_block` of the block that this was made of."""
@@ -97,10 +74,8 @@ class WholeBlock:
         if route is None or route.fewest_values == 1:  # which the norms refuse, or share with other ranks
             return None
         for parameters, _, norm in self._links:
-            takes = parameters["weight"].shape[:1], x.device, True
-            for vector in (*norm._parameters.values(), norm._buffers["running_mean"], norm._buffers["running_var"]):
-                if vector is not None and (vector.shape, vector.device, vector.is_floating_point()) != takes:
-                    return None
+            if not vectors_fit(norm, len(parameters["weight"]), x.device):
+                return None
         links = [
             ConvNorm(parameters["weight"], batch_norm_arguments(norm), *settings)
             for parameters, settings, norm in self._links
@@ -141,26 +116,3 @@ def _sites(block: nn.Module) -> tuple[Site, ...]:
 def _shortcut(block: nn.Module) -> nn.Sequential | None:
     name = _sites(block)[-1].residual
     return None if name is None else cast(nn.Sequential | None, getattr(block, name))
-
-
-def _hooks_of(part: nn.Module) -> list[Any]:
-    return [part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks]
-
-
-def _global_hooks() -> list[Any]:
-    return [
-        global_hooks._global_forward_hooks,
-        global_hooks._global_forward_pre_hooks,
-        global_hooks._global_backward_hooks,
-        global_hooks._global_backward_pre_hooks,
-    ]
-
-
-_OF_NORM = operator.attrgetter("training", "momentum", "eps", "track_running_stats")
-_SETTINGS: dict[type, operator.attrgetter] = {
-    nn.Conv2d: operator.attrgetter("stride", "padding", "dilation", "groups", "padding_mode"),
-    nn.BatchNorm2d: _OF_NORM,
-    BatchNormAct2d: operator.attrgetter("training", "momentum", "eps", "track_running_stats", "activation"),
-    nn.SyncBatchNorm: _OF_NORM,
-}
-"""What a user may set on a part; a change makes what is known of the block stale."""

@@ -79,8 +79,8 @@ def bn_act(
     norm = _checked_batch_norm(x, norm)
     checks.check_residual("residual", residual, x, x.shape)
     if residual is None or residual.dtype == x.dtype:
-        return _bn_act(x, norm, residual, relu)
-    z = _bn_act(x, norm, None, False) + residual
+        return normalize(x, norm, residual, relu)
+    z = normalize(x, norm, None, False) + residual
     return F.relu(z) if relu else z
 
 
@@ -111,7 +111,7 @@ def bn_act_dual(x: Tensor, norm: BatchNorm, x2: Tensor, norm2: BatchNorm, *, act
     both_shared = norm.process_group is not None and norm2.process_group is not None
     route = pass_route(x)
     if (route is None and not both_shared) or x2.dtype != x.dtype:
-        z = _bn_act(x, norm, None, False) + _bn_act(x2, norm2, None, False)
+        z = normalize(x, norm, None, False) + normalize(x2, norm2, None, False)
         return F.relu(z) if relu else z
     route = route or DISPATCHED
     mean, invstd, share = _statistics(x, norm, route)
@@ -139,8 +139,8 @@ def _checked_batch_norm(x: Tensor, norm: BatchNorm, suffix: str = "") -> BatchNo
     return norm
 
 
-def _bn_act(x: Tensor, norm: BatchNorm, residual: Tensor | None, relu: bool) -> Tensor:
-    """``bn_act`` of checked arguments, the residual of x's dtype."""
+def normalize(x: Tensor, norm: BatchNorm, residual: Tensor | None, relu: bool) -> Tensor:
+    """``bn_act`` of arguments that are known to fit, the residual of x's dtype."""
     route = pass_route(x)
     if route is None and norm.process_group is None:
         z = batch_norm(x, norm)
@@ -170,22 +170,21 @@ def _statistics(x: Tensor, norm: BatchNorm, route: PassRoute) -> tuple[Tensor, T
 
     ``share`` is this rank's part of the values behind them; None if they are not shared.
     """
-    grad_mode = torch.is_grad_enabled()
-    with torch.no_grad():
-        if norm.process_group is not None:
-            if x.numel() > 0:
-                mean, invstd = route.passes.bn_stats(x, None, None, 0.0, 0.0)
-            else:
-                mean = invstd = x.new_zeros(x.shape[1], dtype=statistics_dtype(x))
-            return statistics_over_ranks(mean, invstd, x.numel() // x.shape[1], norm)
-        if norm.training:
-            return (*route.passes.bn_stats(x, norm.running_mean, norm.running_var, norm.momentum, norm.eps), None)
-        assert norm.running_mean is not None and norm.running_var is not None
-        dtype = statistics_dtype(x)
-        mean = norm.running_mean.to(dtype, copy=grad_mode)  # a copy: backward needs it as it is now
-        return mean, (norm.running_var.to(dtype) + norm.eps).rsqrt_(), None
+    x = x.detach()
+    if norm.process_group is not None:
+        if x.numel() > 0:
+            mean, invstd = route.passes.bn_stats(x, None, None, 0.0, 0.0)
+        else:
+            mean = invstd = x.new_zeros(x.shape[1], dtype=statistics_dtype(x))
+        return statistics_over_ranks(mean, invstd, x.numel() // x.shape[1], norm)
+    if norm.training:
+        return (*route.passes.bn_stats(x, norm.running_mean, norm.running_var, norm.momentum, norm.eps), None)
+    assert norm.running_mean is not None and norm.running_var is not None
+    dtype = statistics_dtype(x)
+    mean = norm.running_mean.detach().to(dtype, copy=torch.is_grad_enabled())  # backward needs it as it is now
+    return mean, (norm.running_var.detach().to(dtype) + norm.eps).rsqrt_(), None
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
     """True if autograd is to record what is done with these."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return torch.is_grad_enabled() and any([tensor is not None and tensor.requires_grad for tensor in tensors])

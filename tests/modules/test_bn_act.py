@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fused_resnet.modules import BatchNormAct2d, norm_act, norm_act_dual, why_not_fuse
-from fused_resnet.modules.bn_act import UNFUSED
+from fused_resnet.modules.plain import UNFUSED
 from tests.modules.compare import LANES, assert_close, assert_equal, randomize, step
 
 CHANNELS = 7

@@ -20,7 +20,7 @@ import fused_resnet
 from fused_resnet.bench.saved_bytes import saved_bytes
 from fused_resnet.convert import fuse, unfuse
 from fused_resnet.modules import BasicBlock, BatchNormAct2d, Bottleneck, whole_block
-from fused_resnet.modules.bn_act import UNFUSED
+from fused_resnet.modules.plain import UNFUSED
 from fused_resnet.modules.whole_block import MEMORY, why_not_whole
 from fused_resnet.ops import use_backend, use_fusion_level
 from fused_resnet.ops.route.routes import BlockRoute
