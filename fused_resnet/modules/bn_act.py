@@ -67,7 +67,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
             ValueError: as ``nn.BatchNorm2d``: x is not 4D, or has one value per channel in training.
         """
         if UNFUSED not in self.__dict__ and is_image(x):
-            return _bn_act(self, self.activation, x, residual)
+            return _normalize(self, self.activation, x, residual)
         out = _add(super().forward(x), residual)
         return out if self.activation is None else F.relu(out)
 
@@ -95,7 +95,7 @@ def norm_act(norm: nn.Module, act: nn.Module | None, x: Tensor, residual: Tensor
         NotImplementedError: in backward with ``create_graph=True``, of statistics that ranks share.
     """
     if is_image(x) and (residual is None or residual.shape == x.shape) and not why_not_fuse(norm, act):
-        return _bn_act(cast(PlainNorm, norm), None if act is None else "relu", x, residual)
+        return _normalize(cast(PlainNorm, norm), None if act is None else "relu", x, residual)
     out = _add(norm(x), residual)
     return out if act is None else act(out)
 
@@ -139,7 +139,7 @@ def why_not_fuse(norm: nn.Module, act: nn.Module | None) -> list[str]:
     return reasons
 
 
-def _bn_act(norm: PlainNorm, activation: str | None, x: Tensor, residual: Tensor | None) -> Tensor:
+def _normalize(norm: PlainNorm, activation: str | None, x: Tensor, residual: Tensor | None) -> Tensor:
     arguments = batch_norm_arguments(norm)
     if residual is not None and residual.dtype != x.dtype:  # a float32 input of a block whose convolutions are autocast
         residual = residual.to(x.dtype)

@@ -223,15 +223,15 @@ def _link_by_link(x: Tensor, chain: Sequence[ConvNorm], shortcut: ConvNorm | Non
     """``residual_block`` as level 0 runs it: a step of autograd for each norm."""
     h = x
     for link in chain[:-1]:
-        h = _bn_act(F.conv2d(h, link.conv_weight, None, *link.settings), link, None)
+        h = _norm_of_link(F.conv2d(h, link.conv_weight, None, *link.settings), link, None)
     last = chain[-1]
     h = F.conv2d(h, last.conv_weight, None, *last.settings)
     if shortcut is None:
-        return _bn_act(h, last, x)
+        return _norm_of_link(h, last, x)
     return bn_act_dual(h, last.norm, F.conv2d(x, shortcut.conv_weight, None, *shortcut.settings), shortcut.norm)
 
 
-def _bn_act(y: Tensor, link: ConvNorm, residual: Tensor | None) -> Tensor:
+def _norm_of_link(y: Tensor, link: ConvNorm, residual: Tensor | None) -> Tensor:
     vectors, (training, momentum, eps, group) = link.norm[:4], link.norm[4:]
     return bn_act(y, *vectors, residual, training=training, momentum=momentum, eps=eps, process_group=group)
 

@@ -227,6 +227,23 @@ void gemm_pack(const CpuConv& conv, const ConvWeight& weight, float* packed) {
       for (const int64_t place : places) to = std::copy_n(from + place, kTileColumns, to);
       return;
     }
+    if constexpr (Element::kPerWord == 1) {
+      // Channels of a filter side by side, as channels_last has them: a square of lanes at a time.
+      if (columns == kTileColumns && weight.channel == 1 && conv.group_channels() % kVectorLanes == 0) {
+        for (int64_t k = 0; k < depth; k += kVectorLanes, to += kVectorLanes * kTileColumns) {
+          for (int vector = 0; vector < kTileVectors; ++vector) {
+            Vector square[kVectorLanes];
+            const auto* const filters_of_it = from + places[k] + vector * kVectorLanes * weight.filter;
+            for (int i = 0; i < kVectorLanes; ++i) square[i] = Element::load(filters_of_it + i * weight.filter);
+            transpose(square);
+            for (int i = 0; i < kVectorLanes; ++i) {
+              Element::store(to + i * kTileColumns + vector * kVectorLanes, square[i]);
+            }
+          }
+        }
+        return;
+      }
+    }
     for (int64_t k = 0; k < words * Element::kPerWord; k += Element::kPerWord) {
       for (int64_t column = 0; column < kTileColumns; ++column) {
         for (int64_t i = k; i < k + Element::kPerWord; ++i) {

@@ -110,7 +110,30 @@ void store_some(typename Element::Storage* to, Vector vector, int lanes) {
 
 // Rows to columns: lane i of rows[j] becomes lane j of rows[i].
 inline void transpose(Vector (&rows)[kVectorLanes]) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX512F__)
+  __m512 twos[16], fours[16];
+  for (int i = 0; i < 16; i += 2) {
+    const auto a = reinterpret_cast<__m512>(rows[i]), b = reinterpret_cast<__m512>(rows[i + 1]);
+    twos[i] = _mm512_unpacklo_ps(a, b);
+    twos[i + 1] = _mm512_unpackhi_ps(a, b);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    fours[i] = _mm512_shuffle_ps(twos[i], twos[i + 2], 0x44);
+    fours[i + 1] = _mm512_shuffle_ps(twos[i], twos[i + 2], 0xee);
+    fours[i + 2] = _mm512_shuffle_ps(twos[i + 1], twos[i + 3], 0x44);
+    fours[i + 3] = _mm512_shuffle_ps(twos[i + 1], twos[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {  // what is left is a transposition of four times four quarters
+    const __m512 first = _mm512_shuffle_f32x4(fours[i], fours[i + 4], 0x44);
+    const __m512 second = _mm512_shuffle_f32x4(fours[i + 8], fours[i + 12], 0x44);
+    const __m512 third = _mm512_shuffle_f32x4(fours[i], fours[i + 4], 0xee);
+    const __m512 fourth = _mm512_shuffle_f32x4(fours[i + 8], fours[i + 12], 0xee);
+    rows[i] = reinterpret_cast<Vector>(_mm512_shuffle_f32x4(first, second, 0x88));
+    rows[i + 4] = reinterpret_cast<Vector>(_mm512_shuffle_f32x4(first, second, 0xdd));
+    rows[i + 8] = reinterpret_cast<Vector>(_mm512_shuffle_f32x4(third, fourth, 0x88));
+    rows[i + 12] = reinterpret_cast<Vector>(_mm512_shuffle_f32x4(third, fourth, 0xdd));
+  }
+#elif defined(__AVX2__)
   __m256 twos[8], fours[8];
   for (int i = 0; i < 8; i += 2) {
     const auto a = reinterpret_cast<__m256>(rows[i]), b = reinterpret_cast<__m256>(rows[i + 1]);
