@@ -2,8 +2,8 @@
 
     python -m benchmarks.host_time [--rounds 40] [--write]
 
-One thread, one process; fused and torchvision's blocks take turns in random order, each run a batch of calls. Ratios are
-of medians over rounds, with the interval that a bootstrap gives (scipy). With --write also into
+One thread, one process; fused and torchvision's blocks take turns in random order, a batch of calls each. Ratios are of
+medians over rounds, with the interval that a bootstrap gives (scipy). With --write also into
 benchmarks/results/launch/cpu_host_time_of_a_block.json.
 """
 

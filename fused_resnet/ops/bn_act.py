@@ -105,7 +105,11 @@ def bn_act_dual(x: Tensor, norm: BatchNorm, x2: Tensor, norm2: BatchNorm, *, act
     for name, value in (("norm", norm), ("norm2", norm2)):
         if not isinstance(value, BatchNorm):
             raise TypeError(f"{name} must be a BatchNorm; got {type(value).__name__}")
-    norm, norm2 = _checked_batch_norm(x, norm), _checked_batch_norm(x2, norm2, "2")
+    return normalize_dual(x, _checked_batch_norm(x, norm), x2, _checked_batch_norm(x2, norm2, "2"), relu)
+
+
+def normalize_dual(x: Tensor, norm: BatchNorm, x2: Tensor, norm2: BatchNorm, relu: bool) -> Tensor:
+    """``bn_act_dual`` of arguments that are known to fit."""
     # Ranks that share both go one way, whatever x is on each: backward, two separate norms come to their collectives in
     # the other order.
     both_shared = norm.process_group is not None and norm2.process_group is not None

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from fused_resnet.ops import checks
 from fused_resnet.ops.batch_norm import BatchNorm
-from fused_resnet.ops.bn_act import bn_act, bn_act_dual
+from fused_resnet.ops.bn_act import normalize, normalize_dual
 from fused_resnet.ops.conv_norm import (
     KEPT_OF_A_LINK,
     ConvNorm,
@@ -90,7 +90,7 @@ def residual_block(
     route = None
     if not torch.compiler.is_compiling() and x.device.type in ("cpu", "cuda"):
         route = block_route(x, [link.conv for link in chain], None if shortcut is None else shortcut.conv, memory)
-    return _link_by_link(x, chain, shortcut) if route is None else run(route, x, chain, shortcut)
+    return link_by_link(x, chain, shortcut) if route is None else run(route, x, chain, shortcut)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -106,9 +106,9 @@ Conv = tuple[Tensor, ConvSettings]
 
 
 def block_route(x: Tensor, chain: Sequence[Conv], shortcut: Conv | None, memory: str = "default") -> BlockRoute | None:
-    """Who runs a block on x as a whole; None where it is better run link by link, or cannot run at all: where its first
-    convolution is not fused with its norm, unless memory is to be saved. The other links have the dtype, device and
-    memory format of the first, and so its reasons; a convolution with groups of its own falls to level 0 alone.
+    """Who runs a block on x; None where PyTorch's own ops do, or nobody can. One without a chain runs link by link: its
+    first convolution is not fused with its norm, and no memory is to be saved. The other links have the dtype, device
+    and memory format of the first, and so its reasons; a convolution with groups of its own falls to level 0 alone.
 
     Args:
         x: of the dtype that the convolutions get; the weights' own, but under autocast.
@@ -146,10 +146,10 @@ def _decide(x: Tensor, chain: Sequence[Conv], shortcut: Conv | None, efficient: 
         return None
     befores = [x, *outputs[:-1]]
     found = [routes.link_route(y, like_x(weight, y), how) for y, (weight, how) in zip(befores, chain, strict=True)]
-    if found[0].level == 0 and not efficient:
-        return None
-    other = None if shortcut is None else routes.link_route(x, like_x(shortcut[0], x), shortcut[1])
     fewest = min(values_per_channel(y) for y in outputs)
+    if found[0].level == 0 and not efficient:
+        return BlockRoute.of((), None, False, over_input, fewest)
+    other = None if shortcut is None else routes.link_route(x, like_x(shortcut[0], x), shortcut[1])
     return BlockRoute.of(tuple(found), other, efficient, over_input, fewest)
 
 
@@ -219,25 +219,29 @@ def _shape_after(x: Tensor, link: ConvNorm) -> tuple[int, ...]:
     return shape
 
 
-def _link_by_link(x: Tensor, chain: Sequence[ConvNorm], shortcut: ConvNorm | None) -> Tensor:
-    """``residual_block`` as level 0 runs it: a step of autograd for each norm."""
+def link_by_link(x: Tensor, chain: Sequence[ConvNorm], shortcut: ConvNorm | None) -> Tensor:
+    """`residual_block` as level 0 runs it, of arguments that are known to fit: a step of autograd for each norm."""
     h = x
     for link in chain[:-1]:
-        h = _norm_of_link(F.conv2d(h, link.conv_weight, None, *link.settings), link, None)
-    last = chain[-1]
-    h = F.conv2d(h, last.conv_weight, None, *last.settings)
+        h = normalize(_conv(h, link), _sharing(link.norm), None, True)
+    h, norm = _conv(h, chain[-1]), _sharing(chain[-1].norm)
     if shortcut is None:
-        return _norm_of_link(h, last, x)
-    return bn_act_dual(h, last.norm, F.conv2d(x, shortcut.conv_weight, None, *shortcut.settings), shortcut.norm)
+        return normalize(h, norm, x, True)
+    return normalize_dual(h, norm, _conv(x, shortcut), _sharing(shortcut.norm), True)
 
 
-def _norm_of_link(y: Tensor, link: ConvNorm, residual: Tensor | None) -> Tensor:
-    vectors, (training, momentum, eps, group) = link.norm[:4], link.norm[4:]
-    return bn_act(y, *vectors, residual, training=training, momentum=momentum, eps=eps, process_group=group)
+def _conv(x: Tensor, link: ConvNorm) -> Tensor:
+    return F.conv2d(x, link.conv_weight, None, link.stride, link.padding, link.dilation, link.groups)
+
+
+def _sharing(norm: BatchNorm) -> BatchNorm:
+    return norm if norm.process_group is None else norm._replace(process_group=group_to_share(norm))
 
 
 def run(route: BlockRoute, x: Tensor, chain: Sequence[ConvNorm], shortcut: ConvNorm | None) -> Tensor:
     """`residual_block` by this route, of `block_route` for the same arguments."""
+    if not route.chain:
+        return link_by_link(x, chain, shortcut)
     x = x if x.is_contiguous(memory_format=torch.channels_last) else dense(x)  # autograd sees it, for a second gradient
     parameters: list[Tensor | None] = []
     for link in chain if shortcut is None else [*chain, shortcut]:

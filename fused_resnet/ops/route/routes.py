@@ -98,9 +98,10 @@ class LinkRoute:
 
 @dataclass(frozen=True, slots=True)
 class BlockRoute:
-    """Who runs a residual block in training, as one step of autograd."""
+    """Who runs a residual block in training: as one step of autograd, or link by link."""
 
     chain: tuple[LinkRoute, ...]
+    """Empty where the block is better run link by link, a step of autograd for each norm."""
     shortcut: LinkRoute | None
     efficient: bool
     """Whether the output of the chain's last convolution is computed again in backward, and not kept."""

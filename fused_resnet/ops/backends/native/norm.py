@@ -15,7 +15,7 @@ from fused_resnet.ops.layout import dense, dense_like
 
 _ELEMENTS_PER_THREAD = 16 * 1024  # with fewer a second thread gains nothing, and on a busy machine it is waited for
 BUFFER_BYTES = 4 << 20  # below this, malloc itself keeps what is freed
-_FLOAT32, _NHWC = torch.float32, torch.channels_last
+_FLOAT32, _NHWC, _CPU = torch.float32, torch.channels_last, torch.device("cpu")
 
 
 def bn_stats(
@@ -115,9 +115,14 @@ def _activation(x: Tensor) -> tuple[Tensor, Any]:
     if not channels_last and not x.is_contiguous():
         x = dense(x)
         channels_last = x.is_contiguous(memory_format=_NHWC)
-    images, channels, height, width = x.shape
     threads = min(torch.get_num_threads(), max(x.numel() // _ELEMENTS_PER_THREAD, 1))
-    return x, extension.Activation(images, channels, height * width, channels_last, dtype_of(x.dtype), threads)
+    return x, _described(x.shape, channels_last, x.dtype, threads)
+
+
+@functools.lru_cache(maxsize=1024)
+def _described(shape: torch.Size, channels_last: bool, dtype: torch.dtype, threads: int) -> Any:
+    images, channels, height, width = shape
+    return extension.Activation(images, channels, height * width, channels_last, dtype_of(dtype), threads)
 
 
 def _like(tensor: Tensor, x: Tensor) -> Tensor:
@@ -130,8 +135,8 @@ def _like(tensor: Tensor, x: Tensor) -> Tensor:
 def _two_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
     channels = x.shape[1]
     return (
-        torch.empty(channels, dtype=_FLOAT32, device="cpu"),
-        torch.empty(channels, dtype=_FLOAT32, device="cpu"),
+        torch.empty(channels, dtype=_FLOAT32, device=_CPU),
+        torch.empty(channels, dtype=_FLOAT32, device=_CPU),
     )
 
 
@@ -148,7 +153,7 @@ def empty_strided(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtyp
     why). On the CPU, whatever the default device is. The extension is built."""
     elements = math.prod(shape)
     if elements * dtype.itemsize < BUFFER_BYTES:
-        return torch.empty_strided(shape, stride, dtype=dtype, device="cpu")
+        return torch.empty_strided(shape, stride, dtype=dtype, device=_CPU)
     storage = torch.frombuffer(extension.Buffer(elements * dtype.itemsize), dtype=dtype).untyped_storage()
     return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape, stride)
 
