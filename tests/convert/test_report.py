@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch import nn
@@ -55,9 +57,10 @@ def test_every_norm_is_in_one_site(make):
 @pytest.mark.parametrize("name", ["torchvision fused", "ours", "SyncBatchNorm", "CIFAR", "CIFAR plain"])
 def test_as_many_fused_sites_as_fused_calls(name, monkeypatch):
     model, calls = MODELS[name](), []
-    for op in ("normalize", "bn_act_dual"):
-        real = getattr(bn_act, op)
-        monkeypatch.setattr(bn_act, op, lambda *args, real=real, **kwargs: calls.append(1) or real(*args, **kwargs))
+    block = importlib.import_module("fused_resnet.ops.residual_block")
+    for caller, op in ((bn_act, "normalize"), (bn_act, "bn_act_dual"), (block, "normalize"), (block, "normalize_dual")):
+        real = getattr(caller, op)
+        monkeypatch.setattr(caller, op, lambda *args, real=real, **kwargs: calls.append(1) or real(*args, **kwargs))
     with use_fusion_level(0):  # where every norm is called by itself
         model(torch.randn(2, 3, 32, 32))
     assert all(site.fused for site in fusion_report(model).sites)

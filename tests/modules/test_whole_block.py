@@ -40,7 +40,8 @@ def whole(monkeypatch) -> list[str]:
     run = whole_block.run
 
     def counted(route: BlockRoute, *arguments: Any) -> Tensor:
-        ran.append("efficient" if route.efficient else "default")
+        if route.chain:
+            ran.append("efficient" if route.efficient else "default")
         return run(route, *arguments)
 
     monkeypatch.setattr(whole_block, "run", counted)
