@@ -9,7 +9,7 @@ import torch
 
 from fused_resnet.ops.backends.cuda import launch as cuda_launch
 from fused_resnet.ops.route import backend, reasons
-from tests.cuda import host_build
+from tests import cpp
 from tests.cuda.on_host import Host
 from tests.cuda.on_host import host as load_host
 
@@ -17,7 +17,7 @@ from tests.cuda.on_host import host as load_host
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     """The ``cuda`` backend on CPU tensors: every op inside ``use_backend("cuda")`` runs its kernels there."""
-    if host_build.compiler() is None:
+    if cpp.compiler() is None:
         pytest.skip("no C++ compiler")
     machine = load_host()
     machine.reset()
