@@ -32,7 +32,7 @@ def key(texts: Iterable[str], files: Iterable[Path] = ()) -> str:
     return digest.hexdigest()[:32]
 
 
-def made(key: str, name: str, make: Callable[[Path], None]) -> Path:
+def made(key: str, name: str, make: Callable[[Path], object]) -> Path:
     """The file or folder ``name`` under this key; where it is not there yet, ``make(path)`` writes it."""
     path = FOLDER / "made" / key / name
     if path.exists():

@@ -10,39 +10,28 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests import build_cache  # noqa: E402
+from tests import build_cache
 
 
-def main(command: list[str]) -> int:
-    if "-c" not in command or "-o" not in command:
-        return subprocess.run(command).returncode
-    at = command.index("-o")
-    output = Path(command[at + 1])
-    arguments = command[:at] + command[at + 2 :]
-    # -P: without the names of the files, which lie in another folder every time. The list of headers is written here.
-    preprocessed = subprocess.run([*arguments, "-E", "-P", "-MT", str(output)], stdout=subprocess.PIPE, text=True)
-    if preprocessed.returncode:
-        return preprocessed.returncode
+def main(command: list[str]) -> None:
+    if "-c" not in command:
+        subprocess.run(command, check=True)
+        return
+    output, dependencies = (command[command.index(flag) + 1] for flag in ("-o", "-MF"))
+    plain = [word for word in command if word not in ("-o", output, "-MMD", "-MF", dependencies)]
+    # Folders differ from build to build: -P leaves the files' names out, and options with paths are not in the hash.
+    preprocess = [*plain, "-E", "-P", "-MMD", "-MF", dependencies, "-MT", output]
+    text = subprocess.run(preprocess, stdout=subprocess.PIPE, text=True, check=True).stdout
     version = subprocess.run([command[0], "--version"], capture_output=True, text=True, check=True).stdout
-    names = ("-I", "-MF", "/")  # of folders and files, which the preprocessor has read
-    options = [word for word in arguments if not word.startswith(names)]
-
-    def compile_to(path: Path) -> None:
-        without_dependencies = [word for word in arguments if word != "-MMD"]
-        at = without_dependencies.index("-MF")
-        del without_dependencies[at : at + 2]
-        subprocess.run([*without_dependencies, "-o", str(path)], check=True)
-
-    try:
-        made = build_cache.made(build_cache.key([version, *options, preprocessed.stdout]), "object.o", compile_to)
-    except subprocess.CalledProcessError as error:
-        return error.returncode
+    key = build_cache.key([version, text, *(word for word in plain if not word.startswith(("-I", "/")))])
+    made = build_cache.made(key, "object.o", lambda path: subprocess.run([*plain, "-o", str(path)], check=True))
     shutil.copyfile(made, output)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        main(sys.argv[1:])
+    except subprocess.CalledProcessError as error:
+        sys.exit(error.returncode)
