@@ -36,15 +36,17 @@ help:
 demo: $(READY)
 	$(RUN) -m fused_resnet demo
 
-# Two processes, since Triton reads TRITON_INTERPRET when it is imported. Every step runs, whichever fails.
+# Two processes, since Triton reads TRITON_INTERPRET when it is imported; lint, which uses one core, runs beside the
+# first. Every step runs, whichever fails.
 test: $(READY)
-	@failed=; workers=; \
-	$(MAKE) --no-print-directory lint || failed="$$failed lint,"; \
+	@failed=; workers=; mkdir -p build; \
+	$(MAKE) --no-print-directory lint > build/lint.log 2>&1 & lint=$$!; \
 	if $(RUN) -c 'import xdist' 2>/dev/null; then workers="-n auto --maxprocesses=4 --dist loadgroup"; fi; \
 	echo "== tests, 1 of 2: Triton kernels under the interpreter"; \
 	if $(RUN) -c 'import triton' 2>/dev/null; then \
 	  TRITON_INTERPRET=1 $(RUN) -m pytest tests/kernels $$workers --durations=5 || failed="$$failed Triton kernels,"; \
 	else echo "skipped: triton is not installed here"; fi; \
+	wait $$lint || failed="$$failed lint,"; cat build/lint.log; \
 	echo "== tests, 2 of 2: everything else"; \
 	$(RUN) -m pytest tests $$workers --durations=15 || failed="$$failed tests,"; \
 	echo "== the phases of benchmarks/run_gpu.sh, dry"; \

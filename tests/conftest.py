@@ -12,6 +12,7 @@ import torch
 
 from fused_resnet.bench.suite.torchvision_ops import missing_torchvision_ops
 from fused_resnet.ops.route import routes
+from tests import build_cache
 
 SECONDS_PER_TEST = 300
 NO_PLANS = tempfile.mkdtemp(prefix="fused_resnet_tests_")
@@ -25,6 +26,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):  # pytest-xdist has a worker on every core: more threads only wait for each other
         torch.set_num_threads(1)
         os.environ["OMP_NUM_THREADS"] = "1"
+    else:
+        build_cache.prune()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

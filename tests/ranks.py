@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import multiprocessing
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -28,7 +29,8 @@ def on_ranks(ranks: int, function: Callable[..., Any], folder: Path, *arguments:
     Starting them costs seconds: let one function run many cases. It is found by its name in its module, so the module
     must not need what only pytest brings. A rank that waits for one that never comes fails after half a minute.
     """
-    mp.spawn(_run, (ranks, function, str(folder), arguments), nprocs=ranks)
+    multiprocessing.set_forkserver_preload(["fused_resnet", __name__])  # imported once, not by every rank
+    mp.start_processes(_run, (ranks, function, str(folder), arguments), nprocs=ranks, start_method="forkserver")
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(ranks)]
 
 

@@ -19,10 +19,10 @@ from fused_resnet.bench.suite.task import Prepared
 from fused_resnet.ops import schemas
 from fused_resnet.ops.backends.cuda import launch as cuda_launch
 from fused_resnet.ops.route import reasons
-from tests.cuda import host_build
+from tests import cpp
 
 pytestmark = [
-    pytest.mark.skipif(host_build.compiler() is None, reason="no C++ compiler"),
+    pytest.mark.skipif(cpp.compiler() is None, reason="no C++ compiler"),
     pytest.mark.xdist_group("host_execution"),
 ]
 

@@ -232,3 +232,14 @@ def use_small_machine(host: Host, monkeypatch: pytest.MonkeyPatch, multiprocesso
 
     for module in (cuda_norm, cuda_conv):
         monkeypatch.setattr(module, "place_of", place_of)
+
+
+HALF = torch.float16
+NAMES = names_of_calls()
+TWO_LAUNCHES = [name for name in NAMES if name.startswith(("bn_stats", "bn_grad_stats")) and "apply" not in name]
+STREAM = 0x1234  # of a stand-in for a stream's address
+every_name = pytest.mark.parametrize("name", NAMES)
+
+
+def x_of(op: str, args: list[Any]) -> Tensor:
+    return args[1] if "grad" in op else args[0]

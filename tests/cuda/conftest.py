@@ -10,7 +10,7 @@ import torch
 from fused_resnet.ops.backends.cuda import launch as cuda_launch
 from fused_resnet.ops.route import reasons, routes
 from fused_resnet.ops.route.choose import use_backend
-from tests.cuda import host_build
+from tests import cpp
 from tests.cuda.on_host import Host
 from tests.cuda.on_host import host as load_host
 
@@ -18,7 +18,7 @@ from tests.cuda.on_host import host as load_host
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     """The ``cuda`` backend on CPU tensors: every op inside ``use_backend("cuda")`` runs its kernels there."""
-    if host_build.compiler() is None:
+    if cpp.compiler() is None:
         pytest.skip("no C++ compiler")
     machine = load_host()
     machine.reset()

@@ -11,13 +11,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from tests import cpp
 from tests.cuda import host_build
 
 NAME = "_C_on_host"
 SOURCES = [
-    *sorted((host_build.CSRC / "cuda").glob("*.cu")),
-    host_build.CSRC / "cuda_module.cpp",
-    host_build.CSRC / "types.cpp",
+    *sorted((cpp.CSRC / "cuda").glob("*.cu")),
+    cpp.CSRC / "bindings" / "cuda.cpp",
+    cpp.CSRC / "bindings" / "types.cpp",
     Path(__file__).parent / "host_module.cpp",
 ]
 

@@ -1,72 +1,40 @@
-"""Errors planted into a copy of the kernels: the tests on the CPU have to find each of them.
-
-All are compiled into one program, and the environment variable PLANTED_BUG says which of them there is: a statement or
-an expression is replaced by one that asks. The text that is replaced has to stand in the kernel exactly once, so that
-these tests fail when the kernel changes, and are then adapted.
-"""
+"""Errors planted into a copy of the kernels: the tests on the CPU have to find each of them."""
 
 from __future__ import annotations
 
-import os
-import re
-from collections import defaultdict
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
+from tests import cpp
 from tests.cuda import host_build
+from tests.planted import Fault, copy_with_faults, numbered
 
 pytestmark = [
-    pytest.mark.skipif(host_build.compiler() is None, reason="no C++ compiler"),
+    pytest.mark.skipif(cpp.compiler() is None, reason="no C++ compiler"),
     pytest.mark.xdist_group("cuda_sanitizers"),
 ]
 
-# Inside the repository, so that host_build sees when a header there changes.
-COPY = host_build.CACHE / "planted_bugs"
-CHOICE = """// Which error there is, by its number; 0 for none.
-#pragma once
-#include <cstdlib>
-
-inline const int planted_bug = [] {
-  const char* const number = std::getenv("PLANTED_BUG");
-  return number == nullptr ? 0 : std::atoi(number);
-}();
-"""
-
-PLAIN, THREAD, ADDRESS = None, "thread", "address"
+CUDA = cpp.CSRC / "cuda"
+ADDRESS, THREAD = cpp.SANITIZERS
 
 
-@dataclass(frozen=True)
-class Bug:
-    """`wrong` instead of what stands between « and » in `place`: in `case` of sanitized_cases `tool` says `report`."""
+class Bug(NamedTuple):
+    """A fault that has to end `case` of sanitized_cases, compiled with the sanitizer `tool`, with `report`."""
 
-    tool: str | None
+    tool: str
     report: str
     name: str
     case: str
     place: str
     wrong: str = ""
 
-    def span(self, text: str) -> tuple[int, int] | None:
-        """Where in the kernel's text that stands; None unless once."""
-        before, _, rest = self.place.partition("«")
-        original, _, after = rest.partition("»")
-        whole = before + original + after
-        start = text.find(whole) + len(before)
-        return (start, start + len(original)) if original and text.count(whole) == 1 else None
-
-    def planted(self, otherwise: str, number: int) -> str:
-        if ";»" in self.place:
-            return f"if (planted_bug == {number}) {{ {self.wrong} }} else {{ {otherwise} }}"
-        return f"(planted_bug == {number} ? ({self.wrong}) : ({otherwise}))"
-
 
 race = partial(Bug, THREAD, "ThreadSanitizer: data race")
 overrun = partial(Bug, ADDRESS, "AddressSanitizer: heap-buffer-overflow")
-mismatch = partial(Bug, PLAIN, "mismatch")
-beyond_shared_memory = partial(Bug, PLAIN, "written beyond the")
+mismatch = partial(Bug, ADDRESS, "mismatch")
 
 BUGS_OF_FILES = {
     "merge.cuh": [
@@ -180,7 +148,7 @@ BUGS_OF_FILES = {
             "channel < shape.channels && «first_filter + row < shape.filters»;",
             "first_filter + row <= shape.filters",
         ),
-        mismatch(
+        overrun(
             "a_padded_row_is_not_zero",
             "conv_tile_2_splits_1",
             "static_cast<unsigned>(corner.row + down) < «static_cast<unsigned>(shape.height)»",
@@ -211,70 +179,40 @@ BUGS_OF_FILES = {
         overrun(
             "a_pooled_row_too_many", "stem", "«out_row + down >= shape.out_height»", "out_row + down > shape.out_height"
         ),
-        beyond_shared_memory(
-            "a_patch_too_many", "stem", "if («patch >= kConvPixels») continue;", "patch > kConvPixels"
-        ),
+        overrun("a_patch_too_many", "stem", "if («patch >= kConvPixels») continue;", "patch > kConvPixels"),
         mismatch("an_eighth_tap", "stem", "if («k % 2 == 1 && lane % 4 >= 2») a[i][2]", "false"),
         mismatch("outside_is_not_zero", "stem", "«inside ? stored : 0u»", "stored"),
     ],
 }
-BUGS = [(file, bug) for file, bugs in BUGS_OF_FILES.items() for bug in bugs]
-NUMBERS = {bug.name: number for number, (_, bug) in enumerate(BUGS, 1)}
-
-
-def edited(file: str, text: str) -> str:
-    """The kernel's text with all the errors of this file in it."""
-    found = defaultdict(list)
-    for bug in BUGS_OF_FILES.get(file, []):
-        found[bug.span(text)].append(bug)
-    found.pop(None, None)  # test_caught says so
-    for (start, end), bugs in sorted(found.items(), reverse=True):
-        planted = text[start:end]
-        for bug in bugs:
-            planted = bug.planted(planted, NUMBERS[bug.name])
-        text = text[:start] + planted + text[end:]
-    text = text.replace('#include "../', '#include "')  # of csrc, which host_build names
-    return f'#include "planted.h"\n{text}' if found else text
-
-
-def write(path: Path, text: str) -> None:
-    if not path.exists() or path.read_text() != text:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}")
-        temporary.write_text(text)
-        os.replace(temporary, path)
+BUGS = [bug for bugs in BUGS_OF_FILES.values() for bug in bugs]
+FAULTS = [Fault(file, bug.name, bug.place, bug.wrong) for file, bugs in BUGS_OF_FILES.items() for bug in bugs]
+NUMBERS = numbered(FAULTS)
 
 
 @cache
-def program(tool: str | None) -> Path:
-    """sanitized_cases, with every error that this sanitizer (None: a comparison) finds, and some of the others."""
-    cuda = host_build.CSRC / "cuda"
-    for source in cuda.iterdir():
-        write(COPY / source.name, edited(source.name, source.read_text()))
-    write(COPY / "planted.h", CHOICE)
-    tested = [bug.case for _, bug in BUGS if bug.tool == tool]
+def program(tool: str) -> Path:
+    """sanitized_cases, with every error that this sanitizer finds, and some of the others."""
+    copy = copy_with_faults(CUDA, FAULTS)
+    tested = [bug.case for bug in BUGS if bug.tool == tool]
     kernels = [
-        (COPY if any(case.startswith(source.stem) for case in tested) else cuda) / source.name
-        for source in sorted(cuda.glob("*.cu"))
+        (copy if any(case.startswith(source.stem) for case in tested) else CUDA) / source.name
+        for source in sorted(CUDA.glob("*.cu"))
     ]
-    cases = host_build.ROOT / "tests" / "cuda" / "sanitized_cases.cpp"
+    cases = Path(__file__).with_name("sanitized_cases.cpp")
     return host_build.build([cases, *kernels], output="planted_bugs", sanitizer=tool)
 
 
-@pytest.mark.parametrize(("file", "bug"), [pytest.param(*pair, id=pair[1].name) for pair in BUGS])
-def test_caught(file: str, bug: Bug, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (host_build.CSRC / "cuda" / file).read_text()
-    assert bug.span(text), f"{file} has changed; this stands in it {text.count(re.sub('[«»]', '', bug.place))} times"
-    monkeypatch.setenv("PLANTED_BUG", str(NUMBERS[bug.name]))
-    result = host_build.run(program(bug.tool), bug.case, sanitizer=bug.tool)
+@pytest.mark.parametrize(("bug", "fault"), list(zip(BUGS, FAULTS, strict=True)), ids=NUMBERS)
+def test_caught(bug: Bug, fault: Fault) -> None:
+    fault.assert_plantable(CUDA)
+    result = cpp.run(program(bug.tool), bug.case, sanitizer=bug.tool, PLANTED_FAULT=str(NUMBERS[bug.name]))
     assert result.returncode != 0, f"{bug.name} is not found"
     assert bug.report in result.stderr, result.stderr
 
 
-@pytest.mark.parametrize(("tool", "case"), sorted({(bug.tool, bug.case) for _, bug in BUGS}, key=str))
-def test_right_without_an_error(tool: str | None, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PLANTED_BUG", "0")
-    result = host_build.run(program(tool), case, sanitizer=tool)
+@pytest.mark.parametrize(("tool", "case"), sorted({(bug.tool, bug.case) for bug in BUGS}))
+def test_right_without_an_error(tool: str, case: str) -> None:
+    result = cpp.run(program(tool), case, sanitizer=tool, PLANTED_FAULT="0")
     assert result.returncode == 0, result.stderr
 
 

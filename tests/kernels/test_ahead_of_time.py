@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 from fused_resnet import kernels
 from fused_resnet.kernels import conv
-from tests.kernels.compiled import CHIPS, check_resources, empty
+from tests.kernels.compiled import CHIPS, WITH_LITTLE_SHARED_MEMORY, check_resources, empty
 
 pytestmark = pytest.mark.skipif(kernels.INTERPRETED, reason="TRITON_INTERPRET=1: there is no compiler in this process")
 
@@ -105,6 +105,13 @@ def test_convolution(compile_launches, chip: int, name: str, dtype: torch.dtype)
         assert loop, "no main loop found"
         body = kernel.ptx.split(f"{loop}:", 1)[1].split(f"{loop};", 1)[0]
         assert "cp.async" in body and "mma" in body
+
+
+# The largest tiles, of which the most operands are in flight.
+@WITH_LITTLE_SHARED_MEMORY
+@pytest.mark.parametrize("name", ["3x3, wide", "1x1", "projection"])
+def test_convolution_with_little_shared_memory(compile_launches, chip: int, name: str) -> None:
+    test_convolution(compile_launches, chip, name, torch.bfloat16)
 
 
 def test_convolution_in_full_float32(compile_launches) -> None:

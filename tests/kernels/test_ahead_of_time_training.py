@@ -11,12 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 from fused_resnet import kernels
-from tests.kernels.compiled import (
-    CHIPS,
-    Compiled,
-    check_resources,
-    empty,
-)
+from tests.kernels.compiled import CHIPS, WITH_LITTLE_SHARED_MEMORY, Compiled, check_resources, empty
 
 pytestmark = pytest.mark.skipif(kernels.INTERPRETED, reason="TRITON_INTERPRET=1: there is no compiler in this process")
 
@@ -65,6 +60,14 @@ def test_bfloat16(compile_launches, chip: int, op: str, name: str) -> None:
     assert (kernel.count(r"cp\.async\.bulk\.tensor") > 0) == whole_tiles, "tensor descriptors"
     for other in others:
         check_resources(other, 128)
+
+
+# Two pipeline stages instead of four (1x1), another tile (3x3), both (projection).
+@WITH_LITTLE_SHARED_MEMORY
+@pytest.mark.parametrize("name", ["1x1 widening", "3x3", "projection"])
+@pytest.mark.parametrize("op", ["conv_stats", "conv_grad_input", "conv_grad_weight"])
+def test_bfloat16_with_little_shared_memory(compile_launches, chip: int, op: str, name: str) -> None:
+    test_bfloat16(compile_launches, chip, op, name)
 
 
 @pytest.mark.parametrize("name", ["1x1 widening", "3x3", "3x3 strided"])

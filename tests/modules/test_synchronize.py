@@ -16,7 +16,7 @@ from fused_resnet.convert import fusion_report, unfuse
 from fused_resnet.frozen import freeze
 from fused_resnet.modules import BasicBlock, Bottleneck, ConvBNAct2d, why_not_fuse
 from fused_resnet.ops import use_fusion_level
-from tests.modules.compare import assert_close, randomize, step
+from tests.modules.compare import assert_close, randomize, step, terms_of_gradients
 from tests.ranks import counted_collectives, on_ranks
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -103,20 +103,20 @@ CASES = {
 }
 
 
-def two_steps_and_eval(
-    model: nn.Module, call: Callable[[Tensor], Tensor], batches: list[tuple[Tensor, Tensor]]
-) -> list[dict[str, Tensor]]:
-    """Output, gradients and buffers of two training steps and one in eval."""
-    results = []
-    for (x, cotangent), training in zip(batches, (True, True, False), strict=True):
-        model.train(training).zero_grad()
-        x = x.detach().requires_grad_()
-        out = call(x)
-        out.backward(cotangent)
-        result = {"output": out.detach(), "gradient of x": x.grad}
-        result |= {f"gradient of {name}": p.grad.clone() for name, p in model.named_parameters()}
-        results.append(result | {f"buffer {name}": buffer.clone() for name, buffer in model.named_buffers()})
-    return results
+def one_step(
+    model: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor, cotangent: Tensor, training: bool
+) -> dict[str, Tensor]:
+    """Output, gradients and buffers."""
+    model.train(training).zero_grad()
+    x = x.detach().requires_grad_()
+    out = call(x)
+    out.backward(cotangent)
+    result = {"output": out.detach(), "gradient of x": x.grad}
+    result |= {f"gradient of {name}": p.grad.clone() for name, p in model.named_parameters()}
+    return result | {f"buffer {name}": buffer.clone() for name, buffer in model.named_buffers()}
+
+
+TRAINING = (True, True, False)  # of the steps of each case
 
 
 def run_cases(rank: int) -> dict[str, Any]:
@@ -132,9 +132,12 @@ def run_cases(rank: int) -> dict[str, Any]:
         if case.wrap == "checkpoint":
             call = checkpointed(model)
         rows = case.rows(rank, ranks)
-        batches = [tuple(t[rows] for t in case.batch(index)) for index in range(3)]
         with counted_collectives() as calls, use_fusion_level(case.level):
-            results[name] = two_steps_and_eval(model, call, batches), calls
+            steps = [
+                one_step(model, call, *(t[rows] for t in case.batch(index)), training)
+                for index, training in enumerate(TRAINING)
+            ]
+        results[name] = steps, calls
     results["no running statistics"] = [], collectives_without_running_statistics()
     return results
 
@@ -180,9 +183,10 @@ def test_ranks_together_equal_one_process(name, ranks):
     for group in groups:
         rows = [index for rank in group for index in range(6)[case.rows(rank, size)]]
         model = unfuse(case.model())
-        expected = two_steps_and_eval(model, model, [tuple(t[rows] for t in case.batch(index)) for index in range(3)])
-        for index, want in enumerate(expected):
-            assert_close(together(case, [ranks[rank][name][0][index] for rank in group]), want)
+        for index, training in enumerate(TRAINING):
+            with terms_of_gradients(model) as terms:
+                want = one_step(model, model, *(t[rows] for t in case.batch(index)), training)
+            assert_close(together(case, [ranks[rank][name][0][index] for rank in group]), want, terms=terms)
 
 
 FORWARD, BACKWARD = ["all_gather"] * NORMS, ["all_reduce"] * NORMS

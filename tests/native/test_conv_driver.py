@@ -1,48 +1,52 @@
-"""The CPU convolutions for every kind of processor that this one can run, and under AddressSanitizer and UBSan.
+"""The CPU convolutions for every kind of processor that this one can run, with AddressSanitizer and UBSan.
 
-Built here from csrc/cpu; with a fault planted in the source, to know that the driver and the sanitizer see one.
+Built here from csrc/cpu; with faults planted in a copy of the source, to know that the driver sees one.
 """
 
 from __future__ import annotations
 
 import runpy
-import shutil
-import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-CSRC = ROOT / "csrc"
+from tests import cpp
+from tests.cpp import CSRC, ROOT, Source
+from tests.planted import Fault, copy_with_faults, numbered
+
 SOURCES = ("conv", "gemm", "winograd", "grouped", "grad_weight", "winograd_grad")
 CAPABILITIES: dict[str, list[str]] = runpy.run_path(str(ROOT / "setup.py"))["CPU_CAPABILITIES"]
-SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
-PLANTED = {
-    "a window without its last column": (
+FAULTS = [
+    Fault(
         "conv/gather.h",
-        "left + window_width <= source_.width",
-        "left + window_width <= source_.width + 1",
+        "a window without its last column",
+        "left + window_width <= «source_.width»",
+        "source_.width + 1",
     ),
-    "padding that is skipped too early": ("conv/gather.h", "last_top + begin * ", "top + begin * "),
-    "a row of the residual": ("simd/tile.h", "first += Element::load(tile.residual + offset)", "first += Vector{}"),
-    "an output's transform": ("conv/winograd.h", "to[1] = m[1] - m[2] - m[3];", "to[1] = m[1] - m[2] + m[3];"),
-    "a gradient's transform": ("conv/winograd.h", "to[1] = 0.5f * (m[1] - m[2]);", "to[1] = 0.5f * (m[1] + m[2]);"),
-    "a part's rows that run into the next": (
+    Fault("conv/gather.h", "padding that is skipped too early", "«last_top» + begin * ", "top"),
+    Fault("simd/tile.h", "a row of the residual", "first += «Element::load(tile.residual + offset)»", "Vector{}"),
+    Fault("conv/winograd.h", "an output's transform", "to[1] = «m[1] - m[2] - m[3]»;", "m[1] - m[2] + m[3]"),
+    Fault("conv/winograd.h", "a gradient's transform", "to[1] = «0.5f * (m[1] - m[2])»;", "0.5f * (m[1] + m[2])"),
+    Fault(
         "conv/grad_weight.h",
-        "kDepth * kTileRows + kRowVectors * kVectorLanes",
+        "a part's rows that run into the next",
+        "kRowsWords = «kDepth * kTileRows + kRowVectors * kVectorLanes»;",
         "kDepth * kTileRows",
     ),
-    "padding that a norm makes something of": (
+    Fault(
         "conv/winograd.h",
-        "if (!all_inside && (place.inside >> (i * kWindow + j) & 1) == 0) {",
-        "if (false) {",
+        "padding that a norm makes something of",
+        "if («!all_inside && (place.inside >> (i * kWindow + j) & 1) == 0») {",
+        "false",
     ),
-    "a narrow padded row": ("conv/grouped.cpp", "std::fill_n(to, left, 0.0f);", ""),
-}
+    Fault("conv/grouped.cpp", "a narrow padded row", "«std::fill_n(to, left, 0.0f);»"),
+]
+NUMBERS = numbered(FAULTS)
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("g++") is None, reason="no g++"),
+    pytest.mark.skipif(cpp.compiler() is None, reason="no C++ compiler"),
     pytest.mark.xdist_group("conv_driver"),
 ]
 
@@ -53,51 +57,44 @@ def runs_here(capability: str) -> bool:
     return all(f" {need} " in flags.replace("\n", " ") for need in needs.get(capability, []))
 
 
-def widest() -> str:
-    return [capability for capability in CAPABILITIES if runs_here(capability)][-1]
+WIDEST = [capability for capability in CAPABILITIES if runs_here(capability)][-1]
+# avx512 is avx512_bf16 without one kind of element.
+SANITIZED = {"baseline", "avx2", WIDEST}
 
 
-def build(folder: Path, capability: str, *flags: str, csrc: Path = CSRC) -> Path:
-    program = folder / "driver"
-    sources = [csrc / "cpu" / "conv" / f"{name}.cpp" for name in SOURCES]
-    command = ["g++", "-O1", "-g", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", f"-I{csrc}"]
-    command += [f"-DCPU_CAPABILITY={capability}", *CAPABILITIES[capability], *flags]
-    others = (csrc / "cpu" / "buffers.cpp", csrc / "cpu" / "conv_training.cpp", ROOT / "tests/native/conv_driver.cpp")
-    command += [*map(str, sources), *map(str, others)]
-    done = subprocess.run([*command, "-o", str(program)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return program
-
-
-def run(program: Path) -> subprocess.CompletedProcess[str]:
-    environment = {"ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "3"}
-    return subprocess.run([str(program)], capture_output=True, text=True, env=environment)
+@cache
+def driver(capability: str, sanitizer: str | None, cpu: Path = CSRC / "cpu") -> Path:
+    """conv_driver with the convolutions of ``cpu``, csrc/cpu or a copy of it."""
+    options = ("-O1", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", f"-DCPU_CAPABILITY={capability}")
+    options += (*CAPABILITIES[capability], *cpp.sanitizer_options(sanitizer))
+    files = [*(cpu / "conv" / f"{name}.cpp" for name in SOURCES), cpu / "buffers.cpp", cpu / "conv_training.cpp"]
+    files.append(Path(__file__).with_name("conv_driver.cpp"))
+    sources = [Source(file, options, (cpu.parent, CSRC)) for file in files]
+    return cpp.build(sources, output="conv_driver", options=["-fopenmp", *cpp.sanitizer_options(sanitizer)])
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_every_kind_of_processor(capability: str, tmp_path: Path):
+def test_every_kind_of_processor(capability: str) -> None:
     if not runs_here(capability):
         pytest.skip(f"this processor is not {capability}")
-    done = run(build(tmp_path, capability))
-    assert done.returncode == 0, done.stdout
-
-
-@pytest.mark.parametrize(
-    "capability", sorted({widest(), "avx2", "baseline"} & {c for c in CAPABILITIES if runs_here(c)})
-)
-def test_address_and_undefined_behaviour_sanitizers(capability: str, tmp_path: Path):
-    done = run(build(tmp_path, capability, *SANITIZERS))
+    program = driver(capability, cpp.SANITIZERS[0] if capability in SANITIZED else None)
+    done = cpp.run(program, ASAN_OPTIONS="detect_leaks=0", OMP_NUM_THREADS="3")
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
 
 
-@pytest.mark.parametrize("fault", PLANTED)
-def test_a_planted_fault_is_found(fault: str, tmp_path: Path):
-    if fault == "a narrow padded row" and widest() == "baseline":
+@pytest.mark.parametrize("fault", FAULTS, ids=NUMBERS)
+def test_a_planted_fault_is_found(fault: Fault) -> None:
+    if fault.name == "a narrow padded row" and WIDEST == "baseline":
         pytest.skip("no grouped method on this processor")
-    name, line, instead = PLANTED[fault]
-    csrc = tmp_path / "csrc"
-    shutil.copytree(CSRC, csrc, ignore=shutil.ignore_patterns("cuda"))
-    source = (csrc / "cpu" / name).read_text()
-    assert source.count(line) >= 1
-    (csrc / "cpu" / name).write_text(source.replace(line, instead, 1))
-    assert run(build(tmp_path, widest(), csrc=csrc)).returncode != 0
+    fault.assert_plantable(CSRC / "cpu")
+    assert planted(NUMBERS[fault.name]) > 0
+
+
+def test_right_without_a_fault() -> None:
+    assert planted(0) == 0
+
+
+def planted(number: int) -> int:
+    """How many cases are wrong; 1 or more where the program dies."""
+    program = driver(WIDEST, None, copy_with_faults(CSRC / "cpu", FAULTS))
+    return abs(cpp.run(program, OMP_NUM_THREADS="3", PLANTED_FAULT=str(number)).returncode)

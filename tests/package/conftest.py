@@ -53,6 +53,7 @@ def run() -> Callable[..., subprocess.CompletedProcess[str]]:
         environment = {name: value for name, value in os.environ.items() if name not in BUILD_VARIABLES}
         # As in pip's isolated builds, the ninja program is found on PATH.
         environment["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), environment["PATH"]])
+        environment["CXX"] = f"{sys.executable} {Path(__file__).with_name('cached_compiler.py')} c++"
         environment["CXXFLAGS"] = "-O0"
         environment["FUSED_RESNET_BUILD"] = "cpu"  # nvcc takes a minute: for tests that ask for it
         return subprocess.run(

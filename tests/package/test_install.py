@@ -118,7 +118,7 @@ def test_without_the_extension_the_models_compute_the_same(environment, wheel, p
 
 
 def test_without_a_compiler_it_installs_and_runs(environment, copy_sources):
-    environment.pip_install(copy_sources(), PATH="/nonexistent", CC="/nonexistent", FUSED_RESNET_BUILD="auto")
+    environment.pip_install(copy_sources(), PATH="/nonexistent", CXX="", FUSED_RESNET_BUILD="auto")
     assert not environment.info()["extension"]["built"]
     loss, *_ = json.loads(environment.python_prints("-c", TRAINS))
     assert loss > 0
