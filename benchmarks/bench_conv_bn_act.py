@@ -16,13 +16,11 @@ import torch
 
 from benchmarks.measure import DEVICE, ON_GPU, cases, device_time, measure, named
 from fused_resnet.bench.result import INFERENCE, TRAINING_STEP
-from fused_resnet.bench.suite.contender import Contender
 from fused_resnet.bench.suite.op_base import COMPILE, EAGER, SEPARATE
-from fused_resnet.bench.suite.op_contender import ours
 from fused_resnet.bench.suite.op_conv_inference import CUDNN_FUSED, FOLDED, NCHW, PACKED, ConvInferenceTask
 from fused_resnet.bench.suite.op_conv_training import ConvTrainingTask
-from fused_resnet.bench.suite.op_task import op_contenders, op_tasks
-from fused_resnet.bench.suite.task import Task
+from fused_resnet.bench.suite.op_task import op_contenders, op_tasks, ours
+from fused_resnet.bench.suite.task import Contender, Task
 
 NETWORKS = ("resnet18", "resnet50", "resnext50_32x4d")
 DTYPES = (torch.bfloat16, torch.float16) if ON_GPU else (torch.float32,)

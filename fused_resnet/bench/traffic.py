@@ -36,11 +36,7 @@ Row = Callable[[Call], list[Pass]]
 
 
 def passes(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], results: Any) -> list[Pass]:
-    """The passes of one call; none for views and for what only allocates, and none for tensors on the meta device.
-
-    Raises:
-        NotImplementedError: the table has no row for this op.
-    """
+    """The passes of one call; none for views and for what only allocates, and none for tensors on the meta device."""
     if moves_nothing(func):
         return []
     call = Call(_bound(func, args, kwargs), tuple(tensors(results)))
@@ -102,16 +98,10 @@ def _written_only(kind: str) -> Row:
 
 
 def _convolution_backward(call: Call) -> list[Pass]:
-    a, found = call.arguments, []
-    grad_input, grad_weight, grad_bias = a["output_mask"]
-    results = iter(call.results)
-    if grad_input:
-        found.append(Pass("input gradient", size(a["grad_output"], a["weight"]), size(next(results))))
-    if grad_weight:
-        found.append(Pass("weight gradient", size(a["grad_output"], a["input"]), size(next(results))))
-    if grad_bias:
-        found.append(Pass("bias gradient", size(a["grad_output"]), size(next(results))))
-    return found
+    a, results = call.arguments, iter(call.results)
+    read = {"input gradient": "weight", "weight gradient": "input", "bias gradient": "bias_sizes"}
+    wanted = [kind for kind, asked in zip(read, a["output_mask"], strict=True) if asked]
+    return [Pass(kind, size(a["grad_output"], a[read[kind]]), size(next(results))) for kind in wanted]
 
 
 def _batch_norm(call: Call) -> list[Pass]:
@@ -144,32 +134,24 @@ def _batch_norm_backward(call: Call) -> list[Pass]:
 
 def _cudnn_batch_norm_backward(call: Call) -> list[Pass]:
     a = call.arguments
-    both, vectors = size(a["grad_output"], a["input"]), size(a["save_mean"], a["save_var"], a["weight"])
+    read = size(a["grad_output"], a["input"], a["save_mean"], a["save_var"], a["weight"])
     grad_input, *sums = call.results
-    return [
-        Pass("statistics", both + vectors, size(sums)),
-        Pass("normalise", both + vectors + size(sums), size(grad_input)),
-    ]
+    return [Pass("statistics", read, size(sums)), Pass("normalise", read + size(sums), size(grad_input))]
+
+
+def _unless(kind: str, *always_unread: str, **needed: str) -> Row:
+    """One pass that does not read the operands named here where the argument that needs them is None."""
+
+    def row(call: Call) -> list[Pass]:
+        unread = [name for name, other in needed.items() if call.arguments[other] is None]
+        return _once(kind, *always_unread, *unread)(call)
+
+    return row
 
 
 def _bn_grad_apply(call: Call) -> list[Pass]:
     needs_x = call.arguments["relu"] or call.arguments["sum_dz"] is not None
     return _once("normalise", *([] if needs_x else ["x"]))(call)
-
-
-def _bn_grad_apply_mask(call: Call) -> list[Pass]:
-    return _once("normalise", *(["x"] if call.arguments["sum_dz"] is None else []))(call)
-
-
-def _conv_grad_input(call: Call) -> list[Pass]:
-    a = call.arguments
-    unread = [name for name, needed in (("x", "mean"), ("y", "coefficients")) if a[needed] is None]
-    return _once("input gradient", *unread)(call)
-
-
-def _conv_grad_weight(call: Call) -> list[Pass]:
-    unread = ["conv_weight", *(["y"] if call.arguments["coefficients"] is None else [])]
-    return _once("weight gradient", *unread)(call)
 
 
 def _fused_optimizer(*states: str) -> Row:
@@ -211,8 +193,8 @@ FREE = {
 """Ops that only allocate, or only make another view, beside those that say so themselves (``OpOverload.is_view``)."""
 
 
-def _rows(kind: str, names: str, row: Callable[[str], Row] = _once) -> dict[str, Row]:
-    return dict.fromkeys((f"aten.{name}" for name in names.split()), row(kind))
+def _rows(kind: str, names: str, row: Callable[[str], Row] = _once, of: str = "aten") -> dict[str, Row]:
+    return dict.fromkeys((f"{of}.{name}" for name in names.split()), row(kind))
 
 
 _running = ("running_mean", "running_var")
@@ -250,24 +232,17 @@ ROWS: dict[str, Row] = {
         ("aten._fused_adam", "aten._fused_adamw"), _fused_optimizer("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")
     ),
     "fused_resnet.bn_stats": _once("statistics", rewritten=_running),
-    "fused_resnet.bn_apply": _once("normalise"),
-    "fused_resnet.bn_apply_dual": _once("normalise"),
-    "fused_resnet.bn_apply_mask": _once("normalise"),
-    "fused_resnet.bn_apply_dual_mask": _once("normalise"),
     "fused_resnet.bn_stats_apply": _once("normalise", rewritten=_running),
-    "fused_resnet.bn_apply_pool": _once("normalise"),
-    "fused_resnet.bn_grad_stats": _once("statistics"),
-    "fused_resnet.bn_grad_stats_mask": _once("statistics"),
-    "fused_resnet.bn_pool_grad_stats": _once("statistics"),
+    **_rows("normalise", "bn_apply bn_apply_dual bn_apply_mask bn_apply_dual_mask bn_apply_pool", of="fused_resnet"),
+    **_rows("statistics", "bn_grad_stats bn_grad_stats_mask bn_pool_grad_stats", of="fused_resnet"),
+    **_rows("statistics", "bn_grad_coefficients", of="fused_resnet"),
     "fused_resnet.bn_pool_grad_apply": _once("normalise"),
-    "fused_resnet.bn_grad_coefficients": _once("statistics"),
     "fused_resnet.bn_grad_apply": _bn_grad_apply,
-    "fused_resnet.bn_grad_apply_mask": _bn_grad_apply_mask,
-    "fused_resnet.stem": _once("convolution"),
+    "fused_resnet.bn_grad_apply_mask": _unless("normalise", x="sum_dz"),
     "fused_resnet.avgpool": _once("pool"),
-    "fused_resnet.conv_bn_act": _once("convolution"),
+    **_rows("convolution", "stem conv_bn_act", of="fused_resnet"),
     "fused_resnet.conv_stats": _once("convolution", rewritten=_running),
-    "fused_resnet.conv_grad_input": _conv_grad_input,
-    "fused_resnet.conv_grad_weight": _conv_grad_weight,
+    "fused_resnet.conv_grad_input": _unless("input gradient", x="mean", y="coefficients"),
+    "fused_resnet.conv_grad_weight": _unless("weight gradient", "conv_weight", y="coefficients"),
 }
 """The rows, by the name of the op without overload and trailing underscore. Fused ones as ``ops/reference/`` says."""

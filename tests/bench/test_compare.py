@@ -14,9 +14,8 @@ import pytest
 
 from fused_resnet.bench.report import compare as command
 from fused_resnet.bench.report import noise
-from fused_resnet.bench.report.changes import APPEARED, FASTER, SLOWER
-from fused_resnet.bench.report.comparison import compare
-from fused_resnet.bench.report.roles import PLAIN_EAGER, is_ours
+from fused_resnet.bench.report.comparison import APPEARED, FASTER, SLOWER, compare
+from fused_resnet.bench.report.figures import PLAIN_EAGER, is_ours
 from fused_resnet.bench.result import ABSENT, FAILED, INFERENCE, MODEL, RIGHT, WRONG, Measurement, Outcome, Result
 from fused_resnet.bench.suite.registry import contenders
 from fused_resnet.bench.timer import Timing
@@ -212,15 +211,6 @@ def test_what_differs_between_runs_is_learnt_from_the_controls():
     changed_ones = [dataclasses.replace(control, value=0.5) for control in controls[:40]]
     assert noise.between_runs([*controls[40:], *changed_ones]) == pytest.approx(0.03, rel=0.3)
     assert noise.between_runs(controls[:3]) == noise.ASSUMED_BETWEEN_RUNS
-
-
-def test_the_t_distribution():
-    scipy_stats = pytest.importorskip("scipy.stats")
-    for freedom in (8, 18, 28, 58):
-        for probability in (0.9, 0.975, 0.999, 0.99993):
-            assert noise.student(probability, freedom) == pytest.approx(
-                scipy_stats.t.ppf(probability, freedom), rel=0.05
-            )
 
 
 def test_the_error_of_the_middle_is_that_of_many_runs():

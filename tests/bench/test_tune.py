@@ -254,9 +254,9 @@ def test_the_methods_of_a_frozen_network_are_measured_and_used(monkeypatch, caps
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--budget", "0"], "must be a number of seconds above 0; got '0'"),
+        (["--budget", "-1"], "must be seconds, 0 or more; got '-1'"),
         (["--batch-size", "0"], "must be a whole number of at least 1; got '0'"),
-        (["--image-size", "16"], "must be at least 32; got 16"),
+        (["--image-size", "16"], "must be at least 32, since networks divide it by 32; got 16"),
         (["--jobs", "two"], "must be a whole number of at least 1; got 'two'"),
         (["--model", "vgg16"], "invalid choice: 'vgg16'"),
     ],
@@ -274,7 +274,11 @@ def test_what_cannot_be_is_refused_before_anything_is_measured(tmp_path, capsys,
     assert "letter.txt is not a plan" in capsys.readouterr().err and strange.read_text() == "Dear Sir"
     assert run("--output", str(strange / "plan.json")) == 1
     assert "letter.txt" in capsys.readouterr().err
-    for device, message in (("cuda:63", "is not here"), ("meta", "must be cpu, cuda"), ("gpu?", "must be cpu, cuda")):
+    for device, message in (
+        ("cuda:63", "that PyTorch finds here"),
+        ("meta", "must be cpu or a GPU"),
+        ("gpu?", "must name a device"),
+    ):
         parser = argparse.ArgumentParser()
         command.add_arguments(parser)
         assert command.main(parser.parse_args(["--device", device])) == 1

@@ -6,8 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from fused_resnet.bench.report.condition import merged
 from fused_resnet.bench.report.files import write_reports
-from fused_resnet.bench.report.merge import merged
 from fused_resnet.bench.result import Result
 
 UNUSABLE = 2
@@ -23,12 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Writes the files and prints their paths. Results of the same machine, versions and commit become one, the others
     stand beside each other. 0, or 2 if a file is not a result."""
+    first, *others = arguments.files
     try:
         results = merged([Result.load(path) for path in arguments.files])
     except (OSError, ValueError) as error:
         print(f"bench report: {error}", file=sys.stderr)
         return UNUSABLE
-    name = arguments.name or (arguments.files[0].stem if len(arguments.files) == 1 else TOGETHER)
-    for path in write_reports(results, arguments.output or arguments.files[0].parent, name):
+    name = arguments.name or (TOGETHER if others else first.stem)
+    for path in write_reports(results, arguments.output or first.parent, name):
         print(path)
     return 0

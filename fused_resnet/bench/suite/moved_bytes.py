@@ -12,8 +12,7 @@ import fused_resnet
 from fused_resnet.bench.dry_run import DryRun
 from fused_resnet.bench.ledger import ledger
 from fused_resnet.bench.result import TRAINING_STEP
-from fused_resnet.bench.suite.loss import loss_of
-from fused_resnet.bench.suite.network_task import NetworkTask
+from fused_resnet.bench.suite.network_task import NetworkTask, loss_of
 from fused_resnet.bench.suite.training import make_optimizer
 from fused_resnet.ops.route.backend import counting_native, keeping_masks
 from fused_resnet.ops.route.reasons import unavailable
@@ -44,7 +43,7 @@ def moved_bytes(task: NetworkTask, way: Way) -> int | None:
     ):
         module = _module(task, way)
         try:
-            return _of_training(task, module) if task.training else _of_inference(task, module)
+            return _count(task, module)
         except NotImplementedError:
             return None
 
@@ -55,21 +54,17 @@ def _module(task: NetworkTask, way: Way) -> nn.Module:
         fused_resnet.fuse(module, memory="efficient" if way == EFFICIENT else "default")
     if way == FROZEN:
         return fused_resnet.freeze(module, torch.empty(task.input_shape()), dtype=task.dtype)
-    return module.to(  # type: ignore[call-overload]
-        dtype=torch.float32 if task.training else task.dtype, memory_format=torch.channels_last
-    )
+    dtype = torch.float32 if task.training else task.dtype
+    return module.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def _of_inference(task: NetworkTask, module: nn.Module) -> int:
-    x = torch.empty(task.input_shape(), dtype=task.dtype).to(memory_format=torch.channels_last)
-    with torch.no_grad():
-        return ledger(lambda: module(x), task.batch_size).total
-
-
-def _of_training(task: NetworkTask, module: nn.Module) -> int:
-    dtype = task.dtype if task.level_takes_input_gradient else torch.float32
+def _count(task: NetworkTask, module: nn.Module) -> int:
+    dtype = torch.float32 if task.training and not task.takes_input_gradient else task.dtype
     x = torch.empty(task.input_shape(), dtype=dtype).to(memory_format=torch.channels_last)
-    x.requires_grad_(task.level_takes_input_gradient)
+    if not task.training:
+        with torch.no_grad():
+            return ledger(lambda: module(x), task.batch_size).total
+    x.requires_grad_(task.takes_input_gradient)
     target = task.make_target()
     if target.is_floating_point():
         target = target.to(task.dtype).to(memory_format=torch.channels_last)

@@ -1,27 +1,25 @@
-"""What tasks at model and block level have in common: one module, a few random inputs, what is right."""
+"""What tasks at model and block level have in common: one module, a few random inputs, a loss."""
 
 from __future__ import annotations
 
 import copy
 import functools
 from abc import abstractmethod
-from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fused_resnet.bench.options import dtype_name
 from fused_resnet.bench.result import INFERENCE, MODES, TRAINING_STEP
-from fused_resnet.bench.suite.correctness import Expected, expected_results
-from fused_resnet.bench.suite.loss import loss_of
 from fused_resnet.bench.suite.subjects import Subject
-from fused_resnet.bench.suite.task import Prepared, Task
+from fused_resnet.bench.suite.task import Task
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROTATING = 3
 """Inputs that a contender takes in turn."""
-SETTLING = ROTATING + 1
-"""The seed of what running statistics are taken of: not of an input, whose batch statistics they would be."""
 
 
 class NetworkTask(Task):
@@ -33,9 +31,11 @@ class NetworkTask(Task):
     Attributes:
         network: where the module comes from.
         path: of the module in the network; "" is the network itself.
+        takes_input_gradient: whether the input wants a gradient in training, as within a network.
     """
 
     path = ""
+    takes_input_gradient = False
     _latest: NetworkTask | None = None
 
     def __init__(
@@ -51,16 +51,16 @@ class NetworkTask(Task):
             raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}; got {dtype}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1; got {batch_size}")
-        if image_size < 1:
-            raise ValueError(f"image_size must be at least 1; got {image_size}")
+        for name, number in (("batch_size", batch_size), ("image_size", image_size)):
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1; got {number}")
         self.network, self.mode, self.batch_size, self.dtype = network, mode, batch_size, dtype
-        self.device, self.image_size = torch.device(device), image_size
+        self.device, self.size = torch.device(device), image_size
+        self.image_size = image_size
 
     def __repr__(self) -> str:
-        size, dtype = f"{self.image_size}px", str(self.dtype).removeprefix("torch.")
-        return f"{self.subject}, {self.mode}, batch {self.batch_size}, {dtype}, {size}, {self.device}"
+        dtype = dtype_name(self.dtype)
+        return f"{self.subject}, {self.mode}, batch {self.batch_size}, {dtype}, {self.size}px, {self.device}"
 
     @property
     def training(self) -> bool:
@@ -101,7 +101,8 @@ class NetworkTask(Task):
     def inputs(self) -> list[Tensor]:
         """The rotating inputs, float32 and contiguous; their values are numbers of the task's dtype."""
         self._let_go_of_others()
-        made = [torch.randn(self.input_shape(), generator=self._generator(i)).to(self.dtype) for i in range(ROTATING)]
+        generators = map(torch.Generator().manual_seed, range(ROTATING))
+        made = [torch.randn(self.input_shape(), generator=generator).to(self.dtype) for generator in generators]
         return [x.float().to(self.device) for x in made]
 
     def inputs_as(
@@ -118,23 +119,11 @@ class NetworkTask(Task):
             torch.manual_seed(ROTATING)
             return [self.make_target().to(self.device) for _ in range(ROTATING)]
 
-    @functools.cached_property
-    def expected(self) -> Expected:
-        """What is right, and how far eager is from it."""
-        return expected_results(self)
-
-    def why_wrong(self, prepared: Prepared) -> tuple[float | None, str | None]:
-        return self.expected.why_wrong(prepared.results())
-
     def flop(self) -> int | None:
         """Counted on tensors without memory; a training step's includes its backward."""
-        return self._flop
-
-    @functools.cached_property
-    def _flop(self) -> int:
         with torch.device("meta"):
             module = self.network.without_memory(self.path).train(self.training)
-            x = torch.empty(self.input_shape(), requires_grad=self.level_takes_input_gradient and self.training)
+            x = torch.empty(self.input_shape(), requires_grad=self.takes_input_gradient and self.training)
             target = self.make_target()
         counter = FlopCounterMode(display=False)
         with counter, torch.set_grad_enabled(self.training):
@@ -142,9 +131,6 @@ class NetworkTask(Task):
             if self.mode == TRAINING_STEP:
                 loss_of(out, target).backward()
         return counter.get_total_flops()
-
-    level_takes_input_gradient = False
-    """Whether the input wants a gradient, as within a network."""
 
     def release(self) -> None:
         """Gives back weights, inputs and what is right; asked for again, they are made again and are the same."""
@@ -157,9 +143,6 @@ class NetworkTask(Task):
         if before is not None and before is not self:
             before.release()
 
-    def _generator(self, seed: int) -> torch.Generator:
-        return torch.Generator().manual_seed(seed)
-
 
 def _move_statistics(module: nn.Module) -> None:
     """Running statistics that are not those of the inputs: whoever does not update them, or uses them in training, then
@@ -171,8 +154,20 @@ def _move_statistics(module: nn.Module) -> None:
             norm.running_var *= 2
 
 
-def combinations(
-    modes: Sequence[str], batch_sizes: Sequence[int], dtypes: Sequence[torch.dtype]
-) -> list[tuple[str, int, torch.dtype]]:
-    """In the order in which tasks are measured."""
-    return [(mode, batch, dtype) for mode in modes for dtype in dtypes for batch in batch_sizes]
+def loss_of(out: Tensor, target: Tensor) -> Tensor:
+    """A scalar to call ``backward`` on: cross entropy with labels of int64; or 0, whose gradient by ``out`` is
+    ``target``, if that is floating point. The latter reads nothing, as if the rest of a network had been there."""
+    return _GivenGradient.apply(out, target) if target.is_floating_point() else F.cross_entropy(out, target)
+
+
+class _GivenGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, gradient: Tensor) -> Tensor:
+        if out.shape != gradient.shape:
+            raise ValueError(f"the gradient must have the result's shape {tuple(out.shape)}; got {gradient.shape}")
+        ctx.gradient, ctx.dtype = gradient, out.dtype  # lives anyway: not saved, and so not counted as saved
+        return torch.zeros((), device=out.device)
+
+    @staticmethod
+    def backward(ctx: Any, *unused: Any) -> tuple[Tensor, None]:
+        return ctx.gradient.to(ctx.dtype), None

@@ -1,8 +1,11 @@
-"""From a module, a session or a compiled function to a `Prepared`: what all contenders do alike."""
+"""What contenders for networks and blocks need, the reasons why they are absent where they do not have it, and the way
+from a module, a session or a compiled function to a `Prepared`."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -10,14 +13,76 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_resnet.bench.options import dtype_name
+from fused_resnet.bench.result import INFERENCE, TRAINING_STEP
 from fused_resnet.bench.saved_bytes import saved_bytes
 from fused_resnet.bench.suite.moved_bytes import Way, moved_bytes
 from fused_resnet.bench.suite.network_task import NetworkTask
-from fused_resnet.bench.suite.task import Prepared
+from fused_resnet.bench.suite.task import Contender, Prepared
 from fused_resnet.bench.suite.training import Training
 
+Condition = Callable[[NetworkTask], list[str]]
+"""The reasons against, none where the task meets it."""
 Surroundings = Callable[[], contextlib.AbstractContextManager[Any]]
 """Makes what is entered around every run."""
+
+
+def network_contender(
+    name: str, prepare: Callable[[NetworkTask], Prepared], *conditions: Condition, ours: bool = False
+) -> Contender:
+    """One that takes networks and blocks, and of these what meets all conditions. Later conditions are not asked where
+    an earlier one has reasons, so the cheap ones come first."""
+
+    def why_absent(task: Any) -> list[str]:
+        if not isinstance(task, NetworkTask):
+            return ["it takes networks and blocks only"]
+        return next((reasons for condition in conditions if (reasons := condition(task))), [])
+
+    def prepare_in_turn(task: NetworkTask) -> Prepared:
+        if task.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # for everyone, and for good: cuDNN's choices are measured ones
+        return prepare(task)
+
+    return Contender(name, why_absent, prepare_in_turn, ours)
+
+
+def inference_only(task: NetworkTask) -> list[str]:
+    return [] if task.mode == INFERENCE else ["it does inference only"]
+
+
+def training_only(task: NetworkTask) -> list[str]:
+    return [] if task.training else ["it differs in training only"]
+
+
+def training_steps_only(task: NetworkTask) -> list[str]:
+    return [] if task.mode == TRAINING_STEP else ["it does whole training steps only"]
+
+
+def cuda_only(task: NetworkTask) -> list[str]:
+    return [] if task.device.type == "cuda" else [f"it needs a CUDA device; the task is on {task.device}"]
+
+
+def cpu_only(task: NetworkTask) -> list[str]:
+    return [] if task.device.type == "cpu" else [f"it is measured on CPUs only; the task is on {task.device}"]
+
+
+def dtypes(*allowed: torch.dtype) -> Condition:
+    """In one of these dtypes."""
+    reason = f"it takes {' and '.join(map(dtype_name, allowed))} here"
+    return lambda task: [] if task.dtype in allowed else [reason]
+
+
+def installed(package: str) -> Condition:
+    """With a package of this name to import."""
+    return lambda task: [] if _is_there(package) else [f"{package} is not installed"]
+
+
+@functools.cache
+def _is_there(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):  # of a parent package, or of one that stands in sys.modules without a spec
+        return False
 
 
 def module_in(task: NetworkTask, module: nn.Module, memory_format: torch.memory_format) -> nn.Module:
@@ -64,24 +129,23 @@ def prepared_training(
 ) -> Prepared:
     """A module in training. Its first run gives the results; it has run on each input when this returns."""
 
-    def run() -> Tensor:
-        with surroundings():
-            return training.run()
+    def within(call: Callable[[], Any]) -> Callable[[], Any]:
+        def run() -> Any:
+            with surroundings():
+                return call()
 
-    with surroundings():
-        first = training.first_results()
+        return run
+
+    first, run = within(training.first_results)(), within(training.run)
     for _ in task.inputs[1:]:
         run()
-
-    def saved() -> int:
-        with surroundings():
-            return saved_bytes(training.module, training.loss)
 
     def results() -> list[Tensor | None]:
         given = list(first)
         first.clear()  # they are as large as the parameters, and asked for once
         return given
 
+    saved = within(lambda: saved_bytes(training.module, training.loss))
     return Prepared(run, results, saved, lambda: moved_bytes(task, way))
 
 
@@ -96,6 +160,6 @@ def prepared_module(
     """A module as it is, in the task's mode: in its dtype for inference, under autocast in training."""
     if task.training:
         return prepared_training(task, Training(task, module, memory_format=memory_format), surroundings, way)
-    module = module_in(task, module, memory_format)
     inputs = task.inputs_as(task.dtype, memory_format)
+    module = module_in(task, module, memory_format)
     return prepared_inference(task, module, inputs, surroundings=surroundings, way=way)

@@ -94,11 +94,8 @@ def measure_rounds(
         clock, sleep: of this process.
         after_round: called after every round with how much of all is done, from 0 to 1.
     """
-    turns = _Turns(runs, Stopwatch(device, clock=clock, flush_cache=flush_cache), method, sleep)
-    start = clock()
-    found = Rounds()
-    if not runs:
-        return found
+    turns = _Turns(dict(runs), list(runs), Stopwatch(device, clock=clock, flush_cache=flush_cache), method, sleep)
+    start, found = clock(), Rounds(failures=turns.failures)
     with _no_garbage_collection():
         totals: list[float] = []
         while method.warm_up and turns.runs:
@@ -116,13 +113,12 @@ def measure_rounds(
             gc.collect()  # of this round's making only: quick
             done = len(samples)
             a_round = (clock() - measured_since) / done
-            wanted = _rounds_wanted(turns, method)
+            wanted = turns.rounds_wanted()
             affordable = done + int((start + seconds - clock()) / a_round) if seconds < math.inf else wanted
             last = min(wanted, max(affordable, min(LEAST_ROUNDS, method.rounds)))
             after_round(min(1.0, done / last))
             if done >= last:
                 break
-    found.failures = turns.failures
     found.timings = {name: Timing(tuple(each[name] for each in samples)) for name in turns.runs}
     return found
 
@@ -135,58 +131,49 @@ def is_stable(totals: list[float]) -> bool:
     return abs(now - before) < STABLE * before
 
 
-def _rounds_wanted(turns: _Turns, method: Method) -> int:
-    """So many that the contender that was timed for the least time so far gets ``min_seconds``."""
-    if not turns.timed:
-        return method.rounds
-    shortest = min(turns.timed.values())
-    by_time = math.ceil(method.min_seconds / shortest) if shortest > 0 else method.most_rounds
-    return max(method.rounds, min(by_time, method.most_rounds))
-
-
+@dataclass
 class _Turns:
     """The contenders that are still in, and how many calls make a sample of each."""
 
-    def __init__(
-        self,
-        runs: Mapping[str, Callable[[], object]],
-        stopwatch: Stopwatch,
-        method: Method,
-        sleep: Callable[[float], object],
-    ) -> None:
-        self.runs = dict(runs)
-        self.failures: dict[str, Exception] = {}
-        self.timed: dict[str, float] = {}
-        """Seconds that a contender was timed for in its latest turn."""
-        self._stopwatch, self._method, self._sleep = stopwatch, method, sleep
-        self._seconds: dict[str, float] = {}
-        self._order = list(runs)
+    runs: dict[str, Callable[[], object]]
+    order: list[str]
+    stopwatch: Stopwatch
+    method: Method
+    sleep: Callable[[float], object]
+    failures: dict[str, Exception] = field(default_factory=dict)
+    timed: dict[str, float] = field(default_factory=dict)
+    """Seconds that a contender was timed for in its latest turn."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Of one call: the least so far, since a turn that somebody disturbed must not make later samples shorter."""
 
     def round(self, index: int) -> dict[str, float]:
         """Everyone's turn, beginning with contender ``index``; seconds of one call each."""
         found: dict[str, float] = {}
-        for name in rotate(self._order, index):
-            if name not in self.runs:
-                continue
-            try:
-                found[name] = self._turn(name)
-            except Exception as error:
-                self.failures[name] = error
-                del self.runs[name]
-                self.timed.pop(name, None)
+        for name in rotate(self.order, index):
+            if name in self.runs:
+                try:
+                    found[name] = self._turn(name)
+                except Exception as error:
+                    self.failures[name] = error
+                    del self.runs[name]
+                    self.timed.pop(name, None)
         return found
 
+    def rounds_wanted(self) -> int:
+        """So many that the contender that was timed for the least time so far gets ``min_seconds``."""
+        method, shortest = self.method, min(self.timed.values(), default=math.inf)
+        by_time = math.ceil(method.min_seconds / shortest) if shortest > 0 else method.most_rounds
+        return max(method.rounds, min(by_time, method.most_rounds))
+
     def _turn(self, name: str) -> float:
-        run, last = self.runs[name], self._seconds.get(name)
-        if self._method.pause:
-            self._sleep(self._method.pause)
-        if last is not None and last < SHORT_CALL:
-            self._stopwatch.time(run)
-        calls = 1 if last is None else calls_for(last, self._method.sample_seconds)
-        seconds = self._stopwatch.time_calls(run, calls)
-        # The least so far: a turn that somebody disturbed must not make later samples shorter.
-        self._seconds[name] = seconds if last is None else min(last, seconds)
-        self.timed[name] = seconds * calls
+        run, last = self.runs[name], self.seconds.get(name, math.inf)
+        if self.method.pause:
+            self.sleep(self.method.pause)
+        if last < SHORT_CALL:
+            self.stopwatch.time(run)
+        calls = calls_for(last, self.method.sample_seconds)
+        seconds = self.stopwatch.time_calls(run, calls)
+        self.seconds[name], self.timed[name] = min(last, seconds), seconds * calls
         return seconds
 
 

@@ -1,10 +1,12 @@
-"""What is measured: a network, a block or an op, in one mode, at one batch size, in one dtype, on one device."""
+"""What is measured (a network, a block or an op, in one mode, at one batch size, in one dtype, on one device), and who
+takes part."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,3 +57,21 @@ class Prepared:
     saved_bytes: Callable[[], int | None] = lambda: None
     moved_bytes: Callable[[], int | None] = lambda: None
     close: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to do a task.
+
+    Attributes:
+        name: in tables, such as "eager channels_last" or "onnxruntime".
+        why_absent: the reasons why it cannot do this task here (not installed, no GPU, inference only, another dtype);
+            an empty list means that it can try. Cheap: imports nothing that takes long where it can help it.
+        prepare: makes it ready for the task; how long that takes is its setup time. May raise: it has then failed.
+        ours: whether this package runs it.
+    """
+
+    name: str
+    why_absent: Callable[[Any], list[str]]
+    prepare: Callable[[Any], Prepared]
+    ours: bool = False

@@ -14,19 +14,12 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class TileQuestion:
-    """What a kernel asks in front of a launch."""
+    """What a kernel asks before a launch: the names of all tiles that are legal for this call, and of the usual one,
+    which the cost model takes. ``plan_key`` is of ``measured_plan.TILES``: the kernel's name, then its key."""
 
-    kernel: str
-    key: Key
+    plan_key: Key
     names: tuple[str, ...]
-    """Of all tiles that are legal for this call."""
     usual: str
-    """Of the one that the cost model takes."""
-
-    @property
-    def plan_key(self) -> Key:
-        """Of ``measured_plan.TILES``."""
-        return (self.kernel, *self.key)
 
 
 def questions(call: Callable[[], object]) -> list[TileQuestion]:
@@ -34,7 +27,7 @@ def questions(call: Callable[[], object]) -> list[TileQuestion]:
     found: dict[Key, TileQuestion] = {}
 
     def note(kernel: str, key: Key, candidates: Any, usual: Any) -> None:
-        question = TileQuestion(kernel, key, tuple(map(str, candidates)), str(usual))
+        question = TileQuestion((kernel, *key), tuple(map(str, candidates)), str(usual))
         found[question.plan_key] = question
 
     with_tiles(note, call)()
@@ -48,16 +41,11 @@ def choosing(tiles: Mapping[Key, str]) -> Callable[..., str | None]:
 
 def with_tiles(chooser: Callable[..., Any] | None, call: Callable[[], Result]) -> Callable[[], Result]:
     """The same call, in which Triton kernels ask ``chooser``. It stays the one who is asked, so that the next such call
-    with the same chooser finds the answers remembered: what is timed is not the search for a tile. ``ask_nobody`` in
-    the end."""
+    with the same chooser finds the answers remembered: what is timed is not the search for a tile. In the end
+    ``choose_tiles_by(None)`` makes the kernels' tiles the cost models' again."""
 
     def run() -> Result:
         choose_tiles_by(chooser)
         return call()
 
     return run
-
-
-def ask_nobody() -> None:
-    """The kernels' tiles are the cost models' again."""
-    choose_tiles_by(None)

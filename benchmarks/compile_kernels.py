@@ -1,6 +1,6 @@
 """Compiles the Triton kernels that some networks need, on all cores at once, into Triton's cache.
 
-    python -m benchmarks.gpu.kernels --model resnet18 resnet50 --batch-size 32 256 --jobs 16 [--budget 200]
+    python -m benchmarks.compile_kernels --model resnet18 resnet50 --batch-size 32 256 --jobs 16 [--budget 200]
 
 Triton compiles a kernel in the process that first launches it, one after the other. Here every call of an op of this
 package that the networks make, in training and in inference, is listed first, by running them for their shapes only
@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_resnet.bench.contenders import builder_names
-from fused_resnet.bench.suite.op_sites import ADDED, SHORTCUT, conv_sites
+from fused_resnet.bench.sites import ADDED, SHORTCUT, conv_sites
+from fused_resnet.bench.suite.subjects import builder_names
 from fused_resnet.bench.training_ledger import training_ledger
 from fused_resnet.ops import use_backend
 from fused_resnet.ops.route.backend import why_not
