@@ -2,9 +2,9 @@
 
     python -m pytest benchmarks/bench_stem.py [-k "batch 1" ] [--benchmark-json=FILE]     on a GPU
 
-"ours cuda" is the fused stem; "eager" is cuDNN's convolution in channels_last with the norm folded into its weight, ReLU
-and pooling; "torch.compile" is max-autotune of that. Images are channels_last, contiguous, or bytes in channels_last,
-which all but the fused stem scale to the weight's dtype first.
+"ours cuda" is the fused stem; "eager" is cuDNN's convolution in channels_last with the norm folded into its weight,
+ReLU and pooling; "torch.compile" is max-autotune of that. Images are channels_last, contiguous, or bytes in
+channels_last, which all but the fused stem scale to the weight's dtype first.
 """
 
 from __future__ import annotations

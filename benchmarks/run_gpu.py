@@ -46,6 +46,7 @@ NETWORKS = ("resnet18", "resnet50")
 BLOCK_NETWORKS = (*NETWORKS, "resnext50_32x4d")
 MODEL_NETWORKS = ("resnet50", "resnet18", "resnext50_32x4d", "resnet152", "wide_resnet50_2")
 DTYPE, BATCH_SIZES, JOBS = "bfloat16", ("256", "32", "1"), str(os.cpu_count() or 1)
+OURS = ("cuda", "triton")
 BENCH = [sys.executable, "-m", "fused_resnet", "bench"]
 CACHES = ("triton_cache", "inductor_cache")
 ARCHIVES = {"results.tar.gz": False, "kernels.tar.gz": True}
@@ -83,91 +84,65 @@ class Unit:
 
 def units(work: Path, dry: bool) -> list[Unit]:
     """All of them, in their order; in a dry run no GPU is there, nothing is compiled, and shapes are tiny."""
-    results, python = work / "results", [sys.executable, "-m"]
+    results, python, found = work / "results", [sys.executable, "-m"], list[Unit]()
+
+    def add(phase: str, title: str, words: Sequence[str | Path], *skipped: str | None, **settings: Any) -> None:
+        reason = next(filter(None, skipped), None)
+        found.append(Unit(phase, title, list(map(str, words)), reason, **settings))
+
+    no_build, no_watch, no_launch = "what is built is taken", "no device to watch", "no launches"
+    where = ["--device", "cpu"] if dry else f"--device cuda --dtype {DTYPE}".split()
     make = ["make", "--no-print-directory", "build", "VENV=", f"PYTHON={sys.executable}"]
     jobs = {"MAX_JOBS": JOBS}
-    kernels = [*python, "benchmarks.compile_kernels", "--jobs", "2" if dry else JOBS]
+    add("build", "extension", make, no_build if dry else None, repeated=True, environment=jobs)
+    add("build", "info", [*python, "fused_resnet", "info"], repeated=True)
+    kernels = f"--jobs {JOBS} --model {' '.join(BLOCK_NETWORKS)} --batch-size {' '.join(BATCH_SIZES)} --dtype {DTYPE}"
     if dry:
-        kernels += [
-            "--model",
-            "resnet18",
-            "--batch-size",
-            "2",
-            "--image-size",
-            "32",
-            "--dtype",
-            "float32",
-            "--backend",
-            "reference",
-            "--device",
-            "cpu",
-        ]
-    else:
-        kernels += ["--model", *BLOCK_NETWORKS, "--batch-size", *BATCH_SIZES, "--dtype", DTYPE]
-    no_build, no_watch = (
-        ("a dry run takes what is built already", "a dry run has no device to watch") if dry else (None,) * 2
-    )
-    found = [
-        Unit("build", "extension", make, no_build, repeated=True, environment=jobs),
-        Unit("build", "info", [*python, "fused_resnet", "info"], repeated=True),
-        Unit("build", "kernels", kernels, budget=True),
-    ]
-    where = ["--device", "cpu"] if dry else ["--device", "cuda", "--dtype", DTYPE]
-    small_ops = {
-        backend: [
-            *BENCH,
-            "--level",
-            "op",
-            "--dry",
-            "--output",
-            str(work / "dry"),
-            *where,
-            "--contenders",
-            f"ours {backend}",
-        ]
-        for backend in (["reference"] if dry else ["cuda", "triton"])
-    }
-    found += [Unit("test", f"small ops, {backend}", words) for backend, words in small_ops.items()]
+        kernels = "--jobs 2 --model resnet18 --batch-size 2 --image-size 32 --dtype float32 --backend reference"
+        kernels += " --device cpu"
+    add("build", "kernels", [*python, "benchmarks.compile_kernels", *kernels.split()], budget=True)
+    # 36 pixels end at 2, on the way through odd sizes
+    small = [*BENCH, "--level", "op", "--dry", "--image-size", "36", "--output", work / "dry", *where]
+    small_ops = {name: [*small, "--contenders", f"ours {name}"] for name in (["reference"] if dry else OURS)}
+    for backend, words in small_ops.items():
+        add("test", f"small ops, {backend}", words)
     for file in ["tests/bench/test_timer.py"] if dry else _gpu_tests():
         only = [] if dry or file.startswith("tests/kernels") else ["-m", "gpu"]
-        words = [*python, "pytest", "-q", file, "-p", "no:cacheprovider", *only]
-        found.append(Unit("test", file, words, fine=(0, 5)))  # 5: nothing is marked so in it
+        # 5: nothing is marked so in it
+        add("test", file, [*python, "pytest", "-q", file, "-p", "no:cacheprovider", *only], fine=(0, 5))
     sanitizer = shutil.which("compute-sanitizer")
+    no_tool = None if sanitizer else "compute-sanitizer is not on the PATH"
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that it sees the ends of tensors
-    for backend, small in small_ops.items():
+    for backend, words in small_ops.items():
         for tool in ("memcheck", "racecheck"):
-            words = [sanitizer or "compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *small]
-            why_none = no_watch or (None if sanitizer else "compute-sanitizer is not on the PATH")
-            found.append(Unit("test", f"{tool}, {backend}", words, why_none, environment=uncached))
-    launch = [*python, "benchmarks.bench_launch", "--rounds", "20", "--output", str(results / "launch.json")]
-    why_none = "there are no launches in a dry run; tests/bench/test_bench_launch.py runs it" if dry else None
-    found.append(Unit("ops", "launch", launch, why_none))
+            command = [sanitizer or "compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *words]
+            add("test", f"{tool}, {backend}", command, no_watch if dry else no_tool, environment=uncached)
+    launch = [*python, "benchmarks.bench_launch", "--rounds", "20", "--output", results / "launch.json"]
+    add("ops", "launch", launch, no_launch if dry else None)
 
-    def bench(phase: str, title: str, words: Sequence[str], options: str) -> None:
+    def bench(phase: str, title: str, models: Sequence[str], options: str) -> None:
         path = results / f"{phase}_{title.replace(' ', '')}.json"
-        modes = (
-            ["inference"] if dry and phase == "ops" else ["inference", "training-step"]
-        )  # ops of a step are a hundred
-        command = [*BENCH, "--level", phase.removesuffix("s"), *words, "--mode", *modes, *where]
+        modes = ["inference", "training-step"][: 1 if dry and phase == "ops" else 2]  # ops of a step are a hundred
+        command = [*BENCH, "--level", phase.removesuffix("s"), "--model", *models, "--mode", *modes, *where]
         command += ["--output", str(results), "--name", path.stem, "--resume"]
         command += ["--dry", "--contenders", "eager*", "ours*", "fused*", "frozen*"] if dry else options.split()
-        found.append(Unit(phase, title, command, left=lambda log: left_out(path), budget=True))
+        add(phase, title, command, left=lambda log: left_out(path), budget=True)
 
     for batch in BATCH_SIZES[-1:] if dry else BATCH_SIZES:
-        models = NETWORKS[:1] if dry else NETWORKS
-        options = f"--batch-size {batch} --rounds 7 --min-seconds 0.02"
-        bench("ops", f"batch {batch}", ["--model", *models], f"{options} --without torch.compile ours*reference")
+        options = f"--batch-size {batch} --rounds 7 --min-seconds 0.02 --without torch.compile ours*reference"
+        bench("ops", f"batch {batch}", NETWORKS[:1] if dry else NETWORKS, options)
     for name in NETWORKS[:1] if dry else BLOCK_NETWORKS:
-        bench("blocks", name, ["--model", name], "--batch-size 32 256 --rounds 9 --min-seconds 0.05")
+        bench("blocks", name, [name], "--batch-size 32 256 --rounds 9 --min-seconds 0.05")
     for name in NETWORKS[:1] if dry else MODEL_NETWORKS:
-        bench("models", name, ["--model", name], "--batch-size 1 32 256 --rounds 9 --min-seconds 0.2")
+        bench("models", name, [name], "--batch-size 1 32 256 --rounds 9 --min-seconds 0.2")
+    tune = "--dry --device cpu" if dry else f"--jobs {JOBS} --mode inference training"
     for name in NETWORKS[:1] if dry else NETWORKS:
-        words = [*python, "fused_resnet", "tune", "--model", name, "--output", str(results / f"plan_{name}.json")]
-        words += ["--dry", "--device", "cpu"] if dry else ["--jobs", JOBS, "--mode", "inference", "training"]
-        found.append(Unit("tune", name, words, left=left_in_log, budget=True))
-    report = [*BENCH, "report", *map(str, result_files(results)), "--output", str(results), "--name", "report"]
-    why_none = None if result_files(results) else "there are no results yet"
-    return [*found, Unit("report", "report", report, why_none, repeated=True)]
+        words = [*python, "fused_resnet", "tune", "--model", name, *tune.split()]
+        add("tune", name, [*words, "--output", results / f"plan_{name}.json"], left=left_in_log, budget=True)
+    files = result_files(results)
+    report = [*BENCH, "report", *files, "--output", results, "--name", "report"]
+    add("report", "report", report, None if files else "there are no results yet", repeated=True)
+    return found
 
 
 def _gpu_tests() -> list[str]:
@@ -213,16 +188,11 @@ def run(unit: Unit, seconds: float, log: Path, environment: dict[str, str]) -> t
         output.flush()
         begin = output.tell()
         settings: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
+        # a shell lets what it runs in the background ignore interrupts, and its children with it
+        settings["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+        settings["env"] = {**os.environ, **environment, **unit.environment}
         try:
-            process = subprocess.Popen(
-                [*unit.words, *limit],
-                cwd=ROOT,
-                env={**os.environ, **environment, **unit.environment},
-                start_new_session=True,
-                # a shell lets what it runs in the background ignore interrupts, and its children with it
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-                **settings,
-            )
+            process = subprocess.Popen([*unit.words, *limit], cwd=ROOT, start_new_session=True, **settings)
         except OSError as error:
             return FAILED, time.monotonic() - start, str(error)
         try:
@@ -343,14 +313,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     budget_help = f"of a phase in this call, such as ops=420 (default: BUDGET_ops, else {usual})"
     add("--budget", nargs="+", default=[], metavar="PHASE=SECONDS", help=budget_help)
     add("--total", type=float, default=float(environ.get("BUDGET") or TOTAL), metavar="SECONDS")
-    add(
-        "--again",
-        nargs="+",
-        choices=BUDGETS,
-        default=[],
-        metavar="PHASE",
-        help="do what was done in earlier calls again",
-    )
+    add("--again", nargs="+", choices=BUDGETS, default=[], metavar="PHASE", help="do anew what was done before")
     add("--pack", action="store_true", help="leave four files in the output folder, and work elsewhere")
     add("--from", dest="source", type=Path, metavar="FOLDER", help="begin from what --pack has left")
     arguments = parser.parse_args(words)

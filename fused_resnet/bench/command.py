@@ -24,7 +24,10 @@ from fused_resnet.bench.suite.task import Contender, Task
 COMMANDS = {
     "compare": ("fused_resnet.bench.report.compare", "what changed between two results, beyond noise"),
     "report": ("fused_resnet.bench.report.command", "CSV, Markdown and an HTML page again, from saved results"),
-    "bytes": ("fused_resnet.bench.byte_tables", "what a training step moves through memory, and keeps; nothing is run"),
+    "bytes": (
+        "fused_resnet.bench.training_ledger",
+        "what a training step moves through memory, and keeps; nothing is run",
+    ),
 }
 """The module of each sub-command, with ``add_arguments`` and ``main``, imported when it is asked for."""
 REFUSED, STOPPED = 1, 130

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +48,7 @@ class Convolution:
     @property
     def settings(self) -> tuple[list[int], list[int], list[int], int]:
         """stride, padding, dilation and groups, as the ops take them."""
-        s = self.sizes
-        return list(s.stride), list(s.padding), list(s.dilation), s.groups
+        return [*self.sizes.stride], [*self.sizes.padding], [*self.sizes.dilation], self.sizes.groups
 
     def input_shape(self, batch: int) -> tuple[int, int, int, int]:
         return batch, self.sizes.channels, self.sizes.height, self.sizes.width
@@ -63,17 +62,14 @@ class Convolution:
 
     def flop(self, batch: int) -> int:
         """Additions and multiplications of one of its three products, none of them with the padding."""
-        outputs = batch * self.sizes.filters * self.out_height * self.out_width
-        return 2 * outputs * torch.Size(self.weight_shape[1:]).numel()
+        return 2 * batch * self.out_height * self.out_width * torch.Size(self.weight_shape).numel()
 
 
 @dataclass(frozen=True)
 class NormSite:
-    """One shape of activation after a norm.
-
-    ``ending`` is what follows the norm: "relu"; "residual", the end of an identity block (add, ReLU); or "projection",
-    the end of a projection block, where the shortcut has a norm of its own. ``name`` is of the first norm that is so.
-    """
+    """One shape of activation after a norm, named after the first norm that is so. ``ending`` is what follows the norm:
+    "relu"; "residual", the end of an identity block (add, ReLU); or "projection", the end of a projection block, where
+    the shortcut has a norm of its own."""
 
     name: str
     channels: int
@@ -91,12 +87,9 @@ class NormSite:
 
 @dataclass(frozen=True)
 class ConvSite:
-    """One shape of convolution, in one of its places.
-
-    ``behind`` is of the inference convolution: "" for norm and ReLU; "with add" for norm, residual and ReLU, at the end
-    of a block; "no ReLU" for a shortcut's. ``normed``: in training, the norm and ReLU of a convolution before it
-    precede it, as inside a block. ``takes_gradient``: its input wants a gradient; an image does not.
-    """
+    """One shape of convolution, in one of its places. ``behind`` is of the inference convolution: "" for norm and ReLU;
+    "with add" for norm, residual and ReLU, at the end of a block; "no ReLU" for a shortcut's. ``normed``: in training,
+    the norm and ReLU of another convolution precede it. ``takes_gradient``: its input wants one; an image does not."""
 
     conv: Convolution
     behind: str
@@ -108,44 +101,40 @@ class ConvSite:
 
 
 def convolutions(name: str, image_size: int = 224) -> list[Convolution]:
-    """Those of one of this package's networks, each shape once, in the order in which they first run."""
+    """Those of one of this package's networks (a builder, such as "resnet50"), each shape once, in the order in which
+    they first run."""
     counts = Counter(call.conv for call in _calls(name, image_size) if call.conv is not None)
     return [Convolution(*key, count) for key, count in counts.items()]
 
 
 def conv_sites(name: str, image_size: int = 224) -> list[ConvSite]:
-    """The convolutions, each shape in each of its places once; arguments as above."""
+    """The convolutions, each shape in each of its places once."""
     shapes = {(conv.sizes, conv.out_height, conv.out_width): conv for conv in convolutions(name, image_size)}
     found: dict[ConvSite, None] = {}
     for call in _calls(name, image_size):
         if call.conv is not None:
             behind = SHORTCUT if call.in_shortcut else ADDED if call.ends_block else PLAIN
             inside = call.block is not None and not call.in_shortcut and call.own_name != "conv1"
-            found[ConvSite(shapes[call.conv], behind, normed=inside, takes_gradient=call.block is not None)] = None
+            found[ConvSite(shapes[call.conv], behind, inside, call.block is not None)] = None
     return [*found]
 
 
 def norm_sites(name: str, image_size: int = 224) -> list[NormSite]:
-    """The norms, each shape and ending once, in the order in which they first run; arguments as above. A norm in a
-    shortcut is part of the site at the end of its block."""
-    found: Counter[tuple[int, int, int, str]] = Counter()
-    names: dict[tuple[int, int, int, str], str] = {}
+    """The norms, each shape and ending once. A norm in a shortcut is part of the site at the end of its block."""
+    found: dict[tuple[int, int, int, str], list[str]] = {}
     for call in _calls(name, image_size):
         if call.conv is None and not call.in_shortcut:
             last = PROJECTION if getattr(call.block, "downsample", None) is not None else RESIDUAL
-            key = (*call.output_shape, last if call.ends_block else RELU)
-            found[key] += 1
-            names.setdefault(key, call.name)
-    return [NormSite(names[key], *key, count) for key, count in found.items()]
+            found.setdefault((*call.output_shape, last if call.ends_block else RELU), []).append(call.name)
+    return [NormSite(names[0], *key, len(names)) for key, names in found.items()]
 
 
-@dataclass(frozen=True)
-class _Call:
-    """A norm or convolution that ran; ``conv`` is the latter's sizes and output, ``block`` the residual block that it
-    is in, None for the stem."""
+class _Call(NamedTuple):
+    """A norm or convolution that ran; ``conv`` is the latter's sizes and output, ``block`` the residual block that
+    it is in, None for the stem."""
 
     name: str
-    block: nn.Module | None
+    block: Any
     conv: tuple[Sizes, int, int] | None
     output_shape: tuple[int, int, int]
 
@@ -168,25 +157,20 @@ def _calls(name: str, image_size: int) -> list[_Call]:
     with torch.device("meta"), torch.no_grad():
         model = getattr(models, name)().eval()
         modules = dict(model.named_modules())
+        paths = {module: path for path, module in modules.items()}
 
-        def watch(path: str, module: nn.Module) -> None:
-            parent = path.partition(".downsample.")[0] if ".downsample." in path else path.rpartition(".")[0]
-            block = modules[parent] if is_residual_block(modules[parent]) else None
+        def note(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            path, (_, channels, height, width) = paths[module], output.shape
+            parent = modules[path.partition(".downsample.")[0] if ".downsample." in path else path.rpartition(".")[0]]
+            block = parent if is_residual_block(parent) else None
+            conv = None
+            if isinstance(module, nn.Conv2d):
+                windows: Any = (module.kernel_size, module.stride, module.padding, module.dilation, module.groups)
+                conv = Sizes(*inputs[0].shape[1:], channels, *windows), height, width  # type: ignore[call-arg]
+            found.append(_Call(path, block, conv, (channels, height, width)))
 
-            def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-                _, channels, height, width = output.shape
-                conv = None
-                if isinstance(module, nn.Conv2d):
-                    assert not isinstance(module.padding, str)
-                    windows = (module.kernel_size, module.stride, module.padding, module.dilation, module.groups)
-                    sizes = (*inputs[0].shape[1:], module.out_channels, *windows)
-                    conv = Sizes(*sizes), height, width
-                found.append(_Call(path, block, conv, (channels, height, width)))
-
-            module.register_forward_hook(note)
-
-        for path, module in modules.items():
+        for module in paths:
             if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
-                watch(path, module)
+                module.register_forward_hook(note)
         model(torch.empty(1, 3, image_size, image_size))
     return found

@@ -279,30 +279,11 @@ def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
     old = tmp_path / "old.json"
     old.write_text('{"schema": 0}')
     for words, message in [
-        ((paths["a"],), "takes two files"),
         ((paths["a"], tmp_path / "missing.json"), "missing.json"),
         ((paths["a"], old), "schema 0"),
         ((paths["a"], paths["small"]), "no measurement in common: model0, inference, batch 1, float32, 224x224"),
         ((paths["a"], paths["a"], "--only", "("), "regular expression"),
         ((paths["a"], paths["a"], "--only", "nobody"), "'nobody'"),
-        (("--commits", "a", "b"), "--folder"),
-        (("--commits", "aaaa", "f", "--folder", tmp_path), "begins with 'f'"),
     ]:
         assert run(*words) == 2
         assert message in capsys.readouterr().err
-
-
-def test_two_commits_of_a_folder(tmp_path, capsys):
-    before, after = simulated(0), simulated(1, {(4, "frozen"): 1.3})
-    first, second = (
-        dataclasses.replace(before, measurements=part) for part in (before.measurements[:9], before.measurements[9:])
-    )
-    after = dataclasses.replace(after, machine=MACHINE | {"commit": "b" * 40})
-    (tmp_path / "deep").mkdir()
-    saved(tmp_path, first=first, second=second)
-    saved(tmp_path / "deep", after=after)
-    (tmp_path / "other.json").write_text("{}")
-    assert run("--commits", "aaa", "bb", "--folder", tmp_path) == 1
-    said = capsys.readouterr()
-    assert "model4" in said.out and "passed over" in said.err and "other.json" in said.err
-    assert run("--commits", "aaa", "aaa", "--folder", tmp_path) == 0

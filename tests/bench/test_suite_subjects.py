@@ -22,8 +22,7 @@ def no_module() -> int:
 
 
 @pytest.mark.parametrize(
-    ("name", "source"),
-    [("resnet18", "torchvision"), ("timm:resnet18", "timm"), ("resnet10t", "timm"), (CIFAR, "user")],
+    ("name", "source"), [("resnet18", "torchvision"), ("timm:resnet18", "timm"), ("resnet10t", "timm"), (CIFAR, "user")]
 )
 def test_every_kind_of_name_is_found_and_built_twice_alike(name: str, source: str):
     subject = find_subject(name)

@@ -136,7 +136,7 @@ from fused_resnet.bench.suite.op_conv_inference import ConvInferenceTask
 from fused_resnet.bench.suite.op_conv_training import PRODUCTS, ConvTrainingTask
 from fused_resnet.bench.sites import Convolution, ConvSite, Sizes
 from fused_resnet.bench.tune.level_subject import LevelSubject
-from fused_resnet.bench.tune.measure import DRY_METHOD
+from fused_resnet.bench.suite.rounds import ONCE
 from fused_resnet.bench.tune.subject import BackendSubject, TrainingTileSubject
 from fused_resnet.bench.tune.run import tune
 from fused_resnet.ops.route import measured_plan
@@ -150,7 +150,7 @@ tiles = {}
 subjects = [BackendSubject(ConvInferenceTask(site, *settings), 1)]
 subjects += [TrainingTileSubject(ConvTrainingTask(site, product, *settings), 1) for product in PRODUCTS]
 subjects += [LevelSubject(site, *settings, tiles)]
-outcome = tune(subjects, tiles, None, method=DRY_METHOD)
+outcome = tune(subjects, tiles, None, method=ONCE)
 assert not outcome.failed and not outcome.left, (outcome.failed, outcome.left)
 first, *products, level = [found for _, found in outcome.found]
 assert not any(found.dropped for _, found in outcome.found), outcome.found

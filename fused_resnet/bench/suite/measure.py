@@ -140,16 +140,10 @@ class _Group:
             _free(self.task.device)
 
     def _time(self) -> None:
-        rounds = measure_rounds(
-            {name: prepared.run for name, (prepared, _) in self.ready.items()},
-            self.task.device,
-            self.method,
-            flush_cache=self.task.level == OP,
-            seconds=self.end - self.clock(),
-            clock=self.clock,
-            sleep=self.sleep,
-            after_round=lambda done: self.stage("rounds", 0.5 + 0.45 * done),
-        )
+        runs = {name: prepared.run for name, (prepared, _) in self.ready.items()}
+        how: dict[str, Any] = {"clock": self.clock, "sleep": self.sleep, "flush_cache": self.task.level == OP}
+        how |= {"after_round": lambda done: self.stage("rounds", 0.5 + 0.45 * done)}
+        rounds = measure_rounds(runs, self.task.device, self.method, seconds=self.end - self.clock(), **how)
         for name, error in rounds.failures.items():
             setup_seconds = self.ready[name][1].setup_seconds
             self.outcomes[name] = Outcome(FAILED, last_line(error), setup_seconds=setup_seconds)

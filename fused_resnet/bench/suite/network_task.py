@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import functools
 from abc import abstractmethod
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,16 +26,11 @@ class NetworkTask(Task):
     """A module in one mode, on random images (or activations) of one shape.
 
     float32 is plain. In another dtype inference has the whole module in it where the contender can have that, and
-    training is autocast with parameters in float32.
-
-    Attributes:
-        network: where the module comes from.
-        path: of the module in the network; "" is the network itself.
-        takes_input_gradient: whether the input wants a gradient in training, as within a network.
+    training is autocast with parameters in float32. ``path`` is that of the module in ``network``, "" for all of it;
+    ``takes_input_gradient``: the input wants a gradient in training, as within a network.
     """
 
-    path = ""
-    takes_input_gradient = False
+    path, takes_input_gradient = "", False
     _latest: NetworkTask | None = None
 
     def __init__(
@@ -55,21 +50,13 @@ class NetworkTask(Task):
             if number < 1:
                 raise ValueError(f"{name} must be at least 1; got {number}")
         self.network, self.mode, self.batch_size, self.dtype = network, mode, batch_size, dtype
-        self.device, self.size = torch.device(device), image_size
-        self.image_size = image_size
+        self.device, self.image_size, self.size = torch.device(device), image_size, image_size
+        self.training = mode != INFERENCE
+        self.autocast_dtype = None if dtype == torch.float32 else dtype  # of the training modes; None is no autocast
 
     def __repr__(self) -> str:
         dtype = dtype_name(self.dtype)
         return f"{self.subject}, {self.mode}, batch {self.batch_size}, {dtype}, {self.size}px, {self.device}"
-
-    @property
-    def training(self) -> bool:
-        return self.mode != INFERENCE
-
-    @property
-    def autocast_dtype(self) -> torch.dtype | None:
-        """Of the training modes; None is no autocast."""
-        return None if self.dtype == torch.float32 else self.dtype
 
     @abstractmethod
     def make_module(self) -> nn.Module:
@@ -83,25 +70,29 @@ class NetworkTask(Task):
     def make_target(self) -> Tensor:
         """What the loss compares with, of the generator as it stands: labels; the gradient of a block's result."""
 
-    @functools.cached_property
+    @cached_property
     def module(self) -> nn.Module:
         """The plain PyTorch module in float32 on the task's device, contiguous, in the mode that is measured. Nobody
         runs or changes it: `copy` it."""
         self._let_go_of_others()
         module = self.make_module()
-        if self.training:
-            _move_statistics(module)
+        for norm in module.modules() if self.training else ():
+            # Not the statistics of the inputs: whoever does not update them, or uses them, then gives other numbers.
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.track_running_stats:
+                assert norm.running_mean is not None and norm.running_var is not None
+                norm.running_mean += norm.running_var.sqrt()
+                norm.running_var *= 2
         return module.to(self.device).train(self.training)
 
     def copy(self) -> nn.Module:
         """A module of one's own."""
         return copy.deepcopy(self.module)
 
-    @functools.cached_property
+    @cached_property
     def inputs(self) -> list[Tensor]:
         """The rotating inputs, float32 and contiguous; their values are numbers of the task's dtype."""
         self._let_go_of_others()
-        generators = map(torch.Generator().manual_seed, range(ROTATING))
+        generators = [torch.Generator().manual_seed(seed) for seed in range(ROTATING)]
         made = [torch.randn(self.input_shape(), generator=generator).to(self.dtype) for generator in generators]
         return [x.float().to(self.device) for x in made]
 
@@ -111,7 +102,7 @@ class NetworkTask(Task):
         """Copies in another dtype and memory format: outside of what is measured."""
         return [x.to(dtype).to(memory_format=memory_format, copy=True) for x in self.inputs]
 
-    @functools.cached_property
+    @cached_property
     def targets(self) -> list[Tensor]:
         """What belongs to each input for the loss."""
         self._let_go_of_others()
@@ -125,8 +116,7 @@ class NetworkTask(Task):
             module = self.network.without_memory(self.path).train(self.training)
             x = torch.empty(self.input_shape(), requires_grad=self.takes_input_gradient and self.training)
             target = self.make_target()
-        counter = FlopCounterMode(display=False)
-        with counter, torch.set_grad_enabled(self.training):
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(self.training):
             out = module(x)
             if self.mode == TRAINING_STEP:
                 loss_of(out, target).backward()
@@ -142,16 +132,6 @@ class NetworkTask(Task):
         before, NetworkTask._latest = NetworkTask._latest, self
         if before is not None and before is not self:
             before.release()
-
-
-def _move_statistics(module: nn.Module) -> None:
-    """Running statistics that are not those of the inputs: whoever does not update them, or uses them in training, then
-    gives other numbers."""
-    for norm in module.modules():
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.track_running_stats:
-            assert norm.running_mean is not None and norm.running_var is not None
-            norm.running_mean += norm.running_var.sqrt()
-            norm.running_var *= 2
 
 
 def loss_of(out: Tensor, target: Tensor) -> Tensor:

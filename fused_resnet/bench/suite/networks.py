@@ -6,6 +6,7 @@ import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,35 +35,26 @@ class Block:
 
 
 def model_tasks(
-    names: Sequence[str],
-    modes: Sequence[str],
-    batch_sizes: Sequence[int],
-    dtypes: Sequence[torch.dtype],
-    device: torch.device | str,
-    image_size: int = 224,
+    names: Sequence[str], modes: Sequence[str], batch_sizes: Sequence[int], dtypes: Sequence[torch.dtype], *where: Any
 ) -> list[Task]:
-    """Each network in each mode, dtype and batch size."""
+    """Each network (named as `find_subject` takes it) in each mode, dtype and batch size; ``where`` is the device and,
+    if it is not 224, the pixels of an image's side."""
     return [
-        ModelTask(subject, mode, batch_size, dtype, device, image_size)
+        ModelTask(subject, mode, batch_size, dtype, *where)
         for subject in map(find_subject, names)
         for mode, dtype, batch_size in itertools.product(modes, dtypes, batch_sizes)
     ]
 
 
 def block_tasks(
-    names: Sequence[str],
-    modes: Sequence[str],
-    batch_sizes: Sequence[int],
-    dtypes: Sequence[torch.dtype],
-    device: torch.device | str,
-    image_size: int = 224,
+    names: Sequence[str], modes: Sequence[str], batch_sizes: Sequence[int], dtypes: Sequence[torch.dtype], *where: Any
 ) -> list[Task]:
-    """Each residual block of these networks, alike ones once, in each mode, dtype and batch size; arguments and errors
-    as of `model_tasks`. A network without residual blocks has no tasks."""
+    """Each residual block of these networks, alike ones once, in each mode, dtype and batch size; arguments as of
+    `model_tasks`. A network without residual blocks has no tasks."""
     return [
-        BlockTask(subject, block, mode, batch_size, dtype, device, image_size)
+        BlockTask(subject, block, mode, batch_size, dtype, *where)
         for subject in map(find_subject, names)
-        for block in residual_blocks(subject, image_size)
+        for block in residual_blocks(subject, *where[1:])
         for mode, dtype, batch_size in itertools.product(modes, dtypes, batch_sizes)
     ]
 
@@ -86,15 +78,8 @@ def residual_blocks(subject: Subject, image_size: int = 224) -> list[Block]:
 
 
 class ModelTask(JudgedTask):
-    """A network on images (N, 3, S, S). A training step's loss is cross entropy with random labels.
-
-    Args:
-        subject: the network, or its name as `find_subject` takes it.
-        mode: of ``result.MODES``.
-        batch_size: N.
-        dtype: float32, bfloat16 or float16.
-        image_size: S.
-    """
+    """A network (or its name as `find_subject` takes it) on images (N, 3, S, S). A training step's loss is cross
+    entropy with random labels."""
 
     level = MODEL
 
@@ -122,17 +107,11 @@ class ModelTask(JudgedTask):
 
 
 class BlockTask(JudgedTask):
-    """A block on activations like those before it. Its input wants a gradient in the training modes, and a training
-    step's backward begins with a fixed random gradient of its result.
+    """A block on activations like those before it; ``image_size`` is that of the network's image, from which its shapes
+    followed. Its input wants a gradient in the training modes, and a training step's backward begins with a fixed
+    random gradient of its result."""
 
-    Args:
-        subject, mode, batch_size, dtype, device: as of `ModelTask`.
-        block: which.
-        image_size: of the network's image, from which the block's shapes followed.
-    """
-
-    level = BLOCK
-    takes_input_gradient = True
+    level, takes_input_gradient = BLOCK, True
 
     def __init__(
         self,
@@ -145,8 +124,7 @@ class BlockTask(JudgedTask):
         image_size: int = 224,
     ) -> None:
         super().__init__(subject, mode, batch_size, dtype, device, image_size)
-        self.block, self.path = block, block.path
-        self.subject = f"{subject.name} {block.path}"
+        self.block, self.path, self.subject = block, block.path, f"{subject.name} {block.path}"
 
     def make_module(self) -> nn.Module:
         block = self.network.build().get_submodule(self.path)
@@ -166,7 +144,7 @@ def _settled(module: nn.Module, images: int, shape: tuple[int, ...]) -> nn.Modul
 
 @functools.cache
 def _classes(network: Subject, size: int) -> int:
-    """How many logits it gives."""
+    """How many logits it gives; TypeError if it gives something else."""
     with torch.device("meta"), torch.no_grad():
         out = network.build()(torch.empty(1, 3, size, size))
     if not isinstance(out, Tensor) or out.dim() != 2:

@@ -3,11 +3,11 @@ from a module, a session or a compiled function to a `Prepared`."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import itertools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from fused_resnet.bench.suite.training import Training
 
 Condition = Callable[[NetworkTask], list[str]]
 """The reasons against, none where the task meets it."""
-Surroundings = Callable[[], contextlib.AbstractContextManager[Any]]
+Surroundings = Callable[[], AbstractContextManager[Any]]
 """Makes what is entered around every run."""
 
 
@@ -46,35 +46,26 @@ def network_contender(
     return Contender(name, why_absent, prepare_in_turn, ours)
 
 
-def inference_only(task: NetworkTask) -> list[str]:
-    return [] if task.mode == INFERENCE else ["it does inference only"]
+def only(meets: Callable[[NetworkTask], bool], reason: str) -> Condition:
+    """Where the task meets it; ``{device}`` in the reason is the task's."""
+    return lambda task: [] if meets(task) else [reason.format(device=task.device)]
 
 
-def training_only(task: NetworkTask) -> list[str]:
-    return [] if task.training else ["it differs in training only"]
-
-
-def training_steps_only(task: NetworkTask) -> list[str]:
-    return [] if task.mode == TRAINING_STEP else ["it does whole training steps only"]
-
-
-def cuda_only(task: NetworkTask) -> list[str]:
-    return [] if task.device.type == "cuda" else [f"it needs a CUDA device; the task is on {task.device}"]
-
-
-def cpu_only(task: NetworkTask) -> list[str]:
-    return [] if task.device.type == "cpu" else [f"it is measured on CPUs only; the task is on {task.device}"]
+inference_only = only(lambda task: task.mode == INFERENCE, "it does inference only")
+training_only = only(lambda task: task.training, "it differs in training only")
+training_steps_only = only(lambda task: task.mode == TRAINING_STEP, "it does whole training steps only")
+cuda_only = only(lambda task: task.device.type == "cuda", "it needs a CUDA device; the task is on {device}")
+cpu_only = only(lambda task: task.device.type == "cpu", "it is measured on CPUs only; the task is on {device}")
 
 
 def dtypes(*allowed: torch.dtype) -> Condition:
     """In one of these dtypes."""
-    reason = f"it takes {' and '.join(map(dtype_name, allowed))} here"
-    return lambda task: [] if task.dtype in allowed else [reason]
+    return only(lambda task: task.dtype in allowed, f"it takes {' and '.join(map(dtype_name, allowed))} here")
 
 
 def installed(package: str) -> Condition:
     """With a package of this name to import."""
-    return lambda task: [] if _is_there(package) else [f"{package} is not installed"]
+    return only(lambda task: _is_there(package), f"{package} is not installed")
 
 
 @functools.cache
@@ -96,7 +87,7 @@ def prepared_inference(
     inputs: list[Any],
     *,
     guard: Surroundings = torch.inference_mode,
-    surroundings: Surroundings = contextlib.nullcontext,
+    surroundings: Surroundings = nullcontext,
     output: Callable[[Any], Tensor] = lambda result: result,
     way: Way = None,
 ) -> Prepared:
@@ -104,8 +95,7 @@ def prepared_inference(
 
     Args:
         inputs: of `NetworkTask.inputs_as`, or what they are in the contender's own form.
-        guard: entered around every run, such as ``torch.inference_mode``.
-        surroundings: likewise, within.
+        guard, surroundings: entered around every run, the latter within the former.
         output: from what a run returns to the tensor to hold against the exact one; not measured.
         way: for `moved_bytes`.
     """
@@ -125,7 +115,7 @@ def prepared_inference(
 
 
 def prepared_training(
-    task: NetworkTask, training: Training, surroundings: Surroundings = contextlib.nullcontext, way: Way = None
+    task: NetworkTask, training: Training, surroundings: Surroundings = nullcontext, way: Way = None
 ) -> Prepared:
     """A module in training. Its first run gives the results; it has run on each input when this returns."""
 
@@ -154,12 +144,11 @@ def prepared_module(
     module: nn.Module,
     *,
     memory_format: torch.memory_format = torch.channels_last,
-    surroundings: Surroundings = contextlib.nullcontext,
+    surroundings: Surroundings = nullcontext,
     way: Way = None,
 ) -> Prepared:
     """A module as it is, in the task's mode: in its dtype for inference, under autocast in training."""
     if task.training:
         return prepared_training(task, Training(task, module, memory_format=memory_format), surroundings, way)
-    inputs = task.inputs_as(task.dtype, memory_format)
-    module = module_in(task, module, memory_format)
+    inputs, module = task.inputs_as(task.dtype, memory_format), module_in(task, module, memory_format)
     return prepared_inference(task, module, inputs, surroundings=surroundings, way=way)

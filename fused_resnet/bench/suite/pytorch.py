@@ -23,6 +23,7 @@ from fused_resnet.bench.suite.preparing import (
     installed,
     module_in,
     network_contender,
+    only,
     prepared_inference,
     prepared_module,
     prepared_training,
@@ -42,14 +43,12 @@ PyTorch's own limit of 8 the ninth would run in eager."""
 
 def eager_contenders() -> list[Contender]:
     """One for each memory format."""
-    return [
-        network_contender(name, functools.partial(_prepare_eager, memory_format))
-        for name, memory_format in FORMATS.items()
-    ]
 
+    def of(name: str, memory_format: torch.memory_format) -> Contender:
+        settings: Any = {"memory_format": memory_format, "way": EAGER}
+        return network_contender(name, lambda task: prepared_module(task, task.copy(), **settings))
 
-def _prepare_eager(memory_format: torch.memory_format, task: NetworkTask) -> Prepared:
-    return prepared_module(task, task.copy(), memory_format=memory_format, way=EAGER)
+    return [of(name, memory_format) for name, memory_format in FORMATS.items()]
 
 
 def timm_contender() -> Contender:
@@ -82,26 +81,26 @@ def _prepare_timm(task: NetworkTask) -> Prepared:
 
 def graph_contender() -> Contender:
     """Eager, channels_last, as one CUDA graph: inference, or a whole training step."""
-    return network_contender("eager CUDA graph", _prepare_graph, cuda_only, _not_the_forward, no_float16)
+    not_the_forward = only(
+        lambda task: task.mode != TRAINING_FORWARD, "what is captured is inference or a whole training step"
+    )
+
+    def prepare(task: NetworkTask) -> Prepared:
+        if task.training:
+            return prepared_graph_step(task, task.copy(), way=EAGER)
+        module, inputs = (
+            module_in(task, task.copy(), torch.channels_last),
+            task.inputs_as(task.dtype, torch.channels_last),
+        )
+        return prepared_inference(task, CapturedInference(module, inputs[0]), inputs, way=EAGER)
+
+    return network_contender("eager CUDA graph", prepare, cuda_only, not_the_forward, no_float16)
 
 
-def _not_the_forward(task: NetworkTask) -> list[str]:
-    captures = "what is captured is inference or a whole training step"
-    return [captures] if task.mode == TRAINING_FORWARD else []
-
-
-def no_float16(task: NetworkTask) -> list[str]:
-    """Of training: its loss has to be scaled, which ``graph_step`` does not do."""
-    float16 = task.training and task.dtype == torch.float16
-    return ["training in float16 scales its loss, which graph_step does not do"] if float16 else []
-
-
-def _prepare_graph(task: NetworkTask) -> Prepared:
-    if task.training:
-        return prepared_graph_step(task, task.copy(), way=EAGER)
-    module = module_in(task, task.copy(), torch.channels_last)
-    inputs = task.inputs_as(task.dtype, torch.channels_last)
-    return prepared_inference(task, CapturedInference(module, inputs[0]), inputs, way=EAGER)
+no_float16 = only(
+    lambda task: not task.training or task.dtype != torch.float16,
+    "training in float16 scales its loss, which graph_step does not do",
+)
 
 
 class CapturedInference:

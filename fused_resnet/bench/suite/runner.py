@@ -34,17 +34,9 @@ INTERRUPTED, LEFT_OUT = "interrupted", "left_out"
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run measures.
-
-    Attributes:
-        device: where the tasks run.
-        method: the rounds of each measurement.
-        budget: seconds for everything. Each measurement gets a share of what is left, by its weight.
-        longest_run: a doubling of batch sizes ends once the quickest contender takes so many seconds.
-        seed: of PyTorch's generator, before each measurement.
-        ceiling_rounds: of measuring the roofline; 0 not to.
-        arguments: what the run was asked for, for the file.
-    """
+    """How a run measures: each measurement gets a share of what is left of the ``budget``, in seconds, by its weight;
+    a doubling of batch sizes ends once the quickest contender takes ``longest_run`` seconds; ``seed`` is that of
+    PyTorch's generator; without ``ceiling_rounds`` there is no roofline; ``arguments`` are for the file."""
 
     device: torch.device
     method: Method = field(default_factory=Method)
@@ -60,22 +52,18 @@ class Settings:
 
 
 class Listener:
-    """Is told how far a run is; this one does nothing."""
+    """Is told how far a run is: the weights of all measurements; of each when it begins, what comes now and how much of
+    it is over, from 0 to 1, and its end or why it is not made. This one does nothing."""
 
-    def start(self, weights: Sequence[float]) -> None:
-        """There will be so many measurements, of these weights."""
+    def start(self, weights: Sequence[float]) -> None: ...
 
-    def begin(self, title: str) -> None:
-        """A measurement begins."""
+    def begin(self, title: str) -> None: ...
 
-    def stage(self, what: str, done: float) -> None:
-        """Of the present measurement ``done`` is over, from 0 to 1, and ``what`` comes now."""
+    def stage(self, what: str, done: float) -> None: ...
 
-    def finish(self, measurement: Measurement, result: Result) -> None:
-        """It is over, and the last of the result."""
+    def finish(self, measurement: Measurement, result: Result) -> None: ...
 
-    def leave_out(self, title: str, reason: str) -> None:
-        """A measurement is not made."""
+    def leave_out(self, title: str, reason: str) -> None: ...
 
 
 def run(
@@ -89,17 +77,11 @@ def run(
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], object] = time.sleep,
 ) -> Result:
-    """Measures the tasks in their order. Ctrl-C ends it early, with what was measured until then.
+    """Measures the tasks in their order, which are let go on the way. Ctrl-C ends it early, with what was measured
+    until then; ``save`` is called with the result so far after each measurement, and at the end.
 
-    Args:
-        tasks: emptied on the way, so that a task's tensors go when it is done.
-        contenders: who takes part; of each task everyone is asked.
-        settings: how.
-        listener: is told how far it is.
-        save: called with the result so far after each measurement, and at the end.
-        before: an earlier result. What it has measured in the same condition and at the same commit is taken over:
-            of these tasks what this run need not make, or cannot make better, and of others all.
-        clock, sleep: of this process.
+    What an earlier result, ``before``, has measured in the same condition and at the same commit is taken over: of
+    these tasks what this run need not make, or cannot make better, and of others all.
     """
     going = _Run(tasks, contenders, settings, listener or Listener(), save, clock, sleep)
     going.take_over(before)
@@ -118,13 +100,11 @@ class _Run:
         contenders: Sequence[Contender],
         settings: Settings,
         listener: Listener,
-        save: Callable[[Result], object],
-        clock: Callable[[], float],
-        sleep: Callable[[float], object],
+        *functions: Any,
     ) -> None:
         self._tasks, self._contenders, self._settings, self._listener = tasks, contenders, settings, listener
-        self._save, self._clock, self._sleep = save, clock, sleep
-        self._end = clock() + settings.budget
+        self._save, self._clock, self._sleep = functions
+        self._end = self._clock() + settings.budget
         self._measured_dtypes: list[torch.dtype] = []
         self._weights = [weight(task) for task in tasks]
         self._names = {contender.name for contender in contenders}

@@ -13,7 +13,7 @@ import torch
 from fused_resnet.bench.options import dtype_name, find_device
 from fused_resnet.bench.result import BLOCK, INFERENCE, MODEL, OP, TRAINING_STEP
 from fused_resnet.bench.suite.measure import SLOW_TO_SET_UP
-from fused_resnet.bench.suite.rounds import Method
+from fused_resnet.bench.suite.rounds import ONCE, Method
 from fused_resnet.bench.suite.task import Contender, Task
 
 CPU_BATCHES, GPU_BATCHES = ((1, 8), (16,)), ((1, 32, 256), (1, 32, 256))
@@ -85,7 +85,7 @@ def method_for(options: argparse.Namespace, device: torch.device) -> Method:
     if options.quick:
         method = replace(method, rounds=7, min_seconds=0.3, most_rounds=30)
     if options.dry:
-        method = Method(rounds=1, min_seconds=0.0, most_rounds=1, sample_seconds=0.0, pause=0.0, warm_up=False)
+        method = ONCE
     given = {name: getattr(options, name) for name in ("rounds", "min_seconds")}
     method = replace(method, **{name: value for name, value in given.items() if value is not None})
     return replace(method, most_rounds=max(method.rounds, method.most_rounds))

@@ -29,10 +29,8 @@ class Task(ABC):
 
     @abstractmethod
     def why_wrong(self, prepared: Prepared) -> tuple[float | None, str | None]:
-        """(the error against float64, None if the numbers are right and else what is wrong).
-
-        By the project's rule: at most twice the error of PyTorch's eager mode in the same dtype.
-        """
+        """(the error against float64, None if the numbers are right and else what is wrong): by the project's rule at
+        most twice the error of PyTorch's eager mode in the same dtype."""
 
     @abstractmethod
     def flop(self) -> int | None:
@@ -43,13 +41,10 @@ class Task(ABC):
 class Prepared:
     """A contender that is ready: compiled, packed, tuned, captured, warmed up once.
 
-    Attributes:
-        run: does the task once, on the next of the rotating inputs, and gives its results. On a GPU it may return
-            before the device has finished.
-        results: the results to hold against the exact ones, of the first of the inputs and of the weights as they were
-            at first: logits; (loss and gradients) of a training step. Called once, before anything is measured.
-        saved_bytes, moved_bytes: as in ``result.Outcome``; asked once, and not while anything is measured.
-        close: gives back what it holds.
+    ``run`` does the task once, on the next of the rotating inputs; on a GPU it may return before the device has
+    finished. ``results`` are those to hold against the exact ones, of the first of the inputs and of the weights as
+    they were at first; called once, before anything is measured. ``saved_bytes`` and ``moved_bytes``, as in
+    ``result.Outcome``, are asked once, and not while anything is measured; ``close`` gives back what it holds.
     """
 
     run: Callable[[], object]
@@ -61,14 +56,11 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to do a task.
+    """One way to do a task, named as in tables, such as "eager channels_last".
 
-    Attributes:
-        name: in tables, such as "eager channels_last" or "onnxruntime".
-        why_absent: the reasons why it cannot do this task here (not installed, no GPU, inference only, another dtype);
-            an empty list means that it can try. Cheap: imports nothing that takes long where it can help it.
-        prepare: makes it ready for the task; how long that takes is its setup time. May raise: it has then failed.
-        ours: whether this package runs it.
+    ``why_absent`` gives the reasons why it cannot do this task here (not installed, no GPU, inference only, another
+    dtype); an empty list means that it can try. ``prepare`` makes it ready, which is its setup time; if it raises, the
+    contender has failed. ``ours``: this package runs it.
     """
 
     name: str

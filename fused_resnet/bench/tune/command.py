@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from fused_resnet.bench import options
+from fused_resnet.bench.suite.rounds import ONCE
 from fused_resnet.bench.suite.subjects import builder_names
 from fused_resnet.bench.tune.compile import compile_all
-from fused_resnet.bench.tune.measure import DRY_METHOD, METHOD, Found
+from fused_resnet.bench.tune.measure import METHOD, Found
 from fused_resnet.bench.tune.run import Outcome, tune, unknown
 from fused_resnet.bench.tune.sites import MODES, Selection, subjects
 from fused_resnet.bench.tune.subject import Subject
@@ -25,10 +26,7 @@ from fused_resnet.ops.route import measured_plan, plan_file
 from fused_resnet.ops.route.measured_plan import ignoring_measured_plan
 from fused_resnet.ops.route.plan_file import NotAPlan
 
-BATCH_SIZES = {
-    "cpu": {"inference": (1, 8), "training": (16,)},
-    "cuda": {"inference": (1, 32, 256), "training": (256,)},
-}
+BATCH_SIZES = {"cpu": {"inference": (1, 8), "training": (16,)}, "cuda": {"inference": (1, 32, 256), "training": (256,)}}
 DRY_BATCH_SIZE, DRY_IMAGE_SIZE, DRY_TILES = 2, 32, 1
 MOST_JOBS = 16
 COMPILE_SHARE = 0.5
@@ -134,7 +132,7 @@ def _run(arguments: argparse.Namespace, selection: Selection, path: Path | None,
             [everything[index] for index in wanted],
             tiles,
             path,
-            method=DRY_METHOD if arguments.dry else METHOD,
+            method=ONCE if arguments.dry else METHOD,
             seconds=end - time.monotonic(),
             begin=lambda subject: bar.update(what=subject.title),
             finish=finish,

@@ -17,7 +17,6 @@ from fused_resnet.bench.suite.task import Prepared
 from fused_resnet.bench.timer import Timing
 
 METHOD = Method(rounds=15, min_seconds=0.1, most_rounds=40, sample_seconds=0.002, pause=0.0)
-DRY_METHOD = Method(rounds=1, min_seconds=0.0, most_rounds=1, sample_seconds=0.0, pause=0.0, warm_up=False)
 SHORTLIST = 6
 """So many candidates are measured in full, beside what would be chosen anyway; more are timed briefly before."""
 BRIEF = Method(rounds=3, min_seconds=0.0, most_rounds=3, sample_seconds=0.001, pause=0.0, warm_up=False)
@@ -121,10 +120,7 @@ def is_faster(before: Timing, after: Timing) -> bool:
 
 
 def _make_ready(
-    name: str,
-    prepare: Callable[[], Prepared],
-    why_wrong: Callable[[Prepared], str | None],
-    ready: dict[str, Prepared],
+    name: str, prepare: Callable[[], Prepared], why_wrong: Callable[[Prepared], str | None], ready: dict[str, Prepared]
 ) -> str | None:
     """Puts it among the ``ready`` ones; the reason why not."""
     try:
