@@ -93,7 +93,7 @@ def test_every_builders_network_has_a_twin_in_timm_with_the_same_parameters():
 @pytest.mark.parametrize(
     ("name", "dtype", "mode", "reason"),
     [
-        ("onnxruntime", torch.bfloat16, INFERENCE, "its CPU kernels compute in float32 only"),
+        ("onnxruntime", torch.bfloat16, INFERENCE, "it takes float32 here"),
         ("onnxruntime", torch.float32, TRAINING_FORWARD, "it does inference only"),
         ("openvino", torch.float16, INFERENCE, "it takes float32 and bfloat16 here"),
     ],

@@ -1,4 +1,4 @@
-"""Other runtimes: ONNX Runtime on the network that PyTorch exports, and OpenVINO on the CPU."""
+"""Other runtimes, on the CPU: ONNX Runtime on the network that PyTorch exports, and OpenVINO."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from fused_resnet.bench.suite.preparing import (
 from fused_resnet.bench.suite.rounds import Method, measure_rounds
 from fused_resnet.bench.suite.task import Contender, Prepared
 
-CUDA_PROVIDER, CPU_PROVIDER = "CUDAExecutionProvider", "CPUExecutionProvider"
-CUDA_OPTIONS = {"prefer_nhwc": "1", "cudnn_conv_algo_search": "EXHAUSTIVE", "use_tf32": "1"}
+PROVIDERS = ["CPUExecutionProvider"]
 ERRORS_ONLY = 3
 TRIAL = Method(rounds=5, min_seconds=0.0, most_rounds=5, sample_seconds=0.0, pause=0.0)
 OUTPUT = "output"
@@ -31,24 +30,11 @@ PRECISION = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
 def onnxruntime_contender() -> Contender:
-    """With as many threads as PyTorch. Whether they spin between the operators of a run (its own choice, which loses
-    where cores are busy) is tried when it is made ready, and the faster way kept. After a run they never spin, for they
-    would take the cores of whoever is measured next."""
-    conditions = (inference_only, installed("onnxruntime"), installed("onnxscript"), _why_no_dtype, _why_no_provider)
+    """With as many threads as PyTorch, in float32, which is all that its kernels take here. Whether the threads spin
+    between the operators of a run (its own choice, which loses where cores are busy) is tried when it is made ready,
+    and the faster way kept. After a run they never spin, for they would take the cores of whoever is measured next."""
+    conditions = (inference_only, cpu_only, dtypes(torch.float32), installed("onnxruntime"), installed("onnxscript"))
     return network_contender("onnxruntime", _prepare_onnx, *conditions)
-
-
-def _why_no_dtype(task: NetworkTask) -> list[str]:
-    if task.device.type == "cpu":
-        return [] if task.dtype == torch.float32 else ["its CPU kernels compute in float32 only"]
-    return [] if task.dtype != torch.bfloat16 else ["its CUDA provider has no convolution in bfloat16"]
-
-
-def _why_no_provider(task: NetworkTask) -> list[str]:
-    if task.device.type == "cpu":
-        return []
-    providers = importlib.import_module("onnxruntime").get_available_providers()
-    return [] if CUDA_PROVIDER in providers else [f"this onnxruntime has no {CUDA_PROVIDER}"]
 
 
 def _onnx_bytes(module: nn.Module, x: Tensor) -> bytes:
@@ -62,25 +48,16 @@ def _onnx_bytes(module: nn.Module, x: Tensor) -> bytes:
 
 
 def _prepare_onnx(task: NetworkTask) -> Prepared:
-    module, inputs = task.copy().to(task.dtype), task.inputs_as(task.dtype)
-    model = _onnx_bytes(module, inputs[0])
-    if task.device.type == "cpu":
-        feeds = [{"input": x.numpy()} for x in inputs]
-        sessions = {str(spins): _session(model, [CPU_PROVIDER], spins) for spins in (True, False)}
-        runs = {name: functools.partial(session.run, [OUTPUT], feeds[0]) for name, session in sessions.items()}
-        timings = measure_rounds(runs, "cpu", TRIAL).timings
-        session = sessions[min(timings, key=lambda name: timings[name].median)]
-        return prepared_inference(task, lambda feed: session.run([OUTPUT], feed)[0], feeds, output=torch.from_numpy)
-    with torch.no_grad():
-        like = module(inputs[0])
-    options = {**CUDA_OPTIONS, "device_id": str(task.device.index or 0)}
-    stream = torch.cuda.current_stream(task.device).cuda_stream
-    if stream:  # 0 is PyTorch's default stream and would be no stream for ONNX Runtime
-        options["user_compute_stream"] = str(stream)
-    return prepared_inference(task, _Bound(_session(model, [(CUDA_PROVIDER, options), CPU_PROVIDER]), like), inputs)
+    inputs = task.inputs_as()
+    model, feeds = _onnx_bytes(task.copy(), inputs[0]), [{"input": x.numpy()} for x in inputs]
+    sessions = {str(spins): _session(model, spins) for spins in (True, False)}
+    runs = {name: functools.partial(session.run, [OUTPUT], feeds[0]) for name, session in sessions.items()}
+    timings = measure_rounds(runs, "cpu", TRIAL).timings
+    session = sessions[min(timings, key=lambda name: timings[name].median)]
+    return prepared_inference(task, lambda feed: session.run([OUTPUT], feed)[0], feeds, output=torch.from_numpy)
 
 
-def _session(model: bytes, providers: list[Any], spins: bool = True) -> Any:
+def _session(model: bytes, spins: bool) -> Any:
     onnxruntime = importlib.import_module("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
@@ -89,29 +66,7 @@ def _session(model: bytes, providers: list[Any], spins: bool = True) -> Any:
     options.log_severity_level = ERRORS_ONLY
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spins)))
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    return onnxruntime.InferenceSession(model, options, providers=providers)
-
-
-class _Bound:
-    """A session on the GPU that reads and writes PyTorch's memory. The result is overwritten by the next call."""
-
-    def __init__(self, session: Any, like: Tensor) -> None:
-        self._session, self._output = session, torch.empty_like(like, memory_format=torch.contiguous_format)
-        self._bindings: dict[int, Any] = {}
-
-    def __call__(self, x: Tensor) -> Tensor:
-        binding = self._bindings.get(x.data_ptr())
-        if binding is None:
-            binding = self._bindings[x.data_ptr()] = self._bind(x)
-        self._session.run_with_iobinding(binding)
-        return self._output
-
-    def _bind(self, x: Tensor) -> Any:
-        binding = self._session.io_binding()
-        for bind, name, tensor in ((binding.bind_input, "input", x), (binding.bind_output, OUTPUT, self._output)):
-            dtype = importlib.import_module("numpy").dtype(str(tensor.dtype).removeprefix("torch."))
-            bind(name, "cuda", tensor.device.index or 0, dtype, tuple(tensor.shape), tensor.data_ptr())
-        return binding
+    return onnxruntime.InferenceSession(model, options, providers=PROVIDERS)
 
 
 def openvino_contender() -> Contender:
