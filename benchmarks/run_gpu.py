@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from fused_resnet.bench.report import tables
+from fused_resnet.bench.report.condition import merged
 from fused_resnet.bench.report.figures import text_table
 from fused_resnet.bench.report.sections import sections
 from fused_resnet.bench.result import ABSENT, OP, Result
@@ -259,7 +260,7 @@ def write_summary(work: Path, state: dict[str, dict[str, Any]], dry: bool) -> No
             results.append(Result.load(path))
         except (OSError, ValueError, KeyError, TypeError) as error:
             lines.append(f"- {path.name} cannot be read: {error}")
-    found = sections(results)
+    found = sections(merged(results))
     headline = tables.headline([section for section in found if section.level != OP])
     parts += ["\n".join(lines)] if lines else []
     parts.append(text_table(headline.header, [[cell.text for cell in row] for row in headline.rows]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -31,6 +32,11 @@ def python(code: str) -> list[str]:
 def note_in(path: Path, word: str, then: str = "") -> list[str]:
     """A command that leaves a word in a file, so that a test can count its runs."""
     return python(f"open({str(path)!r}, 'a').write({word!r} + ' '); print('said ' + {word!r}); {then}")
+
+
+def summary_in(folder: Path) -> str:
+    """Without the spaces that pad its tables."""
+    return re.sub(" +", " ", (folder / "summary.md").read_text())
 
 
 def status_of(folder: Path) -> dict[str, str]:
@@ -67,7 +73,7 @@ def test_a_second_call_skips_what_is_done_and_repeats_what_failed(tmp_path: Path
         "ops/absent": SKIPPED,
         "ops/later": DONE,
     }
-    summary = (tmp_path / "out" / "summary.md").read_text()
+    summary = summary_in(tmp_path / "out")
     assert "- test/planted: failed; exit status 1; AssertionError" in summary
     assert "| test | 1 | 1 | 0 | 0 |" in summary
     assert "- ops/absent: skipped; no device" in summary
@@ -207,14 +213,12 @@ def test_headlines_of_the_summary(tmp_path: Path):
     result(*ops).save(tmp_path / "results" / "ops_batch32.json")
     (tmp_path / "results" / "blocks_x.json").write_text("{")
     assert run_gpu.main(["tune", "--output", str(tmp_path)], lambda work, dry: [Unit("tune", "a", python(""))]) == 0
-    summary = (tmp_path / "summary.md").read_text()
+    summary = summary_in(tmp_path)
     title = "resnet50, inference, batch 32, bfloat16, 224x224"
-    assert f"| {title} | frozen | 2.00x | torch.compile | 1.25x |" in summary  # not the one that is wrong
-    assert "| ours cuda | 32 | 2 | 3.46x | 3.00x, resnet50 |" in summary  # the root of 3 * 4
-    assert "| ours triton | 32 | 1 | 0.50x | 0.50x, resnet50 |" in summary
-    assert f"- wrong: fused in {title}: its error is 3" in summary
+    best = "frozen 2.00 s | torch.compile 2.50 s | eager NCHW 4.00 s"  # not the one that is wrong
+    assert f"| {title} | 2.00x | 1.25x | {best} |" in summary
+    assert "1 contenders wrong or failed.\n- fused wrong" in summary and "its error is 3" in summary
     assert "blocks_x.json cannot be read" in summary
-    assert "a GPU" in summary
 
 
 def test_what_bench_had_no_time_for_is_left(tmp_path: Path):
@@ -311,8 +315,6 @@ def test_the_fingerprint_changes_with_a_kernel(tmp_path: Path):
     ],
 )
 def test_bad_words_are_refused(words: list[str], message: str, capsys, tmp_path: Path):
-    import re
-
     with pytest.raises(SystemExit):
         run_gpu.main([*words, "--output", str(tmp_path)])
     assert re.search(message, capsys.readouterr().err)
@@ -344,8 +346,8 @@ def test_the_real_plan_has_every_phase_and_unique_names(dry: bool, tmp_path: Pat
     found = run_gpu.units(tmp_path, dry)
     names = [unit.name for unit in found]
     assert len(set(names)) == len(names)
-    assert list(dict.fromkeys(unit.phase for unit in found)) == list(run_gpu.PHASES)
-    assert sum(run_gpu.BUDGETS[phase] >= run_gpu.LEAST for phase in run_gpu.PHASES) == len(run_gpu.PHASES)
+    assert list(dict.fromkeys(unit.phase for unit in found)) == list(run_gpu.BUDGETS)
+    assert min(run_gpu.BUDGETS.values()) >= run_gpu.LEAST
 
 
 def test_the_real_plan_asks_bench_and_tune_for_what_they_take(tmp_path: Path):

@@ -135,16 +135,16 @@ def test_tasks_of_every_combination_in_order():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"modes": ["training"]}, "mode must be one of inference, .*; got 'training'"),
-        ({"batch_sizes": [0]}, "batch_size must be at least 1; got 0"),
-        ({"dtypes": [torch.float64]}, "dtype must be one of torch.float32, .*; got torch.float64"),
+        ({"mode": "training"}, "mode must be one of inference, .*; got 'training'"),
+        ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
+        ({"dtype": torch.float64}, "dtype must be one of torch.float32, .*; got torch.float64"),
         ({"image_size": 0}, "image_size must be at least 1; got 0"),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict[str, object], message: str):
-    good = {"modes": [INFERENCE], "batch_sizes": [1], "dtypes": [torch.float32], "image_size": 32}
+    good = {"mode": INFERENCE, "batch_size": 1, "dtype": torch.float32, "image_size": 32}
     with pytest.raises(ValueError, match=message):
-        model_tasks(["resnet18"], device="cpu", **(good | arguments))  # type: ignore[arg-type]
+        ModelTask("resnet18", **(good | arguments))  # type: ignore[arg-type]
 
 
 def test_flop_are_those_of_the_published_count():
