@@ -23,11 +23,8 @@ from fused_resnet.bench.suite.task import Contender, Task
 
 COMMANDS = {
     "compare": ("fused_resnet.bench.report.compare", "what changed between two results, beyond noise"),
-    "report": ("fused_resnet.bench.report.command", "CSV, Markdown and an HTML page again, from saved results"),
-    "bytes": (
-        "fused_resnet.bench.training_ledger",
-        "what a training step moves through memory, and keeps; nothing is run",
-    ),
+    "report": ("fused_resnet.bench.report.files", "CSV, Markdown and an HTML page again, from saved results"),
+    "bytes": ("fused_resnet.bench.training_ledger", "what a training step moves and keeps in memory; nothing is run"),
 }
 """The module of each sub-command, with ``add_arguments`` and ``main``, imported when it is asked for."""
 REFUSED, STOPPED = 1, 130
@@ -162,9 +159,8 @@ def _run(tasks: list[Task], contenders: list[Contender], settings: Settings, pat
     for line in [*lines, *(f"wrote {each}" for each in written)]:
         console.print(line, markup=False, soft_wrap=True)
     if result.arguments.get("dry"):
-        return (
-            REFUSED if any(o.status in (WRONG, FAILED) for m in result.measurements for o in m.outcomes.values()) else 0
-        )
+        statuses = {outcome.status for entry in result.measurements for outcome in entry.outcomes.values()}
+        return REFUSED if statuses & {WRONG, FAILED} else 0
     return STOPPED if stopped else 0
 
 

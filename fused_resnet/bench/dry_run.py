@@ -40,9 +40,8 @@ class DryRun(TorchDispatchMode):
             found = found.contiguous(memory_format=conv_memory_format(*args[:2]))
         elif func in _LAID_OUT_LIKE:
             likes = [args[position] for position in _LAID_OUT_LIKE[func]]
-            laid_out = [
-                None if r is None else _empty(like, r.dtype, "meta") for r, like in zip(found, likes, strict=False)
-            ]
+            pairs = zip(found, likes, strict=False)
+            laid_out = [None if result is None else _empty(like, result.dtype, "meta") for result, like in pairs]
             found = (*laid_out, *found[len(laid_out) :])
         return tree_map(shapes.original, found)
 

@@ -21,9 +21,8 @@ def positive(text: str) -> int:
 def image_size(text: str) -> int:
     number = positive(text)
     if number < SMALLEST_IMAGE:
-        raise argparse.ArgumentTypeError(
-            f"must be at least {SMALLEST_IMAGE}, since networks divide it by 32; got {number}"
-        )
+        least = f"at least {SMALLEST_IMAGE}, since networks divide it by 32"
+        raise argparse.ArgumentTypeError(f"must be {least}; got {number}")
     return number
 
 
@@ -52,10 +51,8 @@ def find_device(name: str | None) -> torch.device:
 def missing_packages(extra: str, packages: dict[str, str]) -> str | None:
     """What to install, in words, of modules and the packages that have them; None if all are there."""
     missing = [package for module, package in packages.items() if importlib.util.find_spec(module) is None]
-    names = " ".join(missing)
-    return (
-        f"needs {', '.join(missing)}: pip install 'fused_resnet[{extra}]' (or pip install {names})" if missing else None
-    )
+    how = f"pip install 'fused_resnet[{extra}]' (or pip install {' '.join(missing)})"
+    return f"needs {', '.join(missing)}: {how}" if missing else None
 
 
 def dtype_name(dtype: torch.dtype) -> str:

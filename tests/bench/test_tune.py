@@ -199,7 +199,7 @@ def test_the_levels_of_the_cpu_are_measured_and_used(monkeypatch):
     right = LevelStep.run
 
     def slow_above_0(self, level):
-        time.sleep(SLEEP if level > 0 else 0)
+        time.sleep(10 * SLEEP if level > 0 else 0)
         return right(self, level)
 
     monkeypatch.setattr(LevelStep, "run", slow_above_0)

@@ -15,7 +15,7 @@ from fused_resnet import kernels
 from fused_resnet.bench.tune import compile
 from fused_resnet.bench.tune.compile import compiling_only
 from fused_resnet.bench.tune.sites import Selection
-from fused_resnet.bench.tune.tiles import choosing, questions, with_tiles
+from fused_resnet.bench.tune.subject import choosing, questions, with_tiles
 from fused_resnet.kernels import chosen_tiles
 from fused_resnet.kernels.conv_tiles import conv_tiles
 from fused_resnet.kernels.device import CHIPS

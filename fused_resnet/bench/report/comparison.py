@@ -264,9 +264,8 @@ def _bytes(pair: _Pair, name: str, peak_noise: float) -> Iterator[Bytes]:
 
 def _peak_noise(common: Sequence[_Pair]) -> float:
     peaks = [[o.peak_bytes for o in pair.outcomes(name)] for pair in common for name in pair.references]
-    return max(
-        [SAME_PEAK, *(_apart(was, now, LEAST_PEAK) for was, now in peaks if was is not None and now is not None)]
-    )
+    known = [(was, now) for was, now in peaks if was is not None and now is not None]
+    return max([SAME_PEAK, *(_apart(*both, LEAST_PEAK) for both in known)])
 
 
 def _apart(one: int, other: int, least: int) -> float:

@@ -1,10 +1,13 @@
-"""The files of a report: the data, CSV, Markdown and, where its packages are installed, the page."""
+"""The files of a report: the data, CSV, Markdown and, where its packages are installed, the page; ``bench report``
+makes them again from results that were saved."""
 
 from __future__ import annotations
 
+import argparse
 import csv
 import importlib.util
 import io
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +29,8 @@ COLUMNS = (
     *(*OUTCOME, "least_bytes", "flop", *RATES, *MACHINE),
 )
 TITLE = "fused_resnet benchmark"
+UNUSABLE = 2
+TOGETHER = "report"
 READING = (
     'Times are medians, with the 20th to 80th percentile in brackets. "to eager" is how many times as fast as the '
     "faster plain eager PyTorch: the median of the quotients of each round. Who was wrong is not compared."
@@ -110,3 +115,24 @@ def markdown_report(results: Sequence[Result]) -> str:
 
 def _table(table: tables.Table) -> str:
     return text_table(table.header, [[cell.text for cell in row] for row in table.rows])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE.json", help="results that `bench` has saved")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="(default: where the first file is)")
+    parser.add_argument("--name", help=f"of the files (default: that of the one FILE, {TOGETHER!r} of several)")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Writes the files and prints their paths. Results of the same machine, versions and commit become one, the others
+    stand beside each other. 0, or 2 if a file is not a result."""
+    first, *others = arguments.files
+    try:
+        results = condition.merged([Result.load(path) for path in arguments.files])
+    except (OSError, ValueError) as error:
+        print(f"bench report: {error}", file=sys.stderr)
+        return UNUSABLE
+    name = arguments.name or (TOGETHER if others else first.stem)
+    for path in write_reports(results, arguments.output or first.parent, name):
+        print(path)
+    return 0

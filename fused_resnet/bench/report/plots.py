@@ -142,13 +142,8 @@ class Plots:
     def roofline(self, found: Sequence[Section], dtype: str, letter: str) -> Plot | None:
         """FLOP a second over FLOP a byte, of every right contender whose bytes are counted, under the two ceilings; of
         each section at its largest batch size. None if there is nothing of this dtype and result, or no ceilings."""
-        columns = [
-            column
-            for section in found
-            if section.dtype == dtype
-            for column in section.largest
-            if column.letter == letter
-        ]
+        largest = [column for section in found if section.dtype == dtype for column in section.largest]
+        columns = [column for column in largest if column.letter == letter]
         ceiling = columns[0].result.ceilings.get(dtype) if columns else None
         points: dict[str, list[tuple[float, float]]] = {}
         for column in columns:

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fused_resnet.bench.options import dtype_name
 from fused_resnet.bench.result import INFERENCE, MODES, TRAINING_STEP
-from fused_resnet.bench.suite.subjects import Subject
+from fused_resnet.bench.suite.subjects import Subject, find_subject
 from fused_resnet.bench.suite.task import Task
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -28,6 +28,10 @@ class NetworkTask(Task):
     float32 is plain. In another dtype inference has the whole module in it where the contender can have that, and
     training is autocast with parameters in float32. ``path`` is that of the module in ``network``, "" for all of it;
     ``takes_input_gradient``: the input wants a gradient in training, as within a network.
+
+    Args:
+        subject: the network, or its name as `find_subject` takes it.
+        image_size: of the network's image, also where the task is a block, whose shapes followed from it.
     """
 
     path, takes_input_gradient = "", False
@@ -35,12 +39,12 @@ class NetworkTask(Task):
 
     def __init__(
         self,
-        network: Subject,
+        subject: Subject | str,
         mode: str,
         batch_size: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        image_size: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        image_size: int = 224,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
@@ -49,7 +53,8 @@ class NetworkTask(Task):
         for name, number in (("batch_size", batch_size), ("image_size", image_size)):
             if number < 1:
                 raise ValueError(f"{name} must be at least 1; got {number}")
-        self.network, self.mode, self.batch_size, self.dtype = network, mode, batch_size, dtype
+        self.network = find_subject(subject) if isinstance(subject, str) else subject
+        self.subject, self.mode, self.batch_size, self.dtype = self.network.name, mode, batch_size, dtype
         self.device, self.image_size, self.size = torch.device(device), image_size, image_size
         self.training = mode != INFERENCE
         self.autocast_dtype = None if dtype == torch.float32 else dtype  # of the training modes; None is no autocast

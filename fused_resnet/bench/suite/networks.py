@@ -78,23 +78,9 @@ def residual_blocks(subject: Subject, image_size: int = 224) -> list[Block]:
 
 
 class ModelTask(JudgedTask):
-    """A network (or its name as `find_subject` takes it) on images (N, 3, S, S). A training step's loss is cross
-    entropy with random labels."""
+    """A network on images (N, 3, S, S). A training step's loss is cross entropy with random labels."""
 
     level = MODEL
-
-    def __init__(
-        self,
-        subject: Subject | str,
-        mode: str,
-        batch_size: int,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        image_size: int = 224,
-    ) -> None:
-        network = find_subject(subject) if isinstance(subject, str) else subject
-        super().__init__(network, mode, batch_size, dtype, device, image_size)
-        self.subject = network.name
 
     def make_module(self) -> nn.Module:
         return _settled(self.network.build(), max(2, SETTLING_PIXELS // self.size**2), self.input_shape()[1:])
@@ -107,24 +93,14 @@ class ModelTask(JudgedTask):
 
 
 class BlockTask(JudgedTask):
-    """A block on activations like those before it; ``image_size`` is that of the network's image, from which its shapes
-    followed. Its input wants a gradient in the training modes, and a training step's backward begins with a fixed
-    random gradient of its result."""
+    """A block on activations like those before it. Its input wants a gradient in the training modes, and a training
+    step's backward begins with a fixed random gradient of its result."""
 
     level, takes_input_gradient = BLOCK, True
 
-    def __init__(
-        self,
-        subject: Subject,
-        block: Block,
-        mode: str,
-        batch_size: int,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        image_size: int = 224,
-    ) -> None:
-        super().__init__(subject, mode, batch_size, dtype, device, image_size)
-        self.block, self.path, self.subject = block, block.path, f"{subject.name} {block.path}"
+    def __init__(self, subject: Subject | str, block: Block, *settings: Any, **named: Any) -> None:
+        super().__init__(subject, *settings, **named)
+        self.block, self.path, self.subject = block, block.path, f"{self.network.name} {block.path}"
 
     def make_module(self) -> nn.Module:
         block = self.network.build().get_submodule(self.path)

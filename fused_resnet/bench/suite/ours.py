@@ -46,12 +46,18 @@ def our_contenders() -> list[Contender]:
         prepare, why_none = functools.partial(_prepare_on, name), functools.partial(_why_no_backend, name)
         return ours(f"fused {name}", prepare, why_none, fusable)
 
+    def graph(task: NetworkTask) -> Prepared:
+        return prepared_graph_step(task, fused_copy(task), way=FUSED)
+
+    def efficient(task: NetworkTask) -> Prepared:
+        return prepared_module(task, fused_copy(task, "efficient"), way=EFFICIENT)
+
     return [
         ours("fused", lambda task: prepared_module(task, fused_copy(task), way=FUSED), fusable),
         ours("frozen", functools.partial(_prepare_frozen, False), inference_only, fusable),
         ours("frozen graph", functools.partial(_prepare_frozen, True), inference_only, cuda_only, fusable),
-        ours("fused graph", _prepare_graph, training_steps_only, cuda_only, no_float16, fusable),
-        ours("fused efficient", _prepare_efficient, training_only, fusable),
+        ours("fused graph", graph, training_steps_only, cuda_only, no_float16, fusable),
+        ours("fused efficient", efficient, training_only, fusable),
         *map(of_level, range(HIGHEST_LEVEL + 1)),
         *map(of_backend, MODULES),
     ]
@@ -89,14 +95,6 @@ def _prepare_frozen(
     module = task.copy().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     frozen = fused_resnet.freeze(module, inputs[0], dtype=task.dtype, cuda_graph=cuda_graph)
     return prepared_inference(task, frozen, inputs, surroundings=surroundings, way=FROZEN)
-
-
-def _prepare_efficient(task: NetworkTask) -> Prepared:
-    return prepared_module(task, fused_copy(task, "efficient"), way=EFFICIENT)
-
-
-def _prepare_graph(task: NetworkTask) -> Prepared:
-    return prepared_graph_step(task, fused_copy(task), way=FUSED)
 
 
 def _prepare_level(level: int, task: NetworkTask) -> Prepared:

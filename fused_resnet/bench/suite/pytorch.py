@@ -88,10 +88,8 @@ def graph_contender() -> Contender:
     def prepare(task: NetworkTask) -> Prepared:
         if task.training:
             return prepared_graph_step(task, task.copy(), way=EAGER)
-        module, inputs = (
-            module_in(task, task.copy(), torch.channels_last),
-            task.inputs_as(task.dtype, torch.channels_last),
-        )
+        module = module_in(task, task.copy(), torch.channels_last)
+        inputs = task.inputs_as(task.dtype, torch.channels_last)
         return prepared_inference(task, CapturedInference(module, inputs[0]), inputs, way=EAGER)
 
     return network_contender("eager CUDA graph", prepare, cuda_only, not_the_forward, no_float16)

@@ -23,10 +23,7 @@ CPU_SWEEP, GPU_SWEEP = 256, 8192
 SWEEP_SECONDS = 10.0
 """A doubling ends when the quickest run takes longer."""
 QUICK_SECONDS = 60.0
-NOT_QUICKLY = (
-    *SLOW_TO_SET_UP,
-    *("fused native", "fused separate", "fused reference", "fused level ?", "ours reference"),
-)
+NOT_QUICKLY = (*SLOW_TO_SET_UP, "fused native", "fused separate", "fused reference", "fused level ?", "ours reference")
 """Patterns of the contenders that a quick run leaves out: slow compilers, and ours one by one."""
 DRY_IMAGE, DRY_BATCH, QUICK_BATCH = 32, 2, 4
 

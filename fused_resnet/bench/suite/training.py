@@ -100,9 +100,8 @@ def batches(
     task's dtype already, as within a network."""
     inner = task.dtype if dtype is None else dtype
     outer = inner if task.takes_input_gradient or dtype is not None else torch.float32
-    targets = [
-        t.to(inner).to(memory_format=memory_format, copy=True) if t.is_floating_point() else t for t in task.targets
-    ]
+    settings: dict[str, Any] = {"memory_format": memory_format, "copy": True}
+    targets = [t.to(inner).to(**settings) if t.is_floating_point() else t for t in task.targets]
     return list(zip(task.inputs_as(outer, memory_format), targets, strict=True))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,15 +15,12 @@ from fused_resnet.bench.suite.op_base import terms_of_products
 from fused_resnet.bench.suite.op_conv_training import ConvTrainingInputs
 from fused_resnet.bench.suite.task import Prepared
 from fused_resnet.bench.tune.level_step import LevelStep
-from fused_resnet.bench.tune.subject import Subject, empty_image, with_batch
-from fused_resnet.bench.tune.tiles import choosing, with_tiles
+from fused_resnet.bench.tune.subject import Result, Subject, choosing, empty_image, with_batch, with_tiles
 from fused_resnet.ops.route import measured_plan, plan_key
 from fused_resnet.ops.route.backend import use_backend
 from fused_resnet.ops.route.fusion_level import highest_level, training_level, use_fusion_level
 from fused_resnet.ops.route.plan_file import Key
 from fused_resnet.ops.route.reasons import unavailable
-
-Result = TypeVar("Result")
 
 
 class LevelSubject(Subject):
