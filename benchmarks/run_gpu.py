@@ -26,9 +26,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
-from fused_resnet.bench.report import tables
+from fused_resnet.bench.report import figures, tables
 from fused_resnet.bench.report.condition import merged
 from fused_resnet.bench.report.figures import text_table
 from fused_resnet.bench.report.sections import sections
@@ -87,15 +88,13 @@ def units(work: Path, dry: bool) -> list[Unit]:
     """All of them, in their order; in a dry run no GPU is there, nothing is compiled, and shapes are tiny."""
     results, python, found = work / "results", [sys.executable, "-m"], list[Unit]()
 
-    def add(phase: str, title: str, words: Sequence[str | Path], *skipped: str | None, **settings: Any) -> None:
-        reason = next(filter(None, skipped), None)
-        found.append(Unit(phase, title, list(map(str, words)), reason, **settings))
+    def add(phase: str, title: str, words: Sequence[str | Path], why_skipped: str | None = None, **more: Any) -> None:
+        found.append(Unit(phase, title, list(map(str, words)), why_skipped, **more))
 
-    no_build, no_watch, no_launch = "what is built is taken", "no device to watch", "no launches"
     where = ["--device", "cpu"] if dry else f"--device cuda --dtype {DTYPE}".split()
     make = ["make", "--no-print-directory", "build", "VENV=", f"PYTHON={sys.executable}"]
-    jobs = {"MAX_JOBS": JOBS}
-    add("build", "extension", make, no_build if dry else None, repeated=True, environment=jobs)
+    why_none, jobs = "what is built is taken" if dry else None, {"MAX_JOBS": JOBS}
+    add("build", "extension", make, why_none, repeated=True, environment=jobs)
     add("build", "info", [*python, "fused_resnet", "info"], repeated=True)
     kernels = f"--jobs {JOBS} --model {' '.join(BLOCK_NETWORKS)} --batch-size {' '.join(BATCH_SIZES)} --dtype {DTYPE}"
     if dry:
@@ -112,14 +111,14 @@ def units(work: Path, dry: bool) -> list[Unit]:
         # 5: nothing is marked so in it
         add("test", file, [*python, "pytest", "-q", file, "-p", "no:cacheprovider", *only], fine=(0, 5))
     sanitizer = shutil.which("compute-sanitizer")
-    no_tool = None if sanitizer else "compute-sanitizer is not on the PATH"
+    why_none = "no device" if dry else None if sanitizer else "compute-sanitizer is not on the PATH"
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that it sees the ends of tensors
     for backend, words in small_ops.items():
         for tool in ("memcheck", "racecheck"):
             command = [sanitizer or "compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *words]
-            add("test", f"{tool}, {backend}", command, no_watch if dry else no_tool, environment=uncached)
+            add("test", f"{tool}, {backend}", command, why_none, environment=uncached)
     launch = [*python, "benchmarks.bench_launch", "--rounds", "20", "--output", results / "launch.json"]
-    add("ops", "launch", launch, no_launch if dry else None)
+    add("ops", "launch", launch, "no launches" if dry else None)
 
     def bench(phase: str, title: str, models: Sequence[str], options: str) -> None:
         path = results / f"{phase}_{title.replace(' ', '')}.json"
@@ -264,6 +263,15 @@ def write_summary(work: Path, state: dict[str, dict[str, Any]], dry: bool) -> No
     headline = tables.headline([section for section in found if section.level != OP])
     parts += ["\n".join(lines)] if lines else []
     parts.append(text_table(headline.header, [[cell.text for cell in row] for row in headline.rows]))
+    ratios: dict[tuple[str, int], list[float]] = {}
+    for entry in [column.measurement for section in found if section.level == OP for column in section.columns]:
+        if (eager := figures.best_eager(entry)) is not None:
+            for name in filter(figures.is_ours, figures.right_timings(entry)):
+                ratio = figures.times_faster(entry, name, eager)
+                ratios.setdefault((name, entry.batch_size), []).append(ratio)
+    if ratios:
+        each = [[*map(str, key), str(len(some)), f"{geometric_mean(some):.2f}x"] for key, some in ratios.items()]
+        parts.append(text_table(["ops by", "batch", "ops", "mean to eager"], each))
     wrong = [line for line in tables.reasons(found) if f" {ABSENT}, " not in line]
     parts.append("\n".join([f"{len(wrong)} contenders wrong or failed.", *(f"- {line}" for line in wrong[:40])]))
     (work / "summary.md").write_text("\n\n".join(parts) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -209,6 +210,7 @@ def test_headlines_of_the_summary(tmp_path: Path):
     )
     ops = [measurement("op", **{"eager": right(3.0), "ours cuda": right(1.0), "ours triton": right(6.0)})]
     ops.append(measurement("op", **{"eager": right(3.0), "ours cuda": right(0.75)}))
+    ops[1] = dataclasses.replace(ops[1], subject="another")
     result(network).save(tmp_path / "results" / "models_resnet50.json")
     result(*ops).save(tmp_path / "results" / "ops_batch32.json")
     (tmp_path / "results" / "blocks_x.json").write_text("{")
@@ -218,6 +220,8 @@ def test_headlines_of_the_summary(tmp_path: Path):
     best = "frozen 2.00 s | torch.compile 2.50 s | eager NCHW 4.00 s"  # not the one that is wrong
     assert f"| {title} | 2.00x | 1.25x | {best} |" in summary
     assert "1 contenders wrong or failed.\n- fused wrong" in summary and "its error is 3" in summary
+    assert "| ours cuda | 32 | 2 | 3.46x |" in summary  # the root of 3 * 4
+    assert "| ours triton | 32 | 1 | 0.50x |" in summary
     assert "blocks_x.json cannot be read" in summary
 
 
