@@ -98,7 +98,7 @@ def grouped(calls: Iterable[Call]) -> list[list[Call]]:
 def compile_all(groups: Sequence[list[Call]], backend: str, device: str, jobs: int, budget: float = math.inf) -> int:
     """Makes the calls in a pool of processes, and prints what could not be made; the status as of `main`."""
     end = time.monotonic() + budget
-    failures, done, refused = [], 0, 0
+    failures, done, refused = list[str](), 0, 0
     pool = concurrent.futures.ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
     waiting = [pool.submit(make, group, backend, device) for group in groups]
     try:
@@ -122,7 +122,7 @@ def compile_all(groups: Sequence[list[Call]], backend: str, device: str, jobs: i
 def make(calls: list[Call], backend: str, device: str) -> tuple[int, int, list[str]]:
     """In a process of the pool: (calls made, calls that the backend does not take, what failed)."""
     torch.set_num_threads(1)
-    made, refused, failures = 0, 0, []
+    made, refused, failures = 0, 0, list[str]()
     for op, described in calls:
         try:
             arguments = tuple(empty(value, device) for value in described)

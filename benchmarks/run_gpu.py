@@ -31,7 +31,6 @@ from typing import Any
 
 from fused_resnet.bench.report import figures, tables
 from fused_resnet.bench.report.condition import merged
-from fused_resnet.bench.report.figures import text_table
 from fused_resnet.bench.report.sections import sections
 from fused_resnet.bench.result import ABSENT, OP, Result
 from fused_resnet.bench.suite.measure import NO_TIME
@@ -49,7 +48,7 @@ BLOCK_NETWORKS = (*NETWORKS, "resnext50_32x4d")
 MODEL_NETWORKS = ("resnet50", "resnet18", "resnext50_32x4d", "resnet152", "wide_resnet50_2")
 DTYPE, BATCH_SIZES, JOBS = "bfloat16", ("256", "32", "1"), str(os.cpu_count() or 1)
 OURS = ("cuda", "triton")
-BENCH = [sys.executable, "-m", "fused_resnet", "bench"]
+BENCH: list[Any] = [sys.executable, "-m", "fused_resnet", "bench"]
 CACHES = ("triton_cache", "inductor_cache")
 ARCHIVES = {"results.tar.gz": False, "kernels.tar.gz": True}
 """Whether the archive holds `CACHES`, or everything else."""
@@ -88,7 +87,7 @@ def units(work: Path, dry: bool) -> list[Unit]:
     """All of them, in their order; in a dry run no GPU is there, nothing is compiled, and shapes are tiny."""
     results, python, found = work / "results", [sys.executable, "-m"], list[Unit]()
 
-    def add(phase: str, title: str, words: Sequence[str | Path], why_skipped: str | None = None, **more: Any) -> None:
+    def add(phase: str, title: str, words: Sequence[object], why_skipped: str | None = None, **more: Any) -> None:
         found.append(Unit(phase, title, list(map(str, words)), why_skipped, **more))
 
     where = ["--device", "cpu"] if dry else f"--device cuda --dtype {DTYPE}".split()
@@ -248,7 +247,7 @@ def write_summary(work: Path, state: dict[str, dict[str, Any]], dry: bool) -> No
         entries = [entry for name, entry in state.items() if name.startswith(f"{phase}/")]
         counts = [sum(e["status"] == status for e in entries) for status in (DONE, FAILED, UNFINISHED, SKIPPED)]
         rows.append([phase, *map(str, counts), f"{sum(entry['seconds'] for entry in entries):.0f}"])
-    parts.append(text_table(["phase", DONE, FAILED, UNFINISHED, SKIPPED, "seconds"], rows))
+    parts.append(figures.text_table(["phase", DONE, FAILED, UNFINISHED, SKIPPED, "seconds"], rows))
     lines = [f"- {name}: {e['status']}; {e['note']}" for name, e in state.items() if e["status"] != DONE]
     now = fingerprint()
     if old := [name for name, e in state.items() if e["status"] == DONE and e["sources"] != now]:
@@ -262,7 +261,7 @@ def write_summary(work: Path, state: dict[str, dict[str, Any]], dry: bool) -> No
     found = sections(merged(results))
     headline = tables.headline([section for section in found if section.level != OP])
     parts += ["\n".join(lines)] if lines else []
-    parts.append(text_table(headline.header, [[cell.text for cell in row] for row in headline.rows]))
+    parts.append(figures.text_table(headline.header, [[cell.text for cell in row] for row in headline.rows]))
     ratios: dict[tuple[str, int], list[float]] = {}
     for entry in [column.measurement for section in found if section.level == OP for column in section.columns]:
         if (eager := figures.best_eager(entry)) is not None:
@@ -271,7 +270,7 @@ def write_summary(work: Path, state: dict[str, dict[str, Any]], dry: bool) -> No
                 ratios.setdefault((name, entry.batch_size), []).append(ratio)
     if ratios:
         each = [[*map(str, key), str(len(some)), f"{geometric_mean(some):.2f}x"] for key, some in ratios.items()]
-        parts.append(text_table(["ops by", "batch", "ops", "mean to eager"], each))
+        parts.append(figures.text_table(["ops by", "batch", "ops", "mean to eager"], each))
     wrong = [line for line in tables.reasons(found) if f" {ABSENT}, " not in line]
     parts.append("\n".join([f"{len(wrong)} contenders wrong or failed.", *(f"- {line}" for line in wrong[:40])]))
     (work / "summary.md").write_text("\n\n".join(parts) + "\n")
@@ -356,7 +355,7 @@ def main(words: list[str] | None = None, make_units: Callable[[Path, bool], list
     (work / ".gitignore").write_text("*\n")  # results of a visit are copied to benchmarks/results by hand
     environment = {"TRITON_CACHE_DIR": str(work / CACHES[0]), "TORCHINDUCTOR_CACHE_DIR": str(work / CACHES[1])}
     environment |= {"PYTHONUNBUFFERED": "1", "COLUMNS": "160"} | ({"OMP_NUM_THREADS": "1"} if arguments.dry else {})
-    call_end, late, failed = time.monotonic() + arguments.total, False, []
+    call_end, late, failed = time.monotonic() + arguments.total, False, list[str]()
 
     def keep(unit: Unit, status: str, seconds: float, note: str) -> None:
         before = state.get(unit.name, {"seconds": 0.0, "tries": 0})
