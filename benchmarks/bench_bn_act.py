@@ -4,7 +4,7 @@
     python -m pytest benchmarks/bench_bn_act.py -k "test_pass and not compile"
 
 test_step is forward and backward of norm, add and ReLU by autograd. test_pass is every pass by itself where the
-networks have it (``fused_resnet/bench/passes.py``); test_stats_apply the one launch that does two of them, and the two.
+networks have it (``fused_resnet/bench/passes.py``); test_stats_apply the one launch that does two of them.
 Tasks and contenders are those of ``python -m fused_resnet bench --level op``, which times them in turns.
 """
 
@@ -15,13 +15,11 @@ from typing import Any
 from benchmarks.measure import DEVICE, DTYPES, ON_GPU, cases, device_time, measure, named
 from fused_resnet.bench.passes import STATS_APPLY
 from fused_resnet.bench.result import TRAINING_STEP
-from fused_resnet.bench.suite.contender import Contender
 from fused_resnet.bench.suite.op_base import COMPILE, EAGER
-from fused_resnet.bench.suite.op_contender import ours
 from fused_resnet.bench.suite.op_norm_step import NormStepTask
-from fused_resnet.bench.suite.op_pass import TWO_OPS, PassTask
-from fused_resnet.bench.suite.op_task import op_contenders, op_tasks
-from fused_resnet.bench.suite.task import Task
+from fused_resnet.bench.suite.op_pass import PassTask
+from fused_resnet.bench.suite.op_task import op_contenders, op_tasks, ours
+from fused_resnet.bench.suite.task import Contender, Task
 
 BATCH_SIZES = (256, 32, 1) if ON_GPU else (8,)
 TASKS = op_tasks(["resnet50", "resnet18"], [TRAINING_STEP], BATCH_SIZES, DTYPES, DEVICE)
@@ -53,6 +51,6 @@ def test_pass(benchmark: Any, task: Task, contender: Contender, is_quick: bool) 
 
 
 @device_time
-@cases(STATS_APPLIES, named(op_contenders(), EAGER, COMPILE, *map(ours, ("cuda", *TWO_OPS))) if ON_GPU else [])
+@cases(STATS_APPLIES, named(op_contenders(), EAGER, COMPILE, *map(ours, ("cuda",))) if ON_GPU else [])
 def test_stats_apply(benchmark: Any, task: Task, contender: Contender, is_quick: bool) -> None:
     measure(benchmark, task, contender)

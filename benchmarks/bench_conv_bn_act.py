@@ -16,13 +16,11 @@ import torch
 
 from benchmarks.measure import DEVICE, ON_GPU, cases, device_time, measure, named
 from fused_resnet.bench.result import INFERENCE, TRAINING_STEP
-from fused_resnet.bench.suite.contender import Contender
 from fused_resnet.bench.suite.op_base import COMPILE, EAGER, SEPARATE
-from fused_resnet.bench.suite.op_contender import ours
-from fused_resnet.bench.suite.op_conv_inference import CUDNN_FUSED, FOLDED, NCHW, PACKED, ConvInferenceTask
+from fused_resnet.bench.suite.op_conv_inference import FOLDED, NCHW, PACKED, ConvInferenceTask
 from fused_resnet.bench.suite.op_conv_training import ConvTrainingTask
-from fused_resnet.bench.suite.op_task import op_contenders, op_tasks
-from fused_resnet.bench.suite.task import Task
+from fused_resnet.bench.suite.op_task import op_contenders, op_tasks, ours
+from fused_resnet.bench.suite.task import Contender, Task
 
 NETWORKS = ("resnet18", "resnet50", "resnext50_32x4d")
 DTYPES = (torch.bfloat16, torch.float16) if ON_GPU else (torch.float32,)
@@ -37,7 +35,7 @@ TRAININGS = [
     for task in op_tasks(NETWORKS, [TRAINING_STEP], TRAINING_BATCHES, DTYPES, DEVICE)
     if isinstance(task, ConvTrainingTask)
 ]
-OTHERS = [CUDNN_FUSED, *map(ours, ("cuda", "triton", SEPARATE))] if ON_GPU else [ours(SEPARATE), ours(PACKED)]
+OTHERS = list(map(ours, ("cuda", "triton", SEPARATE) if ON_GPU else (SEPARATE, PACKED)))
 INFERENCE_CONTENDERS = named(op_contenders(), EAGER, NCHW, FOLDED, COMPILE, *OTHERS)
 TRAINING_CONTENDERS = named(op_contenders(), EAGER, COMPILE, *map(ours, [SEPARATE, "triton"] if ON_GPU else [SEPARATE]))
 QUICK_INFERENCES = ("64x56x56 1x1 to 256 with add", "128x28x28 3x3 to 128", "512x7x7 3x3 to 512 with add")

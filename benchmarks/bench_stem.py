@@ -2,10 +2,9 @@
 
     python -m pytest benchmarks/bench_stem.py [-k "batch 1" ] [--benchmark-json=FILE]     on a GPU
 
-"ours cuda" is the fused stem; the two with "then pooling" are ``conv_bn_act`` there and
-``F.max_pool2d``; "eager" is cuDNN's convolution in channels_last with the norm folded into its weight, ReLU and
-pooling; "torch.compile" is max-autotune of that. Images are channels_last, contiguous, or bytes in channels_last, which
-all but the fused stem scale to the weight's dtype first.
+"ours cuda" is the fused stem; "eager" is cuDNN's convolution in channels_last with the norm folded into its weight,
+ReLU and pooling; "torch.compile" is max-autotune of that. Images are channels_last, contiguous, or bytes in
+channels_last, which all but the fused stem scale to the weight's dtype first.
 """
 
 from __future__ import annotations
@@ -15,12 +14,10 @@ from typing import Any
 import torch
 
 from benchmarks.measure import DEVICE, ON_GPU, cases, device_time, measure, named
-from fused_resnet.bench.suite.contender import Contender
 from fused_resnet.bench.suite.op_base import COMPILE, EAGER
-from fused_resnet.bench.suite.op_contender import ours
-from fused_resnet.bench.suite.op_stem import CONVOLUTION_AND_POOL, DTYPES, LAYOUTS, StemTask
-from fused_resnet.bench.suite.op_task import op_contenders
-from fused_resnet.bench.suite.task import Task
+from fused_resnet.bench.suite.op_stem import DTYPES, LAYOUTS, StemTask
+from fused_resnet.bench.suite.op_task import op_contenders, ours
+from fused_resnet.bench.suite.task import Contender, Task
 
 BATCH_SIZES = (256, 32, 1) if ON_GPU else (8,)
 TASKS = [
@@ -29,7 +26,7 @@ TASKS = [
     for batch in BATCH_SIZES
     for dtype in (DTYPES if ON_GPU else (torch.bfloat16,))
 ]
-CONTENDERS = named(op_contenders(), EAGER, COMPILE, *(map(ours, ("cuda", *CONVOLUTION_AND_POOL)) if ON_GPU else []))
+CONTENDERS = named(op_contenders(), EAGER, COMPILE, *([ours("cuda")] if ON_GPU else []))
 
 
 @device_time

@@ -8,9 +8,9 @@ import pytest
 
 from benchmarks.measure import DEVICE
 from fused_resnet.bench.machine import machine_facts
-from fused_resnet.bench.suite.torchvision_ops import torchvision_models
+from fused_resnet.bench.suite.torchvision_ops import import_or_none
 
-torchvision_models()  # importable from here on, also where its own library does not fit this torch
+import_or_none("torchvision.models")  # importable from here on, also where its own library does not fit this torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from fused_resnet.bench.device_clock import Moment, before_each_round
+from benchmarks.device_clock import Moment, before_each_round
 from fused_resnet.bench.result import OP
 from fused_resnet.bench.roofline import Ceilings, measure_ceilings
-from fused_resnet.bench.suite.contender import Contender
-from fused_resnet.bench.suite.measure import title_of
-from fused_resnet.bench.suite.task import Task
+from fused_resnet.bench.suite.measure import describe
+from fused_resnet.bench.suite.task import Contender, Task
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -48,7 +47,7 @@ def cases(
                 task,
                 contender,
                 is_quick(task) and "compile" not in contender.name,
-                id=f"{title_of(task)}-{contender.name}",
+                id=f"{describe(task).title}-{contender.name}",
             )
             for task in tasks
             for contender in contenders
@@ -87,7 +86,7 @@ def measure(benchmark: Any, task: Task, contender: Contender) -> None:
     try:
         error, wrong = task.why_wrong(prepared)
         flush = task.level == OP and task.batch_size >= FLUSHED_FROM
-        benchmark.group = title_of(task)
+        benchmark.group = describe(task).title
         benchmark.pedantic(
             prepared.run,
             setup=before_each_round(task.device, flush),

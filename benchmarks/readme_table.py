@@ -12,21 +12,21 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fused_resnet.bench.contenders import builder_names
 from fused_resnet.bench.report import condition
-from fused_resnet.bench.report.merge import merged
-from fused_resnet.bench.report.roles import (
+from fused_resnet.bench.report.condition import merged
+from fused_resnet.bench.report.figures import (
     PLAIN_EAGER,
     best_eager,
     best_of_ours,
     best_rival,
     is_ours,
     right_timings,
+    text_table,
+    three_digits,
     times_faster,
 )
-from fused_resnet.bench.report.text_table import text_table
-from fused_resnet.bench.report.wording import three_digits
 from fused_resnet.bench.result import ABSENT, MODEL, MODES, RIGHT, Measurement, Result
+from fused_resnet.bench.suite.subjects import builder_names
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"

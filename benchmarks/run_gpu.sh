@@ -11,4 +11,4 @@
 # Exit status: 0 all done; 1 something failed (summary.md says what); 75 time was up: call again.
 set -eu
 cd "$(dirname "$0")/.."
-exec "${PYTHON:-python3}" -m benchmarks.gpu.phases "$@"
+exec "${PYTHON:-python3}" -m benchmarks.run_gpu "$@"

@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 
-from fused_resnet.bench.byte_tables import column
-from fused_resnet.bench.contenders import builder_names
 from fused_resnet.bench.ledger import BACKWARD, FORWARD
 from fused_resnet.bench.machine import machine_facts
-from fused_resnet.bench.training_ledger import EAGER, LEVELS, SAVED, training_ledger, training_saved_bytes
+from fused_resnet.bench.suite.subjects import builder_names
+from fused_resnet.bench.training_ledger import EAGER, LEVELS, SAVED, column, training_ledger, training_saved_bytes
 
 IMAGE_SIZE = 224
 STEP_DTYPE, STEP_BATCH = torch.bfloat16, 256

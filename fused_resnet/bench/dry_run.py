@@ -29,12 +29,8 @@ class DryRun(TorchDispatchMode):
         kwargs = kwargs or {}
         operands = list(tensors([args, tuple(kwargs.values())]))
         scalars_only = all(tensor.numel() <= 1 for tensor in operands)  # loss, counters: their type promotion is subtle
-        if (
-            moves_nothing(func)
-            or scalars_only
-            or str(kwargs.get("device")) == "meta"
-            or any(t.is_meta for t in operands)
-        ):
+        on_meta = str(kwargs.get("device")) == "meta" or any(tensor.is_meta for tensor in operands)
+        if moves_nothing(func) or scalars_only or on_meta:
             return func(*args, **kwargs)
         if not func._schema.returns:  # an op on lists in place, some of which the meta device has not
             return None
@@ -43,7 +39,10 @@ class DryRun(TorchDispatchMode):
         if func is torch.ops.aten.convolution.default:
             found = found.contiguous(memory_format=conv_memory_format(*args[:2]))
         elif func in _LAID_OUT_LIKE:
-            found = _laid_out(found, [args[position] for position in _LAID_OUT_LIKE[func]])
+            likes = [args[position] for position in _LAID_OUT_LIKE[func]]
+            pairs = zip(found, likes, strict=False)
+            laid_out = [None if result is None else _empty(like, result.dtype, "meta") for result, like in pairs]
+            found = (*laid_out, *found[len(laid_out) :])
         return tree_map(shapes.original, found)
 
 
@@ -58,7 +57,7 @@ class _Twins:
         if not isinstance(value, Tensor):
             return value
         if id(value) not in self._twins:
-            twin = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+            twin = _empty(value, value.dtype, "meta")
             self._twins[id(value)], self._originals[id(twin)] = twin, value
         return self._twins[id(value)]
 
@@ -66,22 +65,15 @@ class _Twins:
         """The real tensor of a twin (an op in place returns one); new memory for any other."""
         if not isinstance(value, Tensor):
             return value
-        if id(value) in self._originals:
-            return self._originals[id(value)]
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
+        return self._originals[id(value)] if id(value) in self._originals else _empty(value, value.dtype, "cpu")
+
+
+def _empty(like: Tensor, dtype: torch.dtype, device: str) -> Tensor:
+    return torch.empty_strided(like.shape, like.stride(), dtype=dtype, device=device)
 
 
 def _without_device(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: torch.device("meta") if name == "device" else value for name, value in kwargs.items()}
-
-
-def _laid_out(results: Any, likes: list[Tensor]) -> Any:
-    """The first results with the strides of these tensors."""
-    first = [
-        None if result is None else torch.empty_strided(like.shape, like.stride(), dtype=result.dtype, device="meta")
-        for result, like in zip(results, likes, strict=False)
-    ]
-    return (*first, *results[len(first) :])
 
 
 # Kernels keep channels_last, which the meta device forgets; by the places of the arguments that the results lie like.

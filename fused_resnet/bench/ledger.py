@@ -7,10 +7,9 @@ GPU most of a ResNet waits for memory, so the total divided by the bandwidth is 
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -48,16 +47,8 @@ class Ledger:
     images: int = 1
 
     @property
-    def reads(self) -> int:
-        return sum(entry.reads for entry in self.entries)
-
-    @property
-    def writes(self) -> int:
-        return sum(entry.writes for entry in self.entries)
-
-    @property
     def total(self) -> int:
-        return self.reads + self.writes
+        return sum(entry.total for entry in self.entries)
 
     @property
     def bytes_per_image(self) -> float:
@@ -68,30 +59,12 @@ class Ledger:
         groups: dict[tuple[str, str], list[Entry]] = {}
         for entry in self.entries:
             groups.setdefault((entry.phase, entry.kind), []).append(entry)
-        return [
-            Entry(
-                ", ".join(entry.op for entry in group),
-                *key,
-                *(sum(getattr(entry, name) for entry in group) for name in ("reads", "writes", "count")),
-            )
-            for key, group in groups.items()
-        ]
 
-    def bytes_of(self, kind: str, phase: str | None = None) -> int:
-        """Bytes read and written by the passes of one kind, in one phase or in all."""
-        return sum(e.total for e in self.entries if e.kind == kind and phase in (None, e.phase))
+        def merged(key: tuple[str, str], group: list[Entry]) -> Entry:
+            sums = (sum(getattr(entry, name) for entry in group) for name in ("reads", "writes", "count"))
+            return Entry(", ".join(entry.op for entry in group), *key, *sums)
 
-    def table(self) -> str:
-        """`by_pass` as text, in megabytes (10^6) an image."""
-        lines = [f"{'MB an image':26} {'passes':>6} {'read':>9} {'written':>9} {'both':>9}"]
-        for entry in self.by_pass():
-            lines.append(self._line(f"{entry.phase} {entry.kind}", entry.count, entry.reads, entry.writes))
-        lines.append(self._line("all", sum(entry.count for entry in self.entries), self.reads, self.writes))
-        return "\n".join(lines)
-
-    def _line(self, title: str, count: int, reads: int, writes: int) -> str:
-        megabytes = (f"{value / self.images / 1e6:9.3f}" for value in (reads, writes, reads + writes))
-        return f"{title:26} {count:6} {' '.join(megabytes)}"
+        return [merged(key, group) for key, group in groups.items()]
 
 
 def ledger(step: Callable[[], object], images: int = 1) -> Ledger:
@@ -109,13 +82,7 @@ def ledger(step: Callable[[], object], images: int = 1) -> Ledger:
     mode = _Observer()
     with mode, mode.watching_optimizers():
         step()
-    return Ledger(tuple(mode.entries()), images)
-
-
-class _Key(NamedTuple):
-    op: str
-    phase: str
-    kind: str
+    return Ledger(tuple(Entry(*key, *sums) for key, sums in mode.found.items()), images)
 
 
 class _Observer(TorchDispatchMode):
@@ -124,18 +91,15 @@ class _Observer(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._updating = False
-        self._reads: Counter[_Key] = Counter()
-        self._writes: Counter[_Key] = Counter()
-        self._count: Counter[_Key] = Counter()
+        self.found: dict[tuple[str, str, str], list[int]] = {}
+        """By op, phase and kind: bytes read and written, and passes."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         results = func(*args, **kwargs)  # the mode is off in here: what an op of ours is composed of is not seen
         for kind, reads, writes in passes(func, args, kwargs, results):
-            key = _Key(func._schema.name.replace("::", "."), self._phase(), kind)
-            self._reads[key] += reads
-            self._writes[key] += writes
-            self._count[key] += 1
+            sums = self.found.setdefault((func._schema.name.replace("::", "."), self._phase(), kind), [0, 0, 0])
+            sums[:] = sums[0] + reads, sums[1] + writes, sums[2] + 1
         return results
 
     def _phase(self) -> str:
@@ -152,6 +116,3 @@ class _Observer(TorchDispatchMode):
 
         with register_optimizer_step_pre_hook(mark(True)), register_optimizer_step_post_hook(mark(False)):
             yield
-
-    def entries(self) -> list[Entry]:
-        return [Entry(*key, self._reads[key], self._writes[key], self._count[key]) for key in self._count]

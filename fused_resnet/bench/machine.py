@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
+from fused_resnet.ops.plan.plan_file import cpu_model
+
 PEERS = (
     *("fused_resnet", "torchvision", "timm", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "openvino"),
-    *("torch_tensorrt", "tensorrt", "nvidia-cudnn-frontend", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "apex"),
+    *("nvidia-cudnn-cu12", "nvidia-cudnn-cu13"),
 )
 """Distributions whose code may be measured beside this package's; and its own."""
-
 REPOSITORY_FILE = Path(__file__).resolve()
 
 
@@ -57,7 +58,7 @@ def device_name(device: torch.device | str) -> str:
 
 def cpu_name() -> str:
     """The CPU's model name, and the best instruction set that PyTorch uses on it."""
-    return f"{_cpu_model()} ({torch.backends.cpu.get_cpu_capability()})"
+    return f"{cpu_model()} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def commit() -> str | None:
@@ -68,23 +69,12 @@ def commit() -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
+    settings: dict[str, Any] = {"cwd": REPOSITORY_FILE.parent, "capture_output": True, "text": True, "timeout": 20}
     try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=REPOSITORY_FILE.parent, capture_output=True, text=True, timeout=20
-        )
+        done = subprocess.run(["git", *arguments], **settings)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _version(distribution: str) -> str | None:

@@ -7,7 +7,7 @@ activation, and a mask has a bit an element. Vectors of C are not counted.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_resnet.bench.norm_inputs import EPS, Norm
+from fused_resnet.bench.sites import ENDINGS, PROJECTION, RELU, RESIDUAL
 from fused_resnet.ops import reference
 
 WRONG_BITS = 1e-5
 """The part of a mask's bits that rounding may turn over."""
 Results = Sequence[Tensor | None]
+Eager = Callable[[Norm], Results]
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,8 @@ class NormPass:
 
     Attributes:
         op: its name in ``ops/schemas.py``.
-        reads, writes: in T; ``masks``: masks read or written.
-        endings: of `bench.suite.op_sites.NormSite`, where a network that keeps bits or one that keeps outputs runs it.
+        activations, masks: how many it reads and writes.
+        endings: of `bench.sites.NormSite`, where a network that keeps bits or one that keeps outputs runs it.
         arguments: of the op.
         eager: what PyTorch runs for it, giving what the op gives, None in the place of a result that eager has not.
         sums: the results that are sums over all values of a channel.
@@ -39,12 +41,11 @@ class NormPass:
 
     name: str
     op: str
-    reads: int
-    writes: int
+    activations: int
     masks: int
     endings: tuple[str, ...]
     arguments: Callable[[Norm], tuple[Any, ...]]
-    eager: Callable[[Norm], Results]
+    eager: Eager
     sums: tuple[int, ...] = ()
     mean: int | None = None
 
@@ -54,57 +55,34 @@ class NormPass:
     def moved(self, shape: tuple[int, int, int, int], dtype: torch.dtype) -> int:
         """Bytes read and written."""
         rows, stride = reference.mask_shape(shape)
-        return (self.reads + self.writes) * math.prod(shape) * dtype.itemsize + self.masks * rows * stride
+        return self.activations * math.prod(shape) * dtype.itemsize + self.masks * rows * stride
 
     def call(self, norm: Norm) -> Callable[[], Results]:
         """The op on these tensors, on the backend that is asked for when it is called."""
         function, arguments = getattr(torch.ops.fused_resnet, self.op), self.arguments(norm)
-        return lambda: _listed(function(*arguments))
-
-    def compiled(self, norm: Norm, backend: str = "inductor") -> Callable[[], Results]:
-        """``torch.compile`` of what the op means, but for bits that it writes: nobody would who compiles eager.
-
-        What was compiled before is forgotten: after eight shapes of one function, PyTorch would run it in eager.
-        """
-        torch.compiler.reset()
-        op, arguments = self.op, self.arguments(norm)
-        if op in _WITHOUT_MASK:
-            op, arguments = _WITHOUT_MASK[op], (*arguments, True)
-        if op == "bn_stats_apply":
-            arguments = (*arguments[:-1], False)
-        function = torch.compile(getattr(reference, op), dynamic=False, backend=backend)
-
-        def run() -> Results:
-            results = _listed(function(*arguments))
-            if op == "bn_stats_apply":
-                return [results[0], None, *results[2:]]
-            return results if op == self.op else [*results, None]
-
-        return run
+        return lambda: listed(function(*arguments))
 
     def why_wrong(self, actual: Results, norm: Norm) -> str | None:
         """None if these results are right, by the project's rule: against float64, at most twice eager's error."""
-        exact = _listed(getattr(reference, self.op)(*map(_double, self.arguments(norm))))
-        for index, (ours, theirs, right) in enumerate(zip(actual, self.eager(norm), exact, strict=True)):
-            if ours is None or right is None or right.numel() == 0:  # a result that this form or contender has not
-                continue
+
+        def judge(index: int, ours: Tensor, theirs: Tensor | None, right: Tensor) -> str | None:
             if right.dtype == torch.uint8:
-                wrong = _why_wrong_bits(ours, right, norm.x)
-            else:
-                terms = norm.values if index in self.sums else 1
-                magnitude = norm.x.abs().max().item() if index == self.mean else None
-                wrong = why_wrong(ours, theirs, right, terms, magnitude)
-            if wrong is not None:
-                return f"result {index}: {wrong}"
-        return None
+                turned = reference.unpack_mask(ours, norm.x) != reference.unpack_mask(right, norm.x)
+                part = turned.double().mean().item()
+                return None if part <= WRONG_BITS else f"{part:.3g} of the bits differ"
+            magnitude = norm.x.abs().max().item() if index == self.mean else None
+            return why_wrong(ours, theirs, right, norm.values if index in self.sums else 1, magnitude)
+
+        exact = listed(getattr(reference, self.op)(*doubled(self.arguments(norm))))
+        return first_wrong(actual, self.eager(norm), exact, judge)
 
 
-_WITHOUT_MASK = {"bn_apply_mask": "bn_apply", "bn_apply_dual_mask": "bn_apply_dual"}
-
-
-def _why_wrong_bits(ours: Tensor, exact: Tensor, x: Tensor) -> str | None:
-    turned = (reference.unpack_mask(ours, x) != reference.unpack_mask(exact, x)).double().mean().item()
-    return None if turned <= WRONG_BITS else f"{turned:.3g} of the bits differ"
+def first_wrong(actual: Results, baseline: Results, exact: Results, judge: Callable[..., str | None]) -> str | None:
+    """What is wrong with the first wrong result; results that this form or contender has not are passed over."""
+    for index, (ours, theirs, right) in enumerate(zip(actual, baseline, exact, strict=True)):
+        if ours is not None and right is not None and right.numel() and (wrong := judge(index, ours, theirs, right)):
+            return f"result {index}: {wrong}"
+    return None
 
 
 def why_wrong(
@@ -126,180 +104,148 @@ def why_wrong(
     return f"its error is {error:.3g} against float64, PyTorch's own {theirs:.3g}, the floor {floor:.3g}"
 
 
-def _double(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+def doubled(values: Iterable[Any]) -> list[Any]:
+    """Floating point tensors in float64; everything else as it is."""
+    return [v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in values]
 
 
-def _listed(results: Any) -> Results:
+def listed(results: Any) -> Results:
     return [results] if isinstance(results, Tensor) else list(results)
 
 
-def _batch_norm(n: Norm) -> Tensor:
+def eager_norm(n: Norm) -> Tensor:
+    """As eager's eval mode normalises."""
     return F.batch_norm(n.x, *n.running, n.weight, n.bias, False, 0.0, EPS)
 
 
-def _eager_stats(n: Norm) -> Results:
-    if n.x.is_cuda:
-        return torch.batch_norm_stats(n.x, EPS)
-    variance, mean = torch.var_mean(n.x.float(), (0, 2, 3), correction=0)
+def eager_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and invstd; on the CPU, where PyTorch has no op for them, by var_mean."""
+    if x.is_cuda:
+        return torch.batch_norm_stats(x, EPS)
+    variance, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
     return mean, torch.rsqrt(variance + EPS)
 
 
-def _eager_apply(n: Norm) -> Results:
-    return [_batch_norm(n).relu_()]
+def eager_sums(n: Norm, dz: Tensor) -> Results:
+    """Of the backward of batch_norm the part that adds up."""
+    settings = (n.weight, *n.running, *n.statistics, True, EPS, [False, True, True])
+    _, sum_dz_xhat, sum_dz = torch.ops.aten.native_batch_norm_backward(dz, n.x, *settings)
+    return [sum_dz, sum_dz_xhat]
 
 
-def _eager_residual(n: Norm) -> Results:
-    return [_batch_norm(n).add_(n.residual).relu_()]
+def eager_through_norm(n: Norm, dz: Tensor, sums: str | None) -> Tensor:
+    """Of the backward of batch_norm the other part; on the CPU, which has it not by itself, all of it. Without ``sums``
+    (a name of `Norm.sums_for_eager`) statistics are constants."""
+    if sums is not None and n.x.is_cuda:
+        return torch.batch_norm_backward_elemt(dz, n.x, *n.statistics, n.weight, *n.sums_for_eager[sums])
+    settings = (n.weight, *n.running, *n.statistics, sums is not None, EPS, [True, False, False])
+    return torch.ops.aten.native_batch_norm_backward(dz, n.x, *settings)[0]
 
 
-def _eager_dual(n: Norm) -> Results:
-    second = F.batch_norm(n.x2, *n.running2, n.weight2, n.bias2, False, 0.0, EPS)
-    return [_batch_norm(n).add_(second).relu_()]
+def _apply(*missing: None, add: Callable[[Norm], Tensor] | None = None, training: bool = False) -> Eager:
+    """Norm, add and ReLU, and None for each ``missing`` result."""
+
+    def run(n: Norm) -> Results:
+        z = F.batch_norm(n.x, None, None, n.weight, n.bias, True, 0.0, EPS) if training else eager_norm(n)
+        return [(z if add is None else z.add_(add(n))).relu_(), *missing]
+
+    return run
 
 
-def _eager_stats_apply(n: Norm) -> Results:
-    z = F.batch_norm(n.x, None, None, n.weight, n.bias, True, 0.0, EPS)
-    return [z.add_(n.residual).relu_(), None, None, None]
-
-
-def _eager_dz(n: Norm, mask: str) -> Tensor:
-    """The gradient in front of the ReLU, whose output eager has kept: ``threshold_backward``."""
+def _dz(n: Norm, mask: str) -> Tensor:
+    """The gradient before the ReLU, whose output eager has kept: ``threshold_backward``."""
     kept = {"none": None, "recomputed": n.activation_alone, "out": n.out}[mask]
     return n.grad_out if kept is None else torch.ops.aten.threshold_backward(n.grad_out, kept, 0)
 
 
-def _eager_grad_stats(mask: str, with_dz: bool = False) -> Callable[[Norm], Results]:
-    """Of the backward of batch_norm the part that adds up; dz comes with it."""
-
+def _grad_stats(mask: str, with_dz: bool = False) -> Eager:
     def run(n: Norm) -> Results:
-        dz = _eager_dz(n, mask)
-        backward = torch.ops.aten.native_batch_norm_backward
-        settings = (n.weight, *n.running, *n.statistics, True, EPS, [False, True, True])
-        _, sum_dz_xhat, sum_dz = backward(dz, n.x, *settings)
-        return [sum_dz, sum_dz_xhat, dz if with_dz else None]
+        dz = _dz(n, mask)
+        return [*eager_sums(n, dz), dz if with_dz else None]
 
     return run
 
 
-def _eager_grad_apply(mask: str, sums: str | None, with_dz: bool = False) -> Callable[[Norm], Results]:
-    """Of the backward of batch_norm the other part; on the CPU, which has it not by itself, all of it."""
+def _grad_apply(mask: str, sums: str | None, *more: bool) -> Eager:
+    """``more``: of a form with a second result, whether that is dz."""
 
     def run(n: Norm) -> Results:
-        dz, mean, invstd = _eager_dz(n, mask), *n.statistics
-        if sums is not None and n.x.is_cuda:
-            grad = torch.batch_norm_backward_elemt(dz, n.x, mean, invstd, n.weight, *n.sums_for_eager[sums])
-        else:
-            settings = (n.weight, *n.running, mean, invstd, sums is not None, EPS, [True, False, False])
-            grad = torch.ops.aten.native_batch_norm_backward(dz, n.x, *settings)[0]
-        return [grad, dz if with_dz else None]
+        dz = _dz(n, mask)
+        return [eager_through_norm(n, dz, sums), *(dz if with_dz else None for with_dz in more)]
 
     return run
 
 
-_RELU, _RESIDUAL, _PROJECTION = "relu", "residual", "projection"
-_ALL = (_RELU, _RESIDUAL, _PROJECTION)
+def _residual(n: Norm) -> Tensor:
+    return n.residual
+
+
+def _given(names: str, *more: Any) -> Callable[[Norm], tuple[Any, ...]]:
+    """Arguments by their names in `Norm`, "-" for None and "second." for the shortcut's; then ``more``."""
+
+    def value(n: Norm, name: str) -> Any:
+        return None if name == "-" else value(n.second, name[7:]) if name[:7] == "second." else getattr(n, name)
+
+    def arguments(n: Norm) -> tuple[Any, ...]:
+        values = (value(n, name) for name in names.split())
+        return (*(each for v in values for each in (v if isinstance(v, tuple) else (v,))), *more)
+
+    return arguments
+
+
+_RELU, _ADD, _DUAL, _ENDS = (RELU,), (RESIDUAL,), (PROJECTION,), (RESIDUAL, PROJECTION)
+_SUMS, _BITS = (0, 1), "grad_out x mask statistics"
 
 STATS_APPLY = NormPass(
-    "bn_stats_apply residual",
-    *("bn_stats_apply", 2, 1, 1, (_RESIDUAL,)),
+    *("bn_stats_apply residual", "bn_stats_apply", 3, 1, _ADD),
     lambda n: (n.x, None, None, 0.0, EPS, n.weight, n.bias, n.residual, True, True),
-    _eager_stats_apply,
+    _apply(None, None, None, add=_residual, training=True),
     mean=2,
 )
 """One launch where the activation fits on the chip, which a backend may refuse."""
 
+_FORWARDS: list[tuple[Any, ...]] = [
+    ("bn_apply", "bn_apply", 2, 0, _RELU, _given("x norm -", True), _apply()),
+    ("bn_apply residual", "bn_apply", 3, 0, _ADD, _given("x norm residual", True), _apply(add=_residual)),
+    ("bn_apply_mask residual", "bn_apply_mask", 3, 1, _ADD, _given("x norm residual"), _apply(None, add=_residual)),
+]
+_DUALS = _given("x norm second.x second.norm", True), _given("x norm second.x second.norm")
+_BACKWARDS: list[tuple[Any, ...]] = [
+    ("no mask", "bn_grad_stats", 2, 0, _DUAL, _given("grad_out x - norm", False), _grad_stats("none")),
+    ("recomputed", "bn_grad_stats", 2, 0, _RELU, _given("grad_out x - norm", True), _grad_stats("recomputed")),
+    ("of out", "bn_grad_stats", 4, 0, _ENDS, _given("grad_out x out norm", True), _grad_stats("out", with_dz=True)),
+    ("of bits", "bn_grad_stats_mask", 2, 1, _ENDS, _given(_BITS, False), _grad_stats("out")),
+    ("of bits, with dz", "bn_grad_stats_mask", 3, 1, _ENDS, _given(_BITS, True), _grad_stats("out", with_dz=True)),
+]
+_APPLIED = "grad_out x norm"
+_OF_BITS = f"{_BITS} weight sums_of_bits"
+_BACKWARD_APPLIES: list[tuple[Any, ...]] = [
+    ("no mask", "bn_grad_apply", 3, 0, _ENDS, _given(f"{_APPLIED} sums", False), _grad_apply("none", "sums")),
+    (
+        *("recomputed", "bn_grad_apply", 3, 0, _RELU),
+        *(_given(f"{_APPLIED} sums_recomputed", True), _grad_apply("recomputed", "sums_recomputed")),
+    ),
+    (
+        *("recomputed, constant statistics", "bn_grad_apply", 3, 0, _RELU),
+        *(_given(f"{_APPLIED} - -", True), _grad_apply("recomputed", None)),
+    ),
+    ("of bits", "bn_grad_apply_mask", 3, 1, _DUAL, _given(_OF_BITS, False), _grad_apply("out", "sums_of_bits", False)),
+    (
+        *("of bits, with dz", "bn_grad_apply_mask", 4, 1, _ADD),
+        *(_given(_OF_BITS, True), _grad_apply("out", "sums_of_bits", True)),
+    ),
+]
+_STATS = NormPass(
+    "bn_stats", "bn_stats", 1, 0, ENDINGS, _given("x - -", 0.0, EPS), lambda n: eager_statistics(n.x), mean=0
+)
 PASSES = [
-    NormPass("bn_stats", "bn_stats", 1, 0, 0, _ALL, lambda n: (n.x, None, None, 0.0, EPS), _eager_stats, mean=0),
-    NormPass("bn_apply", "bn_apply", 1, 1, 0, (_RELU,), lambda n: (n.x, *n.norm, None, True), _eager_apply),
+    *(_STATS, *(NormPass(*row) for row in _FORWARDS)),
+    NormPass("bn_apply_dual", "bn_apply_dual", 3, 0, _DUAL, _DUALS[0], _apply(add=lambda n: eager_norm(n.second))),
     NormPass(
-        "bn_apply residual",
-        *("bn_apply", 2, 1, 0, (_RESIDUAL,)),
-        lambda n: (n.x, *n.norm, n.residual, True),
-        _eager_residual,
+        *("bn_apply_dual_mask", "bn_apply_dual_mask", 3, 1, _DUAL, _DUALS[1]),
+        _apply(None, add=lambda n: eager_norm(n.second)),
     ),
-    NormPass(
-        "bn_apply_mask residual",
-        *("bn_apply_mask", 2, 1, 1, (_RESIDUAL,)),
-        lambda n: (n.x, *n.norm, n.residual),
-        lambda n: [*_eager_residual(n), None],
-    ),
-    NormPass(
-        "bn_apply_dual",
-        *("bn_apply_dual", 2, 1, 0, (_PROJECTION,)),
-        lambda n: (n.x, *n.norm, n.x2, *n.norm2, True),
-        _eager_dual,
-    ),
-    NormPass(
-        "bn_apply_dual_mask",
-        *("bn_apply_dual_mask", 2, 1, 1, (_PROJECTION,)),
-        lambda n: (n.x, *n.norm, n.x2, *n.norm2),
-        lambda n: [*_eager_dual(n), None],
-    ),
-    NormPass(
-        "bn_grad_stats no mask",
-        *("bn_grad_stats", 2, 0, 0, (_PROJECTION,)),
-        lambda n: (n.grad_out, n.x, None, *n.norm, False),
-        _eager_grad_stats("none"),
-        (0, 1),
-    ),
-    NormPass(
-        "bn_grad_stats recomputed",
-        *("bn_grad_stats", 2, 0, 0, (_RELU,)),
-        lambda n: (n.grad_out, n.x, None, *n.norm, True),
-        _eager_grad_stats("recomputed"),
-        (0, 1),
-    ),
-    NormPass(
-        "bn_grad_stats of out",
-        *("bn_grad_stats", 3, 1, 0, (_RESIDUAL, _PROJECTION)),
-        lambda n: (n.grad_out, n.x, n.out, *n.norm, True),
-        _eager_grad_stats("out", with_dz=True),
-        (0, 1),
-    ),
-    NormPass(
-        "bn_grad_stats of bits",
-        *("bn_grad_stats_mask", 2, 0, 1, (_RESIDUAL, _PROJECTION)),
-        lambda n: (n.grad_out, n.x, n.mask, *n.statistics, False),
-        _eager_grad_stats("out"),
-        (0, 1),
-    ),
-    NormPass(
-        "bn_grad_stats of bits, with dz",
-        *("bn_grad_stats_mask", 2, 1, 1, (_RESIDUAL, _PROJECTION)),
-        lambda n: (n.grad_out, n.x, n.mask, *n.statistics, True),
-        _eager_grad_stats("out", with_dz=True),
-        (0, 1),
-    ),
-    NormPass(
-        "bn_grad_apply no mask",
-        *("bn_grad_apply", 2, 1, 0, (_RESIDUAL, _PROJECTION)),
-        lambda n: (n.grad_out, n.x, *n.norm, *n.sums, False),
-        lambda n: _eager_grad_apply("none", "sums")(n)[:1],
-    ),
-    NormPass(
-        "bn_grad_apply recomputed",
-        *("bn_grad_apply", 2, 1, 0, (_RELU,)),
-        lambda n: (n.grad_out, n.x, *n.norm, *n.sums_recomputed, True),
-        lambda n: _eager_grad_apply("recomputed", "sums_recomputed")(n)[:1],
-    ),
-    NormPass(
-        "bn_grad_apply recomputed, constant statistics",
-        *("bn_grad_apply", 2, 1, 0, (_RELU,)),
-        lambda n: (n.grad_out, n.x, *n.norm, None, None, True),
-        lambda n: _eager_grad_apply("recomputed", None)(n)[:1],
-    ),
-    NormPass(
-        "bn_grad_apply of bits",
-        *("bn_grad_apply_mask", 2, 1, 1, (_PROJECTION,)),
-        lambda n: (n.grad_out, n.x, n.mask, *n.norm[:3], *n.sums_of_bits, False),
-        _eager_grad_apply("out", "sums_of_bits"),
-    ),
-    NormPass(
-        "bn_grad_apply of bits, with dz",
-        *("bn_grad_apply_mask", 2, 2, 1, (_RESIDUAL,)),
-        lambda n: (n.grad_out, n.x, n.mask, *n.norm[:3], *n.sums_of_bits, True),
-        _eager_grad_apply("out", "sums_of_bits", with_dz=True),
-    ),
+    *(NormPass(f"bn_grad_stats {row[0]}", *row[1:], _SUMS) for row in _BACKWARDS),  # type: ignore[call-arg]
+    *(NormPass(f"bn_grad_apply {row[0]}", *row[1:]) for row in _BACKWARD_APPLIES),
 ]
 """Every pass that the ``cuda`` backend has over one activation (``STATS_APPLY`` apart), in every form."""

@@ -98,42 +98,29 @@ class Result:
 
     def save(self, path: Path) -> None:
         """Writes JSON, whole or not at all."""
+        plain = {"schema": SCHEMA, **dataclasses.asdict(self)}
+        for entry, measurement in zip(plain["measurements"], self.measurements, strict=True):
+            for name, outcome in measurement.outcomes.items():
+                entry["outcomes"][name]["timing"] = outcome.timing and outcome.timing.as_dict()
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(path.name + ".unfinished")
-        unfinished.write_text(json.dumps(_plain(self), indent=1) + "\n")
+        unfinished.write_text(json.dumps(plain, indent=1) + "\n")
         unfinished.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> Result:
-        """Reads what `save` wrote.
-
-        Raises:
-            ValueError: the file is not JSON, or not a result of this schema; the message names the file.
-        """
+        """Reads what `save` wrote."""
         try:
             found = json.loads(path.read_text())
         except ValueError as error:  # of the encoding, too
             raise ValueError(f"{path} is not JSON: {error}") from None
-        if not isinstance(found, dict) or found.get("schema") != SCHEMA:
-            schema = found.get("schema") if isinstance(found, dict) else None
+        schema = found.get("schema") if isinstance(found, dict) else None
+        if schema != SCHEMA:
             raise ValueError(f"{path} must be a result of schema {SCHEMA}; got schema {schema!r}")
-        measurements = [
-            Measurement(**{**entry, "outcomes": {name: _outcome(o) for name, o in entry["outcomes"].items()}})
-            for entry in found["measurements"]
-        ]
+        for entry in found["measurements"]:
+            for name, outcome in entry["outcomes"].items():
+                timing = outcome["timing"] and Timing(tuple(outcome["timing"]["samples"]))
+                entry["outcomes"][name] = Outcome(**{**outcome, "timing": timing})
+        measurements = [Measurement(**entry) for entry in found["measurements"]]
         names = ("machine", "arguments", "ceilings", "ledgers")
         return cls(measurements=measurements, **{name: found[name] for name in names})
-
-
-def _plain(result: Result) -> dict[str, Any]:
-    plain = {"schema": SCHEMA, **dataclasses.asdict(result)}
-    for entry, measurement in zip(plain["measurements"], result.measurements, strict=True):
-        for name, outcome in measurement.outcomes.items():
-            timing = outcome.timing
-            entry["outcomes"][name]["timing"] = None if timing is None else timing.as_dict()
-    return plain
-
-
-def _outcome(found: dict[str, Any]) -> Outcome:
-    timing = found["timing"]
-    return Outcome(**{**found, "timing": None if timing is None else Timing(tuple(timing["samples"]))})

@@ -35,22 +35,18 @@ def measure_ceilings(device: torch.device | str, dtype: torch.dtype, *, rounds: 
     Random numbers, not zeros, on which a GPU clocks higher. Of the ``rounds`` the 20th percentile: what the device
     reaches while nobody else is in its way.
     """
-    device = torch.device(device)
-    on_gpu = device.type == "cuda"
+    on_gpu = torch.device(device).type == "cuda"
     copy_bytes, sizes = (GPU_COPY_BYTES, GPU_PRODUCT_SIZES) if on_gpu else (CPU_COPY_BYTES, CPU_PRODUCT_SIZES)
+    stopwatch, warmup = Stopwatch(device), min(WARMUP, rounds)
+
+    def seconds(work: Callable[[], object]) -> float:
+        samples = [stopwatch.time(work)[1] for _ in range(warmup + rounds)]
+        return Timing(tuple(samples[warmup:])).p20
+
+    def flop_per_second(size: int) -> float:
+        left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        return 2 * size**3 / seconds(lambda: left @ right)
+
     source = torch.empty(copy_bytes // dtype.itemsize, dtype=dtype, device=device).normal_()
     target = torch.empty_like(source)
-    copy = _seconds(lambda: target.copy_(source), device, rounds)
-    flop_per_second = 0.0
-    for size in sizes:
-        left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-        seconds = _seconds(lambda left=left, right=right: left @ right, device, rounds)  # type: ignore[misc]
-        flop_per_second = max(flop_per_second, 2 * size**3 / seconds)
-    return Ceilings(2 * source.nbytes / copy, flop_per_second)
-
-
-def _seconds(work: Callable[[], object], device: torch.device, rounds: int) -> float:
-    stopwatch = Stopwatch(device)
-    warmup = min(WARMUP, rounds)
-    samples = [stopwatch.time(work)[1] for _ in range(warmup + rounds)]
-    return Timing(tuple(samples[warmup:])).p20
+    return Ceilings(2 * source.nbytes / seconds(lambda: target.copy_(source)), max(map(flop_per_second, sizes)))

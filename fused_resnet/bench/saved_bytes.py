@@ -23,8 +23,7 @@ def saved_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
     kept: dict[tuple[torch.device, int], Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        key = _storage_key(tensor)
-        if key not in owned:
+        if (key := _storage_key(tensor)) not in owned:
             kept[key] = tensor.detach()  # alive until the count, so that no address comes back as another storage
         return tensor.detach()  # not itself: an output that its own node holds is never freed, nor the graph behind it
 

@@ -43,12 +43,14 @@ def passes(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str,
     """
     if moves_nothing(func):
         return []
-    call = Call(_bound(func, args, kwargs), tuple(tensors(results)))
-    operands = [*tensors(list(call.arguments.values())), *call.results]
+    schema = func._schema.arguments
+    arguments = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+    arguments |= dict(zip((argument.name for argument in schema), args, strict=False)) | kwargs
+    call = Call(arguments, tuple(tensors(results)))
+    operands = [*tensors(list(arguments.values())), *call.results]
     if not operands or any(tensor.is_meta for tensor in operands):  # a profiler's mark, an inference of shapes
         return []
-    row = ROWS.get(_name(func))
-    if row is None:
+    if (row := ROWS.get(_name(func))) is None:
         raise NotImplementedError(f"no row in {__name__} says what {func} reads and writes; add one to ROWS or FREE")
     return row(call)
 
@@ -77,22 +79,19 @@ def tensors(value: Any) -> Iterable[Tensor]:
 
 
 def _name(func: torch._ops.OpOverload) -> str:
-    """Without overload and without the underscore of an op in place, which moves what the other does."""
-    return f"{func.namespace}.{func._schema.name.partition('::')[2].removesuffix('_')}"
+    """Without overload, "aten." and the underscore of an op in place, which moves what the other does."""
+    return func._schema.name.replace("::", ".").removeprefix("aten.").removesuffix("_")
 
 
-def _bound(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    arguments = func._schema.arguments
-    defaults = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
-    return {**defaults, **dict(zip((argument.name for argument in arguments), args, strict=False)), **kwargs}
-
-
-def _once(kind: str, *unread: str, rewritten: tuple[str, ...] = ()) -> Row:
-    """One pass: every argument but ``unread`` is read, every result and what is ``rewritten`` is written."""
+def _once(kind: str, *unread: str, rewritten: tuple[str, ...] = (), **needed: str) -> Row:
+    """One pass: every argument is read but ``unread`` and those whose ``needed`` other argument is None; every result
+    and what is ``rewritten`` is written."""
 
     def row(call: Call) -> list[Pass]:
-        read = [value for name, value in call.arguments.items() if name not in unread]
-        return [Pass(kind, size(read), size(call.results, [call.arguments[name] for name in rewritten]))]
+        a, skipped = call.arguments, [*unread]
+        skipped += [name for name, other in needed.items() if a[other] is None]
+        read = [value for name, value in a.items() if name not in skipped]
+        return [Pass(kind, size(read), size(call.results, [a[name] for name in rewritten]))]
 
     return row
 
@@ -101,23 +100,31 @@ def _written_only(kind: str) -> Row:
     return lambda call: [Pass(kind, 0, size(call.results))]
 
 
+def _foreach(kind: str) -> Row:
+    """Lists of tensors in one pass: in place, and so without results, it rewrites the first list."""
+    return lambda call: [Pass(kind, size(list(call.arguments.values())), size(call.results or call.arguments["self"]))]
+
+
+def _fused_optimizer(*states: str) -> Row:
+    """One pass over parameters, gradients and states, which rewrites all but the gradients."""
+
+    def row(call: Call) -> list[Pass]:
+        kept = size(call.arguments["self"], [call.arguments[state] for state in states])
+        return [Pass("update", kept + size(call.arguments["grads"]), kept)]
+
+    return row
+
+
 def _convolution_backward(call: Call) -> list[Pass]:
-    a, found = call.arguments, []
-    grad_input, grad_weight, grad_bias = a["output_mask"]
-    results = iter(call.results)
-    if grad_input:
-        found.append(Pass("input gradient", size(a["grad_output"], a["weight"]), size(next(results))))
-    if grad_weight:
-        found.append(Pass("weight gradient", size(a["grad_output"], a["input"]), size(next(results))))
-    if grad_bias:
-        found.append(Pass("bias gradient", size(a["grad_output"]), size(next(results))))
-    return found
+    a, results = call.arguments, iter(call.results)
+    read = {"input gradient": a["weight"], "weight gradient": a["input"], "bias gradient": None}
+    wanted = [kind for kind, asked in zip(read, a["output_mask"], strict=True) if asked]
+    return [Pass(kind, size(a["grad_output"], read[kind]), size(next(results))) for kind in wanted]
 
 
 def _batch_norm(call: Call) -> list[Pass]:
     """In training the statistics need all of x before the first value can be normalised, so x is read twice."""
-    a = call.arguments
-    out, *statistics = call.results
+    a, (out, *statistics) = call.arguments, call.results
     running, affine = (a["running_mean"], a["running_var"]), (a["weight"], a["bias"])
     if not a["training"]:
         return [Pass("normalise", size(a["input"], running, affine), size(out))]
@@ -128,28 +135,20 @@ def _batch_norm(call: Call) -> list[Pass]:
 
 
 def _batch_norm_backward(call: Call) -> list[Pass]:
-    a = call.arguments
-    both = size(a["grad_out"], a["input"])
-    vectors = size(a["save_mean"], a["save_invstd"], a["weight"])
-    mask = a["output_mask"]
-    results = iter(call.results)
-    grad_input = size(next(results)) if mask[0] else 0
-    sums = size(list(results))
-    if not a["train"]:  # constants: the gradient of the input needs no sums, and no input
-        found = [Pass("statistics", both + vectors, sums)] if any(mask[1:]) else []
-        return found + ([Pass("normalise", size(a["grad_out"]) + vectors, grad_input)] if mask[0] else [])
-    found = [Pass("statistics", both + vectors, sums)]
-    return found + ([Pass("normalise", both + vectors + sums, grad_input)] if mask[0] else [])
+    a, results = call.arguments, list(call.results)
+    vectors, mask = size(a["save_mean"], a["save_invstd"], a["weight"]), a["output_mask"]
+    both = size(a["grad_out"], a["input"]) + vectors
+    grad_input = size(results.pop(0)) if mask[0] else 0
+    found = [Pass("statistics", both, size(results))] if a["train"] or any(mask[1:]) else []
+    # Of constants the gradient of the input needs no sums, and no input.
+    read = both + size(results) if a["train"] else size(a["grad_out"]) + vectors
+    return found + ([Pass("normalise", read, grad_input)] if mask[0] else [])
 
 
 def _cudnn_batch_norm_backward(call: Call) -> list[Pass]:
-    a = call.arguments
-    both, vectors = size(a["grad_output"], a["input"]), size(a["save_mean"], a["save_var"], a["weight"])
-    grad_input, *sums = call.results
-    return [
-        Pass("statistics", both + vectors, size(sums)),
-        Pass("normalise", both + vectors + size(sums), size(grad_input)),
-    ]
+    a, (grad_input, *sums) = call.arguments, call.results
+    read = size(a["grad_output"], a["input"], a["save_mean"], a["save_var"], a["weight"])
+    return [Pass("statistics", read, size(sums)), Pass("normalise", read + size(sums), size(grad_input))]
 
 
 def _bn_grad_apply(call: Call) -> list[Pass]:
@@ -157,117 +156,61 @@ def _bn_grad_apply(call: Call) -> list[Pass]:
     return _once("normalise", *([] if needs_x else ["x"]))(call)
 
 
-def _bn_grad_apply_mask(call: Call) -> list[Pass]:
-    return _once("normalise", *(["x"] if call.arguments["sum_dz"] is None else []))(call)
+def _rows(row: Callable[[str], Row], kinds: dict[str, str], prefix: str = "") -> dict[str, Row]:
+    """A row for each op, from its kind to the names of all that are of it."""
+    return {f"{prefix}{name}": row(kind) for kind, names in kinds.items() for name in names.split()}
 
 
-def _conv_grad_input(call: Call) -> list[Pass]:
-    a = call.arguments
-    unread = [name for name, needed in (("x", "mean"), ("y", "coefficients")) if a[needed] is None]
-    return _once("input gradient", *unread)(call)
-
-
-def _conv_grad_weight(call: Call) -> list[Pass]:
-    unread = ["conv_weight", *(["y"] if call.arguments["coefficients"] is None else [])]
-    return _once("weight gradient", *unread)(call)
-
-
-def _fused_optimizer(*states: str) -> Row:
-    """One pass over parameters, gradients and states, which rewrites all but the gradients."""
-
-    def row(call: Call) -> list[Pass]:
-        a = call.arguments
-        kept = size(a["self"], [a[state] for state in states])
-        return [Pass("update", kept + size(a["grads"]), kept)]
-
-    return row
-
-
-def _foreach(kind: str) -> Row:
-    """Lists of tensors in one pass: in place, and so without results, it rewrites the first list."""
-    return lambda call: [
-        Pass(kind, size(list(call.arguments.values())), size(call.results or call.arguments["self"])),
-    ]
-
-
+_RUNNING = ("running_mean", "running_var")
 FREE = {
-    f"aten.{name}"
-    for name in [
-        "_local_scalar_dense",
-        "_reshape_alias",
-        "_unsafe_view",
-        "as_strided",
-        "detach",
-        "empty",
-        "empty_like",
-        "empty_strided",
-        "is_same_size",
-        "lift_fresh",
-        "new_empty",
-        "new_empty_strided",
-        "set",
-    ]
+    *("_local_scalar_dense", "_reshape_alias", "_unsafe_view", "as_strided", "detach", "empty", "empty_like"),
+    *("empty_strided", "is_same_size", "lift_fresh", "new_empty", "new_empty_strided", "set"),
 }
 """Ops that only allocate, or only make another view, beside those that say so themselves (``OpOverload.is_view``)."""
-
-
-def _rows(kind: str, names: str, row: Callable[[str], Row] = _once) -> dict[str, Row]:
-    return dict.fromkeys((f"aten.{name}" for name in names.split()), row(kind))
-
-
-_running = ("running_mean", "running_var")
-
-ROWS: dict[str, Row] = {
-    **_rows("convolution", "convolution cudnn_convolution"),
-    "aten.convolution_backward": _convolution_backward,
-    **dict.fromkeys(("aten.native_batch_norm", "aten.cudnn_batch_norm"), _batch_norm),
-    "aten.native_batch_norm_backward": _batch_norm_backward,
-    "aten.cudnn_batch_norm_backward": _cudnn_batch_norm_backward,
-    **_rows("statistics", "var_mean batch_norm_stats batch_norm_backward_reduce"),
-    "aten.batch_norm_gather_stats_with_counts": _once("statistics", "input", rewritten=_running),
-    **_rows("normalise", "batch_norm_elemt batch_norm_backward_elemt"),
-    **_rows("relu", "relu threshold_backward"),
-    **_rows("add", "add"),
-    **_rows("pool", "max_pool2d_with_indices mean _adaptive_avg_pool2d _adaptive_avg_pool2d_backward"),
-    "aten.max_pool2d_with_indices_backward": _once("pool", "self"),
-    **_rows("linear", "addmm mm"),
-    **_rows("loss", "_log_softmax _log_softmax_backward_data nll_loss_forward"),
-    "aten.nll_loss_backward": _once("loss", "self"),
-    **_rows("elementwise", "div mul neg sub sqrt rsqrt where addcmul addcdiv lerp reciprocal pow"),
-    **_rows("sum", "sum"),
-    **_rows("copy", "_to_copy clone contiguous"),
-    "aten.copy": _once("copy", "self"),
-    **_rows("fill", "zero fill zeros zeros_like ones ones_like full full_like", _written_only),
-    **_rows("fill", "new_zeros new_ones new_full scalar_tensor", _written_only),
-    **_rows(
-        "elementwise",
-        "_foreach_add _foreach_sub _foreach_mul _foreach_div _foreach_neg _foreach_sqrt _foreach_lerp _foreach_addcmul"
-        " _foreach_addcdiv",
-        _foreach,
-    ),
-    "aten._fused_sgd": _fused_optimizer("momentum_buffer_list"),
-    **dict.fromkeys(
-        ("aten._fused_adam", "aten._fused_adamw"), _fused_optimizer("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")
-    ),
-    "fused_resnet.bn_stats": _once("statistics", rewritten=_running),
-    "fused_resnet.bn_apply": _once("normalise"),
-    "fused_resnet.bn_apply_dual": _once("normalise"),
-    "fused_resnet.bn_apply_mask": _once("normalise"),
-    "fused_resnet.bn_apply_dual_mask": _once("normalise"),
-    "fused_resnet.bn_stats_apply": _once("normalise", rewritten=_running),
-    "fused_resnet.bn_apply_pool": _once("normalise"),
-    "fused_resnet.bn_grad_stats": _once("statistics"),
-    "fused_resnet.bn_grad_stats_mask": _once("statistics"),
-    "fused_resnet.bn_pool_grad_stats": _once("statistics"),
-    "fused_resnet.bn_pool_grad_apply": _once("normalise"),
-    "fused_resnet.bn_grad_coefficients": _once("statistics"),
-    "fused_resnet.bn_grad_apply": _bn_grad_apply,
-    "fused_resnet.bn_grad_apply_mask": _bn_grad_apply_mask,
-    "fused_resnet.stem": _once("convolution"),
-    "fused_resnet.avgpool": _once("pool"),
-    "fused_resnet.conv_bn_act": _once("convolution"),
-    "fused_resnet.conv_stats": _once("convolution", rewritten=_running),
-    "fused_resnet.conv_grad_input": _conv_grad_input,
-    "fused_resnet.conv_grad_weight": _conv_grad_weight,
+_ONCE = {
+    "convolution": "convolution cudnn_convolution",
+    "statistics": "var_mean batch_norm_stats batch_norm_backward_reduce",
+    "normalise": "batch_norm_elemt batch_norm_backward_elemt",
+    "relu": "relu threshold_backward",
+    "add": "add",
+    "pool": "max_pool2d_with_indices mean _adaptive_avg_pool2d _adaptive_avg_pool2d_backward",
+    "linear": "addmm mm",
+    "loss": "_log_softmax _log_softmax_backward_data nll_loss_forward",
+    "elementwise": "div mul neg sub sqrt rsqrt where addcmul addcdiv lerp reciprocal pow",
+    "sum": "sum",
+    "copy": "_to_copy clone contiguous",
 }
-"""The rows, by the name of the op without overload and trailing underscore. Fused ones as ``ops/reference/`` says."""
+_OURS = {
+    "normalise": "bn_apply bn_apply_dual bn_apply_mask bn_apply_dual_mask bn_apply_pool bn_pool_grad_apply",
+    "statistics": "bn_grad_stats bn_grad_stats_mask bn_pool_grad_stats bn_grad_coefficients",
+    "convolution": "stem conv_bn_act",
+    "pool": "avgpool",
+}
+_FILL = "zero fill zeros zeros_like ones ones_like full full_like new_zeros new_ones new_full scalar_tensor"
+_EACH = " ".join(
+    f"_foreach_{name}" for name in ("add", "sub", "mul", "div", "neg", "sqrt", "lerp", "addcmul", "addcdiv")
+)
+ROWS: dict[str, Row] = {
+    **_rows(_once, _ONCE),
+    **_rows(_written_only, {"fill": _FILL}),
+    **_rows(_foreach, {"elementwise": _EACH}),
+    **_rows(_once, _OURS, prefix="fused_resnet."),
+    "convolution_backward": _convolution_backward,
+    **dict.fromkeys(("native_batch_norm", "cudnn_batch_norm"), _batch_norm),
+    "native_batch_norm_backward": _batch_norm_backward,
+    "cudnn_batch_norm_backward": _cudnn_batch_norm_backward,
+    "batch_norm_gather_stats_with_counts": _once("statistics", "input", rewritten=_RUNNING),
+    "max_pool2d_with_indices_backward": _once("pool", "self"),
+    "nll_loss_backward": _once("loss", "self"),
+    "copy": _once("copy", "self"),
+    "_fused_sgd": _fused_optimizer("momentum_buffer_list"),
+    **dict.fromkeys(("_fused_adam", "_fused_adamw"), _fused_optimizer("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")),
+    "fused_resnet.bn_stats": _once("statistics", rewritten=_RUNNING),
+    "fused_resnet.bn_stats_apply": _once("normalise", rewritten=_RUNNING),
+    "fused_resnet.bn_grad_apply": _bn_grad_apply,
+    "fused_resnet.bn_grad_apply_mask": _once("normalise", x="sum_dz"),
+    "fused_resnet.conv_stats": _once("convolution", rewritten=_RUNNING),
+    "fused_resnet.conv_grad_input": _once("input gradient", x="mean", y="coefficients"),
+    "fused_resnet.conv_grad_weight": _once("weight gradient", "conv_weight", y="coefficients"),
+}
+"""The rows, by the name of the op as `_name` gives it. Fused ones as ``ops/reference/`` says."""

@@ -1,22 +1,27 @@
-"""What a training step of a ResNet moves, and what its forward keeps for backward: eager and every level of fusion.
+"""What a training step of a ResNet moves, and what its forward keeps for backward: eager and every level of fusion;
+``python -m fused_resnet bench bytes`` prints it.
 
 Nothing is computed (``bench/dry_run.py``), so that it takes seconds on any machine, at any batch size.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_resnet
-from fused_resnet.bench.contenders import build
+from fused_resnet.bench import options
 from fused_resnet.bench.dry_run import DryRun
 from fused_resnet.bench.ledger import Ledger, ledger
+from fused_resnet.bench.result import MODEL, TRAINING_FORWARD, TRAINING_STEP, Measurement
 from fused_resnet.bench.saved_bytes import saved_bytes
+from fused_resnet.bench.suite.subjects import build, builder_names
 from fused_resnet.ops.route.request import asking
 from fused_resnet.training.loop import MOMENTUM, WEIGHT_DECAY, autocast
 
@@ -33,6 +38,28 @@ SAVED: dict[str, tuple[int | str, str]] = {
     "level 3, memory efficient": (3, "efficient"),
 }
 """Whose saved bytes are told: the level and the ``memory`` of ``fused_resnet.fuse``."""
+MEGABYTE = 1e6
+
+
+def column(level: int | str) -> str:
+    """The name of a level in tables."""
+    return level if isinstance(level, str) else f"level {level}"
+
+
+def step_ledgers(measurement: Measurement, known: Collection[str] = ()) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """An entry for ``Result.ledgers`` from a measured model, counted for its dtype, batch and image size; none of a
+    model that this package has no builder for, of inference, of an op, and of a model in ``known``."""
+    name, training = measurement.subject, measurement.mode in (TRAINING_FORWARD, TRAINING_STEP)
+    if measurement.level != MODEL or not training or name in known or name not in builder_names():
+        return {}
+    settings = (measurement.batch_size, getattr(torch, measurement.dtype), measurement.image_size or 224)
+    found = {column(level): training_ledger(name, level, *settings) for level in LEVELS}
+    return {
+        name: {
+            title: [{"phase": e.phase, "kind": e.kind, "bytes": e.total / one.images} for e in one.by_pass()]
+            for title, one in found.items()
+        }
+    }
 
 
 def training_ledger(
@@ -52,11 +79,9 @@ def training_ledger(
 
     Args:
         model_name: a builder, such as "resnet50".
-        level: "eager" for plain PyTorch (the network after ``unfuse``); 0, 1, 2 or 3; "level 3, masks" for 3 with the
-            bit masks of the CUDA C++ passes; None for the automatic choice.
-        batch_size: images of the step, at least 1.
+        level: of `LEVELS`: "eager" for plain PyTorch (the network after ``unfuse``), or a level of fusion; None for the
+            automatic choice.
         dtype: of activations and convolutions; parameters are float32, and another dtype is autocast's.
-        image_size: pixels of an image's side.
         memory: "default" or "efficient", as ``fused_resnet.fuse`` takes it.
         optimizer: also count the update, SGD with momentum and weight decay as one kernel, in the steady state.
 
@@ -64,9 +89,8 @@ def training_ledger(
         ValueError: there is no builder or no level of this name.
     """
     with _dry_training(model_name, level, batch_size, dtype, image_size, memory) as (model, forward):
-        update = torch.optim.SGD(
-            model.parameters(), lr=1e-3, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True, fused=True
-        )
+        settings: dict[str, Any] = {"momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY, "nesterov": True, "fused": True}
+        update = torch.optim.SGD(model.parameters(), lr=1e-3, **settings)
 
         def step() -> None:
             update.zero_grad()
@@ -87,10 +111,8 @@ def training_saved_bytes(
     image_size: int = 224,
     memory: str = "default",
 ) -> int:
-    """Bytes that the forward and the loss keep for backward, by `saved_bytes`; arguments as of `training_ledger`.
-
-    Under autocast the weights' copies in its dtype are among them.
-    """
+    """Bytes that the forward and the loss keep for backward, by `saved_bytes`; arguments as of `training_ledger`. Under
+    autocast the weights' copies in its dtype are among them."""
     with _dry_training(model_name, level, batch_size, dtype, image_size, memory) as (model, forward):
         return saved_bytes(model, forward)
 
@@ -122,3 +144,41 @@ def _dry_training(
                 return F.cross_entropy(model(images), labels)
 
         yield model, forward
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add, size_help = parser.add_argument, "pixels of an image's side (default: %(default)s)"
+    add("--model", choices=builder_names(), default="resnet50", help="(default: %(default)s)")
+    add("--batch-size", type=options.positive, default=256, help="images of a training step (default: %(default)s)")
+    add("--dtype", choices=options.DTYPES, default="bfloat16", help="of activations (default: %(default)s)")
+    add("--image-size", type=options.image_size, default=224, help=size_help)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Prints two tables; nothing is computed on the way, and no GPU is needed."""
+
+    def line(title: str, cells: list[str]) -> None:
+        print(f"{title:26}" + "".join(f"{cell:>16}" for cell in cells))
+
+    name, batch, size = arguments.model, arguments.batch_size, arguments.image_size
+    settings = (batch, getattr(torch, arguments.dtype), size)
+    ledgers = {column(level): training_ledger(name, level, *settings) for level in LEVELS}
+    cells: dict[str, dict[str, float]] = {}
+    for level, one in ledgers.items():
+        for entry in one.by_pass():
+            cells.setdefault(f"{entry.phase} {entry.kind}", {})[level] = entry.total / batch / MEGABYTE
+    eager = ledgers[EAGER].bytes_per_image
+    print(f"{name}, {arguments.dtype}, {size}x{size}, batch {batch}; MB (10^6 bytes) an image\n")
+    print("Read and written by a training step")
+    line("", list(ledgers))
+    for title, row in cells.items():
+        if max(row.values()) >= 0.05:
+            line(title, [f"{row[level]:.1f}" if level in row else "-" for level in ledgers])
+    line("all", [f"{one.bytes_per_image / MEGABYTE:.1f}" for one in ledgers.values()])
+    line("to eager", [f"{one.bytes_per_image / eager:.2f}x" for one in ledgers.values()])
+    print("\nSaved for backward")
+    saved = {way: training_saved_bytes(name, level, *settings, memory) for way, (level, memory) in SAVED.items()}
+    for way, value in saved.items():
+        line(way, [f"{value / batch / MEGABYTE:.1f}", f"{value / saved[EAGER]:.2f}x"])
+    print("\nCounted from the ops that ran, as if each were well-made kernels; nothing was measured.")
+    return 0

@@ -10,13 +10,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from fused_resnet.bench.contenders import FROZEN, FUSED, PLAIN
-from fused_resnet.training.comparison import REFERENCE, YARDSTICK
+from fused_resnet.training.comparison import EAGER, FROZEN, FUSED, REFERENCE, YARDSTICK
 
 INK = "#1f2933"
 QUIET = "#7b8794"
 WHITE: Any = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-COLORS = {PLAIN: "#b8c1cc", FUSED: "#1273de", FROZEN: "#0b8a6f"}
+COLORS = {EAGER: "#b8c1cc", FUSED: "#1273de", FROZEN: "#0b8a6f"}
 STYLE: Any = {
     "font.size": 11,
     "text.color": INK,
@@ -59,7 +58,7 @@ def _title(results: dict[str, Any]) -> str:
 
 def _draw_losses(axes: Axes, training: dict[str, Any]) -> None:
     steps = range(1, training["steps"] + 1)
-    for name, contender, width in ((PLAIN, REFERENCE, 6.0), (FUSED, FUSED, 1.6)):
+    for name, contender, width in ((EAGER, REFERENCE, 6.0), (FUSED, FUSED, 1.6)):
         run = training["contenders"][contender]
         label = f"{name}: {run['accuracy']:.1%} of test images right"
         axes.plot(steps, run["losses"], label=label, linewidth=width, color=COLORS[name])
@@ -71,14 +70,14 @@ def _draw_losses(axes: Axes, training: dict[str, Any]) -> None:
 
 def _draw_differences(axes: Axes, training: dict[str, Any]) -> None:
     contenders = training["contenders"]
-    lines = ((YARDSTICK, COLORS[PLAIN], 3.0, "plain in the other memory format"), (FUSED, COLORS[FUSED], 1.6, FUSED))
+    lines = ((YARDSTICK, COLORS[EAGER], 3.0, "eager in the other memory format"), (FUSED, COLORS[FUSED], 1.6, FUSED))
     for name, color, width, label in lines:
         pairs = zip(contenders[name]["losses"], contenders[REFERENCE]["losses"], strict=True)
         # Equal losses have no logarithm; they are drawn at the bottom, float32's resolution.
         differences = [max(abs(a - b), 1e-8) for a, b in pairs]
         axes.semilogy(range(1, len(differences) + 1), differences, color=color, linewidth=width, label=label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_title("How far the losses are from plain's", fontsize=11)
+    axes.set_title("How far the losses are from eager's", fontsize=11)
     axes.set_ylabel("difference")
     axes.set_xlabel("step")
     axes.legend(loc="lower right", fontsize=9.5)
@@ -112,14 +111,14 @@ def _draw_speeds(axes: Axes, results: dict[str, Any]) -> None:
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.spines["left"].set_visible(False)
     axes.set_title("Speed")
-    axes.set_xlabel("times as fast as plain PyTorch, in its faster memory format")
+    axes.set_xlabel("times as fast as eager PyTorch, in its faster memory format")
 
 
 def _speed_groups(results: dict[str, Any]) -> list[tuple[str, dict[str, tuple[float, float]]]]:
     """(heading, {contender: (speed, median seconds)}) of the training and of each inference batch size."""
     groups = []
     for kind, entry in [("training", results["training"]), *(("inference", entry) for entry in results["inference"])]:
-        names = {PLAIN: entry["baseline"], FUSED: FUSED, FROZEN: FROZEN}
+        names = {EAGER: entry["baseline"], FUSED: FUSED, FROZEN: FROZEN}
         contenders = {name: entry["contenders"][key] for name, key in names.items() if key in entry["contenders"]}
         bars = {name: (contender["speedup"], contender["median"]) for name, contender in contenders.items()}
         groups.append((f"{kind} {entry['model']}, batch {entry['batch_size']}", bars))

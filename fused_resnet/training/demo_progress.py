@@ -2,54 +2,34 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn
+
+from fused_resnet.bench.console import Bar
 
 LINES_PER_PHASE = 4
 
 
-class DemoProgress:
+class DemoProgress(Bar):
     """A `fused_resnet.training.comparison.Progress` on a rich console; a context manager."""
 
     def __init__(self, console: Console) -> None:
-        self._console = console
-        self._in_terminal = console.is_terminal
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=console,
-            disable=not self._in_terminal,
-        )
-        self._task = self._bar.add_task("Loading", total=None, note="")
+        super().__init__(console, MofNCompleteColumn())
         self._phase, self._done, self._total = "Loading", 0, 0
-
-    def __enter__(self) -> DemoProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._bar.stop()
+        self.begin_phase(self._phase, None)
 
     def start(self, phase: str, total: int) -> None:
-        self._bar.remove_task(self._task)
-        self._task = self._bar.add_task(phase, total=total, note="")
+        self.begin_phase(phase, total)
         self._phase, self._done, self._total = phase, 0, total
-        if not self._in_terminal:
-            self._print(f"{phase} ...")
+        if not self.is_terminal:
+            self.say(f"{phase} ...")
 
     def advance(self, note: str = "") -> None:
         self._done += 1
-        self._bar.update(self._task, advance=1, note=note)
+        self.update(advance=1, what=note)
         parts_before, parts = ((self._done - back) * LINES_PER_PHASE // self._total for back in (1, 0))
-        if not self._in_terminal and note and parts > parts_before:
-            self._print(f"{self._phase}: {self._done} of {self._total}, {note}")
+        if not self.is_terminal and note and parts > parts_before:
+            self.say(f"{self._phase}: {self._done} of {self._total}, {note}")
 
-    def _print(self, line: str) -> None:
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+    def stage(self, what: str, done: float) -> None:
+        self.update(completed=round(done * self._total), what=what)

@@ -10,8 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from fused_resnet.bench.contenders import FROZEN, FUSED, PLAIN
-from fused_resnet.training.comparison import REFERENCE, YARDSTICK
+from fused_resnet.training.comparison import EAGER, FROZEN, FUSED, REFERENCE, YARDSTICK
 from fused_resnet.training.demo_picture import draw_picture, milliseconds
 
 JSON_NAME = "demo.json"
@@ -28,7 +27,7 @@ def print_report(results: dict[str, Any], console: Console) -> None:
         box=SIMPLE_HEAD,
     )
     table.add_column("")
-    for column in (PLAIN, FUSED, FROZEN):
+    for column in (EAGER, FUSED, FROZEN):
         table.add_column(column, justify="right")
     _add_training(table, results["training"])
     for entry in results["inference"]:
@@ -64,7 +63,8 @@ def _add_inference(table: Table, entry: dict[str, Any]) -> None:
     contenders = entry["contenders"]
     table.add_row(f"[bold]Inference {entry['model']}, batch {entry['batch_size']}")
     _add_times(table, contenders, [FUSED, FROZEN])
-    table.add_row("  logits' difference", "", *(f"{contenders[n]['relative_difference']:.1e}" for n in (FUSED, FROZEN)))
+    shown = (REFERENCE, FUSED, FROZEN)
+    table.add_row("  error to float64", *(f"{contenders[n]['error']:.1e} {contenders[n]['status']}" for n in shown))
 
 
 def _add_times(table: Table, contenders: dict[str, Any], ours: list[str]) -> None:
@@ -78,8 +78,8 @@ def _caption(results: dict[str, Any]) -> str:
     threads = "" if machine["device_type"] == "cuda" else f", threads: {machine['threads']}"
     sizes = [f"{settings[key]}x{settings[key]}" for key in ("size", "inference_size")]
     return (
-        "Medians of interleaved rounds; speed is to the faster of plain's memory formats. "
-        "Loss differences are to plain channels_last; in plain's column that of plain NCHW, which is rounding alone. "
+        "Medians of interleaved rounds; speed is to the faster of eager's memory formats. "
+        "Loss differences are to eager channels_last; in eager's column that of eager NCHW, which is rounding alone. "
         f"{settings['autocast'] or 'float32'}{threads}, torch {machine['torch']}; "
         f"training images {sizes[0]}, inference {sizes[1]}; {results['seconds']:.0f} s in all."
     )

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 
 from fused_resnet.bench.result import INFERENCE, MODEL, Result
-from fused_resnet.bench.suite.contender import Contender
 from fused_resnet.bench.suite.rounds import Method
 from fused_resnet.bench.suite.runner import Settings, run
-from fused_resnet.bench.suite.task import Prepared, Task
+from fused_resnet.bench.suite.task import Contender, Prepared, Task
 
 METHOD = Method(rounds=6, min_seconds=0.0)
 

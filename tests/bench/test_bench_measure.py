@@ -18,11 +18,10 @@ from benchmarks import measure as measuring
 from benchmarks.measure import FEWEST_ROUNDS, MOST_ROUNDS, cases, measure, named, rounds_for
 from fused_resnet.bench.passes import PASSES
 from fused_resnet.bench.roofline import Ceilings
-from fused_resnet.bench.suite.contender import Contender
-from fused_resnet.bench.suite.op_contender import op_contenders
+from fused_resnet.bench.sites import RELU, NormSite
 from fused_resnet.bench.suite.op_pass import PassTask
-from fused_resnet.bench.suite.op_sites import RELU, NormSite
-from fused_resnet.bench.suite.task import Prepared
+from fused_resnet.bench.suite.op_task import op_contenders
+from fused_resnet.bench.suite.task import Contender, Prepared
 
 ROOT = Path(__file__).resolve().parents[2]
 SITE = NormSite("here", 40, 2, 5, RELU, 1)

@@ -14,9 +14,8 @@ import pytest
 
 from fused_resnet.bench.report import compare as command
 from fused_resnet.bench.report import noise
-from fused_resnet.bench.report.changes import APPEARED, FASTER, SLOWER
-from fused_resnet.bench.report.comparison import compare
-from fused_resnet.bench.report.roles import PLAIN_EAGER, is_ours
+from fused_resnet.bench.report.comparison import APPEARED, FASTER, SLOWER, compare
+from fused_resnet.bench.report.figures import PLAIN_EAGER, is_ours
 from fused_resnet.bench.result import ABSENT, FAILED, INFERENCE, MODEL, RIGHT, WRONG, Measurement, Outcome, Result
 from fused_resnet.bench.suite.registry import contenders
 from fused_resnet.bench.timer import Timing
@@ -214,15 +213,6 @@ def test_what_differs_between_runs_is_learnt_from_the_controls():
     assert noise.between_runs(controls[:3]) == noise.ASSUMED_BETWEEN_RUNS
 
 
-def test_the_t_distribution():
-    scipy_stats = pytest.importorskip("scipy.stats")
-    for freedom in (8, 18, 28, 58):
-        for probability in (0.9, 0.975, 0.999, 0.99993):
-            assert noise.student(probability, freedom) == pytest.approx(
-                scipy_stats.t.ppf(probability, freedom), rel=0.05
-            )
-
-
 def test_the_error_of_the_middle_is_that_of_many_runs():
     random = numpy.random.default_rng(0)
     fresh = random.normal(0, 1, (2000, 41))
@@ -289,30 +279,11 @@ def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
     old = tmp_path / "old.json"
     old.write_text('{"schema": 0}')
     for words, message in [
-        ((paths["a"],), "takes two files"),
         ((paths["a"], tmp_path / "missing.json"), "missing.json"),
         ((paths["a"], old), "schema 0"),
         ((paths["a"], paths["small"]), "no measurement in common: model0, inference, batch 1, float32, 224x224"),
         ((paths["a"], paths["a"], "--only", "("), "regular expression"),
         ((paths["a"], paths["a"], "--only", "nobody"), "'nobody'"),
-        (("--commits", "a", "b"), "--folder"),
-        (("--commits", "aaaa", "f", "--folder", tmp_path), "begins with 'f'"),
     ]:
         assert run(*words) == 2
         assert message in capsys.readouterr().err
-
-
-def test_two_commits_of_a_folder(tmp_path, capsys):
-    before, after = simulated(0), simulated(1, {(4, "frozen"): 1.3})
-    first, second = (
-        dataclasses.replace(before, measurements=part) for part in (before.measurements[:9], before.measurements[9:])
-    )
-    after = dataclasses.replace(after, machine=MACHINE | {"commit": "b" * 40})
-    (tmp_path / "deep").mkdir()
-    saved(tmp_path, first=first, second=second)
-    saved(tmp_path / "deep", after=after)
-    (tmp_path / "other.json").write_text("{}")
-    assert run("--commits", "aaa", "bb", "--folder", tmp_path) == 1
-    said = capsys.readouterr()
-    assert "model4" in said.out and "passed over" in said.err and "other.json" in said.err
-    assert run("--commits", "aaa", "aaa", "--folder", tmp_path) == 0

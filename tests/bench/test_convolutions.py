@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fused_resnet.bench.convolutions import convolutions
 from fused_resnet.bench.roofline import Ceilings, measure_ceilings
+from fused_resnet.bench.sites import convolutions
 
 
 @pytest.mark.parametrize(("name", "count", "gigaflop"), [("resnet18", 20, 3.63), ("resnet50", 53, 8.17)])

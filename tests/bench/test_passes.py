@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.device_clock import Moment, before_each_round
 from fused_resnet.bench import norm_inputs
-from fused_resnet.bench.device_clock import Moment, before_each_round
 from fused_resnet.bench.norm_inputs import Norm
 from fused_resnet.bench.passes import PASSES, STATS_APPLY, NormPass, why_wrong
 from fused_resnet.ops import reference, use_backend

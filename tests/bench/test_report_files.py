@@ -11,15 +11,12 @@ import json
 
 import pytest
 
-from fused_resnet.bench.report import command, condition, write_all
-from fused_resnet.bench.report.csv_file import COLUMNS, csv_text
-from fused_resnet.bench.report.figures import figures
-from fused_resnet.bench.report.losses import losses
-from fused_resnet.bench.report.markdown import markdown_report
-from fused_resnet.bench.report.merge import merged
-from fused_resnet.bench.report.roles import best_eager, best_of_ours, best_rival, times_faster
+from fused_resnet.bench.report import condition, files, write_all
+from fused_resnet.bench.report.condition import merged
+from fused_resnet.bench.report.figures import best_eager, best_of_ours, best_rival, figures, text_table, times_faster
+from fused_resnet.bench.report.files import COLUMNS, csv_text, markdown_report
 from fused_resnet.bench.report.sections import sections
-from fused_resnet.bench.report.text_table import text_table
+from fused_resnet.bench.report.tables import losses
 from fused_resnet.bench.result import (
     ABSENT,
     FAILED,
@@ -222,8 +219,8 @@ def test_write_all_without_what_the_page_needs(tmp_path, monkeypatch):
 
 def run(*words: object) -> int:
     parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return command.main(parser.parse_args([str(word) for word in words]))
+    files.add_arguments(parser)
+    return files.main(parser.parse_args([str(word) for word in words]))
 
 
 def test_the_command_remakes_the_files_and_refuses_others(tmp_path, capsys):

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fused_resnet.bench.convolutions import convolutions
-from fused_resnet.bench.suite.op_sites import ADDED, PLAIN, SHORTCUT, conv_sites, norm_sites
+from fused_resnet.bench.sites import ADDED, PLAIN, SHORTCUT, conv_sites, convolutions, norm_sites
 
 NAMES = ("resnet18", "resnet50", "resnext50_32x4d")
 

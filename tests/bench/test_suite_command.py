@@ -16,6 +16,7 @@ import torch
 
 from fused_resnet.__main__ import main
 from fused_resnet.bench import command
+from fused_resnet.bench.report.condition import file_name, reasons_to_start_anew
 from fused_resnet.bench.result import (
     FAILED,
     INFERENCE,
@@ -29,12 +30,11 @@ from fused_resnet.bench.result import (
 )
 from fused_resnet.bench.roofline import Ceilings
 from fused_resnet.bench.suite import runner, selections
-from fused_resnet.bench.suite.condition import differences, file_name
-from fused_resnet.bench.suite.contender import Contender
+from fused_resnet.bench.suite.registry import fits
 from fused_resnet.bench.suite.rounds import Method
-from fused_resnet.bench.suite.selections import fits, make_tasks, method_for, select
-from fused_resnet.bench.suite.table import footnotes, rows, timed
-from fused_resnet.bench.suite.task import Prepared, Task
+from fused_resnet.bench.suite.selections import make_tasks, method_for, select
+from fused_resnet.bench.suite.table import cells, footnotes, timed
+from fused_resnet.bench.suite.task import Contender, Prepared, Task
 from fused_resnet.bench.timer import Timing
 
 
@@ -82,6 +82,7 @@ EVERYONE = [
 def planted(monkeypatch, tmp_path) -> Iterator[None]:
     """Tasks and contenders of the tests' own, and a report that is the JSON file only."""
     registry: Any = types.ModuleType("fused_resnet.bench.suite.registry")
+    registry.fits = fits
     registry.select = lambda patterns: [c for c in EVERYONE if not patterns or any(fits(c.name, p) for p in patterns)]
     monkeypatch.setitem(sys.modules, registry.__name__, registry)
     monkeypatch.setattr(selections, "_maker", fake_maker)
@@ -196,7 +197,7 @@ def test_a_dry_run_is_marked_and_tiny(tmp_path):
     assert path.name.startswith("dry_cpu_float32_resnet18_inference_b2_training-step_b2_32px")
     result = Result.load(path)
     assert result.arguments["dry"] is True
-    assert len(result.measurements) == 2 and "float32" in result.ceilings
+    assert len(result.measurements) == 2 and result.ceilings == {}
     assert {len(o.timing.samples) for m in result.measurements for o in m.outcomes.values() if o.timing} == {1}
 
 
@@ -303,7 +304,7 @@ def test_bad_values_end_with_usage(words, capsys):
 
 
 def test_without_rich_it_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main([*QUICKLY]) == 1
     assert "pip install 'fused_resnet[bench]'" in capsys.readouterr().err
 
@@ -357,14 +358,14 @@ def test_names_of_files(changes, expected, monkeypatch):
 def test_conditions_differ_by_every_fact(fact, value):
     facts = {"commit": "abc", "torch": "2.13", "threads": 2, "packages": {"timm": "1"}, "load_average": 0.1}
     before = Result(facts, {"seed": 0}, {}, [])
-    assert differences(before, Result(facts | {"load_average": 0.9, "date": "x"}, {"seed": 0}, {}, [])) == []
-    assert differences(before, Result(facts | {fact: value}, {"seed": 0}, {}, [])) == [f"another {fact}"]
-    assert differences(before, Result(facts | {fact: value}, {"seed": 1}, {}, [])) == [
+    assert reasons_to_start_anew(before, Result(facts | {"load_average": 0.9, "date": "x"}, {"seed": 0}, {}, [])) == []
+    assert reasons_to_start_anew(before, Result(facts | {fact: value}, {"seed": 0}, {}, [])) == [f"another {fact}"]
+    assert reasons_to_start_anew(before, Result(facts | {fact: value}, {"seed": 1}, {}, [])) == [
         f"another {fact}",
         "another seed",
     ]
     dirty = Result(facts | {"commit": "abc-dirty"}, {"seed": 0}, {}, [])
-    assert differences(dirty, dirty) == ["a modified checkout"]
+    assert reasons_to_start_anew(dirty, dirty) == ["a modified checkout"]
 
 
 def timing(*milliseconds: float) -> Timing:
@@ -395,14 +396,15 @@ MEASUREMENT = Measurement(
 
 def test_the_cells_of_a_table():
     assert timed(MEASUREMENT) == ["ours", "eager channels_last", "eager NCHW", "cheat"]
-    ours, eager, _, cheat = rows(MEASUREMENT, {"bytes_per_second": 4e9, "flop_per_second": 4e9})
+    ceilings = {"float32": {"bytes_per_second": 4e9, "flop_per_second": 4e9}}
+    ours, eager, _, cheat = (cells(MEASUREMENT, name, ceilings) for name in timed(MEASUREMENT))
     assert ours["ms (20-80 %)"] == "5.00 (5.00-5.00)"
     assert ours["images/s"] == "1600"
     assert ours["vs eager"] == "3.00x"  # the median of 2, 4 and 3
     assert ours["GB/s"] == "2.00" and ours["% roof"] == "50"
     assert eager["vs eager"] == "1.00x" and eager["peak MB"] == "5.00" and eager["setup s"] == "-"
     assert cheat["numbers"] == "WRONG: differs"
-    assert rows(MEASUREMENT, None)[0]["% roof"] == "-"
+    assert cells(MEASUREMENT, "ours", {})["% roof"] == "-"
 
 
 def test_what_stands_beneath_a_table():
@@ -421,7 +423,7 @@ def test_the_table_is_told_in_words_and_leaves_empty_columns_out(capsys):
 
     from fused_resnet.bench.suite.table import table
 
-    Console(width=140).print(table(MEASUREMENT, None))
+    Console(width=140).print(table(MEASUREMENT, {}))
     lines = capsys.readouterr().out.splitlines()
     assert "resnet50, inference, batch 8, float32, 224x224" in lines[0]
     assert any("saved MB" in line for line in lines) is False
@@ -433,7 +435,7 @@ def test_a_bar_in_a_terminal_shows_the_time_left():
 
     from rich.console import Console
 
-    from fused_resnet.bench.suite.progress import BenchProgress
+    from fused_resnet.bench.suite.table import BenchProgress
 
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=160)

@@ -12,16 +12,14 @@ from torchvision.models import resnet
 
 import fused_resnet
 from fused_resnet.bench.result import INFERENCE, TRAINING_FORWARD, TRAINING_STEP
-from fused_resnet.bench.suite import compiled, cudnn_fused
-from fused_resnet.bench.suite.block_task import BlockTask, block_tasks, residual_blocks
-from fused_resnet.bench.suite.contender import Contender
-from fused_resnet.bench.suite.graphed import prepared_graph_step
-from fused_resnet.bench.suite.model_task import ModelTask
 from fused_resnet.bench.suite.network_task import NetworkTask
+from fused_resnet.bench.suite.networks import BlockTask, ModelTask, block_tasks, residual_blocks
 from fused_resnet.bench.suite.op_task import op_tasks
-from fused_resnet.bench.suite.preparing import module_in, prepared_inference, prepared_module
+from fused_resnet.bench.suite.preparing import prepared_module
+from fused_resnet.bench.suite.pytorch import compiled_contenders, prepared_graph_step
 from fused_resnet.bench.suite.registry import contenders, select
 from fused_resnet.bench.suite.subjects import find_subject
+from fused_resnet.bench.suite.task import Contender
 from fused_resnet.models import cifar
 from fused_resnet.ops.route.reasons import unavailable
 
@@ -107,7 +105,7 @@ def test_a_graphed_step_is_the_same_step(fuse: bool, level):
 @pytest.mark.parametrize("mode", [INFERENCE, TRAINING_STEP])
 def test_compiled_networks_are_right(mode: str):
     task = model_task(mode)
-    for contender in compiled.compiled_contenders(backend="aot_eager"):
+    for contender in compiled_contenders(backend="aot_eager"):
         if not contender.why_absent(task):
             prepared = contender.prepare(task)
             assert task.why_wrong(prepared)[1] is None, contender.name
@@ -124,7 +122,7 @@ def test_what_one_compiles_another_does_not_find(monkeypatch: pytest.MonkeyPatch
 
     task = model_task(INFERENCE)
     limit = torch._dynamo.config.recompile_limit
-    for contender in compiled.compiled_contenders(backend=backend) * 3:  # more than PyTorch's limit of recompilations
+    for contender in compiled_contenders(backend=backend) * 3:  # more than PyTorch's limit of recompilations
         contender.prepare(task)
     assert compilations == [False, False, True] * 3
     assert torch._dynamo.config.recompile_limit == limit and not torch._inductor.config.freezing
@@ -138,7 +136,7 @@ def test_what_was_compiled_goes_when_the_measurement_is_over():
         graphs.append(weakref.ref(graph))
         return graph.forward
 
-    prepared = compiled.compiled_contenders(backend=backend)[2].prepare(model_task(INFERENCE))
+    prepared = compiled_contenders(backend=backend)[2].prepare(model_task(INFERENCE))
     assert [graph() is not None for graph in graphs] == [True]
     prepared.close()
     del prepared
@@ -153,7 +151,7 @@ def test_a_failed_compilation_leaves_nothing_changed():
     limit = torch._dynamo.config.recompile_limit
     task = model_task(INFERENCE)
     with pytest.raises(Exception, match="no compiler"):
-        compiled.compiled_contenders(backend=backend)[2].prepare(task)
+        compiled_contenders(backend=backend)[2].prepare(task)
     assert torch._dynamo.config.recompile_limit == limit and not torch._inductor.config.freezing
     assert task.why_wrong(by_name("frozen").prepare(task))[1] is None
 
@@ -212,7 +210,6 @@ def test_saved_and_moved_bytes_shrink_where_they_should():
         ("fused level 3", TRAINING_STEP, "the kernels on cpu have levels up to"),
         ("fused triton", INFERENCE, "no CUDA device is usable"),
         ("fused separate", TRAINING_STEP, "it is a convolution and one pass"),
-        ("ATen's fused cuDNN ops", INFERENCE, "it needs a CUDA device; the task is on cpu"),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
@@ -241,41 +238,6 @@ def test_selection_by_pattern():
     assert len(select([])) == len(select(None)) == len(contenders())
     with pytest.raises(ValueError, match="a contender must be one of eager NCHW, .*; got 'froze'"):
         select(["frozen", "froze"])
-
-
-@pytest.mark.parametrize("name", ["basic", "bottlenecks"])
-def test_atens_fused_ops_are_called_as_the_network_means(name: str, monkeypatch: pytest.MonkeyPatch):
-    """The two ops are cuDNN's; here PyTorch's convolution does what they say."""
-    calls = {"relu": 0, "add": 0}
-
-    def convolution_relu(x, weight, bias, stride, padding, dilation, groups):
-        calls["relu"] += 1
-        return torch.conv2d(x, weight, bias, stride, padding, dilation, groups).relu()
-
-    def convolution_add_relu(x, weight, z, alpha, bias, stride, padding, dilation, groups):
-        assert z.data_ptr() != x.data_ptr()
-        calls["add"] += 1
-        return (torch.conv2d(x, weight, bias, stride, padding, dilation, groups) + alpha * z).relu()
-
-    monkeypatch.setattr(torch, "cudnn_convolution_relu", convolution_relu)
-    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", convolution_add_relu)
-    task = ModelTask(f"{__name__}:{name}", INFERENCE, 2, image_size=64)
-    module = module_in(task, cudnn_fused.fold(task.copy()), torch.channels_last)
-    prepared = prepared_inference(task, module, task.inputs_as(task.dtype, torch.channels_last))
-    assert task.why_wrong(prepared)[1] is None
-    calls.update(relu=0, add=0)
-    prepared.run()
-    assert calls == {"relu": 3 if name == "basic" else 5, "add": 2}
-    x = torch.randn(1, 4, 3, 3)
-    conv = nn.Conv2d(4, 4, 1)
-    assert torch.allclose(cudnn_fused.conv_add_relu(conv, x, x), (conv(x) + x).relu())
-
-
-def test_atens_fused_ops_refuse_a_block_with_more_than_they_do():
-    block = resnet.BasicBlock(4, 4).eval()
-    block.se = nn.Sigmoid()
-    with pytest.raises(ValueError, match="BasicBlock has a se"):
-        cudnn_fused.fold(block)
 
 
 def test_a_block_of_ours_is_measured_like_torchvisions():

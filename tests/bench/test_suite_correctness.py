@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fused_resnet.bench.result import INFERENCE, TRAINING_FORWARD, TRAINING_STEP
-from fused_resnet.bench.suite.block_task import block_tasks
 from fused_resnet.bench.suite.correctness import error_of, expected_results
-from fused_resnet.bench.suite.model_task import ModelTask
 from fused_resnet.bench.suite.network_task import NetworkTask
+from fused_resnet.bench.suite.networks import ModelTask, block_tasks
 from fused_resnet.bench.suite.preparing import prepared_module
 from fused_resnet.bench.suite.training import Training, result_names
 from fused_resnet.models.cifar import CIFARResNet

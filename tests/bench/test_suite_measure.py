@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from fused_resnet.bench.result import ABSENT, FAILED, OP, RIGHT, WRONG, Outcome
-from fused_resnet.bench.suite.contender import Contender
 from fused_resnet.bench.suite.measure import is_out_of_memory, last_line, measure
-from fused_resnet.bench.suite.task import Prepared, Task
+from fused_resnet.bench.suite.task import Contender, Prepared, Task
 from tests.bench.planted import METHOD, FakeTask, Machine, raising, run_on
 
 

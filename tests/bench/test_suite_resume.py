@@ -6,9 +6,9 @@ import pytest
 
 from fused_resnet.bench.result import ABSENT, Outcome, Result
 from fused_resnet.bench.suite import runner
-from fused_resnet.bench.suite.contender import Contender
 from fused_resnet.bench.suite.measure import NO_TIME
 from fused_resnet.bench.suite.runner import INTERRUPTED, LEFT_OUT
+from fused_resnet.bench.suite.task import Contender
 from tests.bench.planted import FakeTask, raising, run_on
 
 

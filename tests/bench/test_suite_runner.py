@@ -11,11 +11,10 @@ from fused_resnet.bench.result import ABSENT, RIGHT, TRAINING_STEP, Result
 from fused_resnet.bench.roofline import Ceilings
 from fused_resnet.bench.suite import measure as measure_module
 from fused_resnet.bench.suite import runner
-from fused_resnet.bench.suite.contender import Contender
 from fused_resnet.bench.suite.measure import NO_TIME
 from fused_resnet.bench.suite.rounds import LEAST_ROUNDS, Method
 from fused_resnet.bench.suite.runner import INTERRUPTED, LEFT_OUT, Listener, weight
-from fused_resnet.bench.suite.task import Prepared, Task
+from fused_resnet.bench.suite.task import Contender, Prepared, Task
 from tests.bench.planted import FakeTask, raising, run_on
 
 

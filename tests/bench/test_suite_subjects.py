@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -10,9 +11,8 @@ from torch import nn
 from torchvision.models import resnet
 
 from fused_resnet.bench.result import INFERENCE, MODES, TRAINING_STEP
-from fused_resnet.bench.suite.block_task import block_tasks, residual_blocks
-from fused_resnet.bench.suite.model_task import ModelTask, model_tasks
-from fused_resnet.bench.suite.subjects import find_subject
+from fused_resnet.bench.suite.networks import ModelTask, block_tasks, model_tasks, residual_blocks
+from fused_resnet.bench.suite.subjects import build, builder_names, find_subject, settle_statistics
 
 CIFAR = "fused_resnet.models.cifar:cifar_resnet20"
 
@@ -22,8 +22,7 @@ def no_module() -> int:
 
 
 @pytest.mark.parametrize(
-    ("name", "source"),
-    [("resnet18", "torchvision"), ("timm:resnet18", "timm"), ("resnet10t", "timm"), (CIFAR, "user")],
+    ("name", "source"), [("resnet18", "torchvision"), ("timm:resnet18", "timm"), ("resnet10t", "timm"), (CIFAR, "user")]
 )
 def test_every_kind_of_name_is_found_and_built_twice_alike(name: str, source: str):
     subject = find_subject(name)
@@ -46,6 +45,35 @@ def test_every_kind_of_name_is_found_and_built_twice_alike(name: str, source: st
 def test_an_unknown_name_says_what_comes_close(name: str, message: str):
     with pytest.raises(ValueError, match=message):
         find_subject(name)
+
+
+def test_the_ten_builders():
+    assert len(builder_names()) == 10
+    with pytest.raises(ValueError, match="name must be one of resnet18, .*; got 'resnet19'"):
+        build("resnet19")
+
+
+def test_without_torchvision_a_builders_network_is_ours_unfused(monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torchvision", None)  # so that importing it raises ImportError
+    subject = find_subject("resnet18")
+    assert subject.source == "fused_resnet.unfuse"
+    seen: list[torch.Size] = []
+    model = subject.build()
+    model.bn1.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    model(torch.randn(2, 3, 32, 32))
+    assert seen
+
+
+def test_settled_statistics_are_those_of_the_images():
+    model = nn.Sequential(nn.BatchNorm2d(3, momentum=None)).eval()
+    images = torch.randn(4, 3, 8, 8) * 5 + 2
+    settle_statistics(model, images)
+    torch.testing.assert_close(model[0].running_mean, images.mean((0, 2, 3)))
+    torch.testing.assert_close(model[0].running_var, images.var((0, 2, 3)))
+    assert model[0].momentum is None
+    assert not model.training
 
 
 def test_torchvision_networks_are_plain_ones_and_ours_are_unfused():
@@ -107,16 +135,16 @@ def test_tasks_of_every_combination_in_order():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"modes": ["training"]}, "mode must be one of inference, .*; got 'training'"),
-        ({"batch_sizes": [0]}, "batch_size must be at least 1; got 0"),
-        ({"dtypes": [torch.float64]}, "dtype must be one of torch.float32, .*; got torch.float64"),
+        ({"mode": "training"}, "mode must be one of inference, .*; got 'training'"),
+        ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
+        ({"dtype": torch.float64}, "dtype must be one of torch.float32, .*; got torch.float64"),
         ({"image_size": 0}, "image_size must be at least 1; got 0"),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict[str, object], message: str):
-    good = {"modes": [INFERENCE], "batch_sizes": [1], "dtypes": [torch.float32], "image_size": 32}
+    good = {"mode": INFERENCE, "batch_size": 1, "dtype": torch.float32, "image_size": 32}
     with pytest.raises(ValueError, match=message):
-        model_tasks(["resnet18"], device="cpu", **(good | arguments))  # type: ignore[arg-type]
+        ModelTask("resnet18", **(good | arguments))  # type: ignore[arg-type]
 
 
 def test_flop_are_those_of_the_published_count():

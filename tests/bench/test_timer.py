@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fused_resnet.bench.timer import Stopwatch, Timing, interleave, ratio, rotate
+from fused_resnet.bench.timer import Stopwatch, Timing, ratio, rotate
 
 
 class Clock:
@@ -20,30 +20,8 @@ class Clock:
         return self.now
 
 
-def test_contenders_take_turns_and_the_order_rotates():
-    calls: list[str] = []
-    contenders = {name: (lambda name=name: calls.append(name)) for name in "abc"}
-    interleave(contenders, 3, 1, "cpu")
-    assert ["".join(calls[start : start + 3]) for start in range(0, 12, 3)] == ["abc", "bca", "cab", "abc"]
-
-
-def test_samples_are_what_the_clock_says_without_the_warmup():
-    clock = Clock()
-    durations = {"slow": iter([9.0, 2.0, 4.0, 6.0]), "fast": iter([9.0, 1.0, 1.0, 2.0])}
-
-    def work(name: str) -> None:
-        clock.now += next(durations[name])
-
-    timings = interleave({name: (lambda name=name: work(name)) for name in durations}, 3, 1, "cpu", clock=clock)
-    assert timings["slow"].samples == (2.0, 4.0, 6.0)
-    assert timings["fast"].samples == (1.0, 1.0, 2.0)
-    assert ratio(timings["slow"], timings["fast"]) == 3.0  # the median of 2, 4 and 3, not the quotient of medians
-
-
-def test_after_round_is_called_once_a_round_warmup_included():
-    rounds: list[int] = []
-    interleave({"a": lambda: None}, 3, 2, "cpu", after_round=lambda: rounds.append(1))
-    assert len(rounds) == 5
+def test_a_ratio_is_the_median_of_the_rounds_quotients():
+    assert ratio(Timing((2.0, 4.0, 6.0)), Timing((1.0, 1.0, 2.0))) == 3.0  # of 2, 4 and 3, not the quotient of medians
 
 
 def test_median_and_percentiles():
@@ -71,19 +49,6 @@ def test_the_stopwatch_returns_the_result_too():
 
 def test_rotate():
     assert rotate([1, 2, 3], 4) == [2, 3, 1]
-
-
-@pytest.mark.parametrize(
-    ("contenders", "rounds", "warmup", "message"),
-    [
-        ({}, 1, 0, "contenders"),
-        ({"a": lambda: None}, 0, 0, "rounds must be at least 1; got 0"),
-        ({"a": lambda: None}, 1, -1, "warmup must be at least 0; got -1"),
-    ],
-)
-def test_bad_arguments(contenders, rounds, warmup, message):
-    with pytest.raises(ValueError, match=message):
-        interleave(contenders, rounds, warmup, "cpu")
 
 
 def test_ratio_needs_the_same_rounds():

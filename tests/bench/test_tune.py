@@ -17,7 +17,7 @@ from fused_resnet.bench.tune.sites import Selection, subjects
 from fused_resnet.ops import reference, training_level, use_backend
 from fused_resnet.ops.backends.native.conv import NativeConv, takes_dtype
 from fused_resnet.ops.plan import measured_plan, plan_file, plan_key
-from fused_resnet.ops.route import backend
+from fused_resnet.ops.route import choose
 from fused_resnet.ops.route.reasons import module, why_not_device
 from tests.ops.step import NEEDS_NATIVE
 
@@ -70,7 +70,7 @@ def slowed(function):
 def chosen_for_bn_apply(batch: int = 2) -> str:
     x = torch.randn(batch, 64, 16, 16).contiguous(memory_format=torch.channels_last)
     vector = torch.ones(64)
-    return backend.choose("bn_apply", (x, vector, vector, vector, vector, None, True)).__name__
+    return choose.choose("bn_apply", (x, vector, vector, vector, vector, None, True)).__name__
 
 
 @NEEDS_NATIVE
@@ -200,7 +200,7 @@ def test_the_levels_of_the_cpu_are_measured_and_used(monkeypatch):
     right = LevelStep.run
 
     def slow_above_0(self, level):
-        time.sleep(SLEEP if level > 0 else 0)
+        time.sleep(10 * SLEEP if level > 0 else 0)
         return right(self, level)
 
     monkeypatch.setattr(LevelStep, "run", slow_above_0)
@@ -225,7 +225,7 @@ def test_the_methods_of_a_frozen_network_are_measured_and_used(monkeypatch, caps
     right = NativeConv.__call__
 
     def slow_products(self, x, residual=None, overwrite=False):
-        time.sleep(SLEEP if self._method == "gemm" else 0)
+        time.sleep(10 * SLEEP if self._method == "gemm" else 0)
         return right(self, x, residual, overwrite)
 
     monkeypatch.setattr(NativeConv, "__call__", slow_products)
@@ -255,9 +255,9 @@ def test_the_methods_of_a_frozen_network_are_measured_and_used(monkeypatch, caps
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--budget", "0"], "must be a number of seconds above 0; got '0'"),
+        (["--budget", "-1"], "must be seconds, 0 or more; got '-1'"),
         (["--batch-size", "0"], "must be a whole number of at least 1; got '0'"),
-        (["--image-size", "16"], "must be at least 32; got 16"),
+        (["--image-size", "16"], "must be at least 32, since networks divide it by 32; got 16"),
         (["--jobs", "two"], "must be a whole number of at least 1; got 'two'"),
         (["--model", "vgg16"], "invalid choice: 'vgg16'"),
     ],
@@ -275,7 +275,11 @@ def test_what_cannot_be_is_refused_before_anything_is_measured(tmp_path, capsys,
     assert "letter.txt is not a plan" in capsys.readouterr().err and strange.read_text() == "Dear Sir"
     assert run("--output", str(strange / "plan.json")) == 1
     assert "letter.txt" in capsys.readouterr().err
-    for device, message in (("cuda:63", "is not here"), ("meta", "must be cpu, cuda"), ("gpu?", "must be cpu, cuda")):
+    for device, message in (
+        ("cuda:63", "that PyTorch finds here"),
+        ("meta", "must be cpu or a GPU"),
+        ("gpu?", "must name a device"),
+    ):
         parser = argparse.ArgumentParser()
         command.add_arguments(parser)
         assert command.main(parser.parse_args(["--device", device])) == 1

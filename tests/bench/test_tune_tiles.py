@@ -15,7 +15,7 @@ from fused_resnet import kernels
 from fused_resnet.bench.tune import compile
 from fused_resnet.bench.tune.compile import compiling_only
 from fused_resnet.bench.tune.sites import Selection
-from fused_resnet.bench.tune.tile_candidates import choosing, questions, with_tiles
+from fused_resnet.bench.tune.subject import choosing, questions, with_tiles
 from fused_resnet.kernels import chosen_tiles
 from fused_resnet.kernels.conv_tiles import conv_tiles
 from fused_resnet.kernels.device import CHIPS
@@ -40,7 +40,7 @@ def asks() -> list:
 
 def test_the_kernels_say_what_they_could_take():
     convolution, training = asks()
-    assert (convolution.kernel, training.kernel) == ("conv_bn_act", "training")
+    assert (convolution.plan_key[0], training.plan_key[0]) == ("conv_bn_act", "training")
     for question in (convolution, training):
         assert question.usual in question.names and len(set(question.names)) == len(question.names) >= 11
         plan_file.check_key(question.plan_key)
@@ -132,26 +132,25 @@ def test_processes_share_the_compiling():
 
 INTERPRETED = """
 import torch
-from fused_resnet.bench.convolutions import Convolution, _Sizes
 from fused_resnet.bench.suite.op_conv_inference import ConvInferenceTask
 from fused_resnet.bench.suite.op_conv_training import PRODUCTS, ConvTrainingTask
-from fused_resnet.bench.suite.op_sites import ConvSite
+from fused_resnet.bench.sites import Convolution, ConvSite, Sizes
 from fused_resnet.bench.tune.level_subject import LevelSubject
-from fused_resnet.bench.tune.measure import DRY_METHOD
-from fused_resnet.bench.tune.op_subject import BackendSubject, TrainingTileSubject
+from fused_resnet.bench.suite.rounds import ONCE
+from fused_resnet.bench.tune.subject import BackendSubject, TrainingTileSubject
 from fused_resnet.bench.tune.run import tune
 from fused_resnet.ops.plan import measured_plan
 from fused_resnet.ops import training_level
 
 torch.set_num_threads(1)
-conv = Convolution(_Sizes(16, 3, 3, 16, (1, 1), (1, 1), (0, 0), (1, 1), 1), 3, 3, 1)
+conv = Convolution(Sizes(16, 3, 3, 16, (1, 1), (1, 1), (0, 0), (1, 1), 1), 3, 3, 1)
 site = ConvSite(conv, "", normed=True, takes_gradient=True)
 settings = (1, torch.float32, torch.device("cpu"))
 tiles = {}
 subjects = [BackendSubject(ConvInferenceTask(site, *settings), 1)]
 subjects += [TrainingTileSubject(ConvTrainingTask(site, product, *settings), 1) for product in PRODUCTS]
 subjects += [LevelSubject(site, *settings, tiles)]
-outcome = tune(subjects, tiles, None, method=DRY_METHOD)
+outcome = tune(subjects, tiles, None, method=ONCE)
 assert not outcome.failed and not outcome.left, (outcome.failed, outcome.left)
 first, *products, level = [found for _, found in outcome.found]
 assert not any(found.dropped for _, found in outcome.found), outcome.found

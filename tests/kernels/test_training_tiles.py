@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fused_resnet.bench.contenders import builder_names
-from fused_resnet.bench.convolutions import Convolution, convolutions
+from fused_resnet.bench.sites import Convolution, convolutions
+from fused_resnet.bench.suite.subjects import builder_names
 from fused_resnet.kernels.conv_grad_input import grad_input_product
 from fused_resnet.kernels.conv_grad_weight import grad_weight_product
 from fused_resnet.kernels.conv_shape import ConvShape

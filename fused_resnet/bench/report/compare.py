@@ -1,34 +1,32 @@
-"""``bench compare A.json B.json``: what changed between two results beyond noise."""
+"""``bench compare A.json B.json``: what changed between two results beyond noise, in words and tables or as JSON."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from fused_resnet.bench.report.changes import Comparison
-from fused_resnet.bench.report.changes_text import as_plain, comparison_text
-from fused_resnet.bench.report.comparison import compare
-from fused_resnet.bench.report.merge import merged
+from fused_resnet.bench.options import missing_packages
+from fused_resnet.bench.report import condition
+from fused_resnet.bench.report.figures import NOTHING, duration, megabytes, text_table
 from fused_resnet.bench.result import Result
 
+if TYPE_CHECKING:
+    from fused_resnet.bench.report.comparison import Comparison, Speed
+
 LOSS, UNUSABLE = 1, 2
-DEFAULT_THRESHOLD = 5.0
+PROBE = 0.10
+"""The change whose visibility is told."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("files", nargs="*", type=Path, metavar="FILE.json", help="two results: before and after")
-    add("--commits", nargs=2, metavar=("A", "B"), help="instead of files: commits, by their first digits")
-    add("--folder", type=Path, help="where the results of --commits are")
-    add(
-        "--threshold",
-        type=_percent,
-        default=DEFAULT_THRESHOLD,
-        metavar="PERCENT",
-        help="smaller changes are not told (default: %(default)s)",
-    )
+    add, threshold_help = parser.add_argument, "smaller changes are not told (default: %(default)s)"
+    add("files", nargs=2, type=Path, metavar="FILE.json", help="two results: before and after")
+    add("--threshold", type=_percent, default=5.0, metavar="PERCENT", help=threshold_help)
     add("--only", metavar="PATTERN", help="a regular expression: what it finds in 'MEASUREMENT: CONTENDER' is compared")
     add("--json", action="store_true", help="print JSON instead of tables")
 
@@ -37,57 +35,127 @@ def main(arguments: argparse.Namespace) -> int:
     """Prints what changed. 0 if nothing got worse; 1 on a loss of ours past the threshold and beyond noise, or where
     somebody who was right is wrong or fails; 2 if the two cannot be compared."""
     try:
-        before, after = _two_results(arguments)
+        if missing := missing_packages("bench", {"scipy": "scipy"}):
+            raise ValueError(missing)
+        from fused_resnet.bench.report.comparison import compare
+
+        before, after = map(Result.load, arguments.files)
         found = compare(before, after, arguments.threshold / 100, arguments.only)
     except (OSError, ValueError) as error:
         print(f"bench compare: {error}", file=sys.stderr)
         return UNUSABLE
     print(json.dumps(as_plain(found), indent=1) if arguments.json else comparison_text(found))
-    return _status(found)
-
-
-def _status(found: Comparison) -> int:
     return LOSS if found.losses else 0
 
 
-def _two_results(arguments: argparse.Namespace) -> tuple[Result, Result]:
-    if arguments.commits is None:
-        if len(arguments.files) != 2:
-            raise ValueError(f"takes two files, or --commits A B --folder F; got {len(arguments.files)} files")
-        if arguments.folder is not None:
-            raise ValueError("--folder is for --commits; got it with two files")
-        before, after = arguments.files
-        return Result.load(before), Result.load(after)
-    if arguments.files or arguments.folder is None:
-        raise ValueError("--commits takes --folder, and no files beside it")
-    first, second = arguments.commits
-    results = _of_folder(arguments.folder)
-    return _of_commit(results, first, arguments.folder), _of_commit(results, second, arguments.folder)
-
-
-def _of_folder(folder: Path) -> list[Result]:
-    """The results below a folder; other JSON files are passed over, with a line that says so."""
-    results = []
-    for path in sorted(folder.rglob("*.json")):
-        try:
-            results.append(Result.load(path))
-        except ValueError as error:
-            print(f"bench compare: passed over: {error}", file=sys.stderr)
-    return results
-
-
-def _of_commit(results: list[Result], digits: str, folder: Path) -> Result:
-    found = [result for result in results if str(result.machine.get("commit") or "").startswith(digits)]
-    conditions = merged(found)
-    if not conditions:
-        known = sorted({str(result.machine.get("commit")) for result in results})
-        raise ValueError(f"no result in {folder} has a commit that begins with {digits!r}; it has {known}")
-    if len(conditions) > 1:
-        raise ValueError(
-            f"the results in {folder} whose commit begins with {digits!r} are of {len(conditions)} different commits "
-            "or conditions; name two files instead"
+def comparison_text(found: Comparison) -> str:
+    """Markdown: who is compared, what to beware of, tables of what changed, and a last line that sums it up."""
+    parts = [
+        f"before: {condition.one_line(found.before)}, {found.before.machine.get('date')}\n"
+        f"after:  {condition.one_line(found.after)}, {found.after.machine.get('date')}",
+        *warnings(found),
+    ]
+    statuses = [
+        [s.measurement, s.contender, s.before, f"{s.after}{' (LOSS)' if s.is_loss else ''}", s.reason or NOTHING]
+        for s in found.statuses
+    ]
+    speeds = [*found.overall, *found.speeds]
+    changed = sorted(  # losses of ours first, the largest change first
+        (speed for speed in speeds if speed.kind), key=lambda speed: (not speed.is_loss, -abs(speed.verdict.value))
+    )
+    sizes = [
+        [b.measurement, b.contender, b.what, *map(megabytes, (b.before, b.after)), f"{b.after / max(b.before, 1):.3f}"]
+        for b in found.bytes
+    ]
+    for header, rows in (
+        (["status", "contender", "before", "after", "reason"], statuses),
+        (["time", "contender", "before", "after", "ratio", "interval", ""], [*map(_row, changed)]),
+        (["bytes", "contender", "of", "MB before", "MB after", "ratio"], sizes),
+    ):
+        parts += [text_table(header, rows)] if rows else []
+    slower, faster = (sum(speed.kind == kind for speed in speeds) for kind in ("slower", "faster"))
+    threshold = f"{100 * found.threshold:g} %"
+    summary = f"No change beyond noise and {threshold}."
+    if changed or statuses or sizes:
+        summary = (
+            f"Beyond noise and {threshold}: {slower} slower, {faster} faster; {len(statuses)} changes of status, "
+            f"{len(sizes)} of bytes. Losses: {len(found.losses)}."
         )
-    return conditions[0]
+    return "\n\n".join([*parts, _sight(found), summary])
+
+
+def as_plain(found: Comparison) -> dict[str, Any]:
+    """For JSON. Ratios are of times, after over before and relative to the references; above 1 is slower."""
+    names = ("threshold", "turned_rivals", "too_few_rounds", "peak_noise", "only_before", "only_after")
+    return {
+        "before": found.before.machine,
+        "after": found.after.machine,
+        "warnings": warnings(found),
+        "losses": len(found.losses),
+        "speeds": [_plain_speed(speed) for speed in [*found.overall, *found.speeds]],
+        "statuses": [{**dataclasses.asdict(change), "loss": change.is_loss} for change in found.statuses],
+        "bytes": [dataclasses.asdict(change) for change in found.bytes],
+        "between_runs": found.spreads,
+        **{name: getattr(found, name) for name in names},
+    }
+
+
+def warnings(found: Comparison) -> list[str]:
+    """What a reader has to know before he believes the comparison: sentences, none if the condition is the same."""
+    differing = condition.differences(found.before, found.after)
+    told = "; ".join(f"{name} {one} -> {other}" for name, (one, other) in differing.items())
+    alone = sum(not speed.references for speed in found.speeds)
+    lines = {
+        f"The conditions differ: {told}. Times are held against contenders that this package does not run, which "
+        "may have changed with them.": differing,
+        f"{', '.join(found.turned_rivals)} changed against the other contenders that this package does not run; "
+        "nothing is held against it.": found.turned_rivals,
+        f"{alone} of {len(found.speeds)} times have no contender to be held against that this package does not run and "
+        "both results have: what the machine did between the runs is not cancelled in these, and a larger spread is "
+        "reckoned with.": alone,
+        f"Measured in one of them only, and not compared: {len(found.only_before)} measurements before, "
+        f"{len(found.only_after)} after.": found.only_before or found.only_after,
+        f"{len(found.too_few_rounds)} times have too few rounds and are not judged.": found.too_few_rounds,
+    }
+    return [line for line, is_so in lines.items() if is_so]
+
+
+def _row(speed: Speed) -> list[str]:
+    ratio, low, high = (math.exp(value) for value in (speed.verdict.value, speed.verdict.low, speed.verdict.high))
+    medians, mark = map(duration, (speed.before, speed.after)), "LOSS" if speed.is_loss else str(speed.kind)
+    return [speed.measurement, speed.contender, *medians, f"{ratio:.3f}", f"{low:.3f}-{high:.3f}", mark]
+
+
+def _sight(found: Comparison) -> str:
+    """What the comparison could see."""
+    if not found.speeds:
+        return "No time was compared."
+    spreads = ", ".join(f"{100 * spread:.1f} % of a {level}" for level, spread in found.spreads.items())
+    smallest = sorted(speed.verdict.smallest for speed in found.speeds)
+    half, blind = math.expm1(smallest[len(smallest) // 2]), sum(each > math.log1p(PROBE) for each in smallest)
+    return (
+        "A ratio is of times relative to the contenders that this package does not run, round by round; its interval "
+        f"holds for all {len(found.speeds) + len(found.overall)} together, and reckons with a spread between runs of "
+        f"{spreads}. Half of the times would have shown a change of {100 * half:.0f} %; {blind} are too noisy to show "
+        f"one of {100 * PROBE:.0f} %. Peak memory is told where it changed by more than that of anyone this package "
+        f"does not run did: {100 * found.peak_noise:.0f} %."
+    )
+
+
+def _plain_speed(speed: Speed) -> dict[str, Any]:
+    verdict = speed.verdict
+    return {
+        "measurement": speed.measurement,
+        "contender": speed.contender,
+        "before_seconds": speed.before,
+        "after_seconds": speed.after,
+        "ratio": math.exp(verdict.value),
+        "interval": [math.exp(verdict.low), math.exp(verdict.high)],
+        "smallest_ratio_seen": math.exp(verdict.smallest),
+        "change": speed.kind,
+        "loss": speed.is_loss,
+        "references": list(speed.references),
+    }
 
 
 def _percent(text: str) -> float:

@@ -1,37 +1,126 @@
-"""Under which condition a result was measured, in words, and in what two conditions differ."""
+"""The condition that a result was measured in: in words, as the name of its file, and what differs in two.
+
+Results of one condition and commit become one (`merged`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fused_resnet.bench.report.wording import three_digits
-from fused_resnet.bench.result import Result
+import torch
 
-FACTS = ("device", "cpu", "cores", "threads", "os", "python", "torch", "cuda", "cudnn", "triton", "torchvision")
+from fused_resnet.bench.machine import device_name
+from fused_resnet.bench.report.figures import three_digits
+from fused_resnet.bench.result import MODEL, Measurement, Result
+
+VERSIONS = ("python", "torch", "cuda", "cudnn", "triton", "torchvision")
+FACTS = ("device", "cpu", "cores", "threads", "os", *VERSIONS)
 """What must be the same for two runs to have had the same condition; the versions of the peers beside it."""
+RESUMED_MACHINE = ("device", "device_type", "threads", *VERSIONS[:-1], "packages", "commit")
+RESUMED_ARGUMENTS = ("dry", "seed")
+"""What must be the same for a run to go on with an earlier result."""
 COMMIT_DIGITS = 10
-FILES = ("output", "name")
+UNTOLD = ("output", "name")
 """Arguments that say nothing of what was measured."""
-
-
-def facts(result: Result) -> dict[str, Any]:
-    """What must be the same for two runs to have had the same condition, but for the commit."""
-    machine = result.machine
-    found = {name: machine.get(name) for name in FACTS}
-    return found | {str(name): version for name, version in (machine.get("packages") or {}).items()}
+MOST_NAMES, MOST_BATCH_SIZES = 3, 4
+"""So many models and batch sizes are named in a file's name; of more, only the number and the ends."""
 
 
 def differences(first: Result, second: Result) -> dict[str, tuple[Any, Any]]:
     """The facts in which two results differ, by name; None on the side that does not have one."""
-    one, other = facts(first), facts(second)
-    names = [*one, *(name for name in other if name not in one)]
-    return {name: (one.get(name), other.get(name)) for name in names if one.get(name) != other.get(name)}
+
+    def facts(machine: dict[str, Any]) -> dict[str, Any]:
+        return {name: machine.get(name) for name in FACTS} | (machine.get("packages") or {})
+
+    one, other = facts(first.machine), facts(second.machine)
+    pairs = {name: (one.get(name), other.get(name)) for name in (one | other)}
+    return {name: (was, now) for name, (was, now) in pairs.items() if was != now}
 
 
 def same(first: Result, second: Result) -> bool:
     """Whether two results are of one condition and one commit."""
     return first.machine.get("commit") == second.machine.get("commit") and not differences(first, second)
+
+
+def reasons_to_start_anew(before: Result, now: Result) -> list[str]:
+    """Why no measurement of the one may stand in the other; empty for the same machine, versions, arguments and commit.
+
+    A modified checkout is no commit: two of them may differ.
+    """
+    if str(now.machine.get("commit")).endswith("-dirty"):
+        return ["a modified checkout"]
+    facts = [("machine", name) for name in RESUMED_MACHINE] + [("arguments", name) for name in RESUMED_ARGUMENTS]
+    return [f"another {name}" for of, name in facts if getattr(before, of).get(name) != getattr(now, of).get(name)]
+
+
+def merged(results: Sequence[Result]) -> list[Result]:
+    """One result for each condition and commit, in the order in which they first appear.
+
+    What was measured twice is taken from the later run, whole: rounds of two runs are not rounds of one. Ceilings are
+    those of the last run that has them, the load is the highest.
+    """
+    groups: list[list[Result]] = []
+    for result in results:
+        group = next((group for group in groups if same(group[0], result)), None)
+        if group is None:
+            groups.append(group := [])
+        group.append(result)
+    return [_one(sorted(group, key=lambda result: str(result.machine.get("date") or ""))) for group in groups]
+
+
+def _one(group: Sequence[Result]) -> Result:
+    if len(group) == 1:
+        return group[0]
+    measurements: dict[tuple[Any, ...], Measurement] = {}
+    found = Result(dict(group[-1].machine), {}, {}, [])
+    for result in group:
+        measurements |= {measurement.key: measurement for measurement in result.measurements}
+        found.ceilings.update(result.ceilings)
+        found.ledgers.update(result.ledgers)
+    found.measurements.extend(measurements.values())
+    loads = [load for result in group if (load := result.machine.get("load_average")) is not None]
+    found.machine["load_average"] = max(loads, default=None)
+    for name in dict.fromkeys(name for result in group for name in result.arguments):
+        values = [result.arguments.get(name) for result in group]
+        found.arguments[name] = values[0] if all(value == values[0] for value in values) else _every(values)
+    return found
+
+
+def _every(values: Sequence[Any]) -> list[Any]:
+    """Every value once."""
+    flat = itertools.chain.from_iterable(value if isinstance(value, list | tuple) else [value] for value in values)
+    found: list[Any] = []
+    for value in flat:
+        found += [] if value is None or value in found else [value]
+    return found
+
+
+def file_name(
+    device: torch.device,
+    threads: int,
+    models: Sequence[str],
+    levels: Sequence[str],
+    batch_sizes: Mapping[str, Sequence[int]],
+    dtypes: Sequence[str],
+    image_size: int,
+) -> str:
+    """Such as "cpu_float32_resnet50_inference_b1_b8_training-step_b16_224px_2threads", without an ending."""
+    on_gpu = device.type == "cuda"
+    where = re.sub(r"^nvidia[ -]", "", device_name(device), flags=re.IGNORECASE) if on_gpu else "cpu"
+    named = [_slug(name) for name in models] if len(models) <= MOST_NAMES else [f"{len(models)}models"]
+    parts = [_slug(where), *dtypes, *named, *(level for level in levels if list(levels) != [MODEL])]
+    for mode, sizes in batch_sizes.items():
+        parts.append(mode.replace(" ", "-"))
+        parts += [f"b{size}" for size in sizes] if len(sizes) <= MOST_BATCH_SIZES else [f"b{sizes[0]}-{sizes[-1]}"]
+    return "_".join([*parts, f"{image_size}px", *([] if on_gpu else [f"{threads}threads"])])
+
+
+def _slug(name: str) -> str:
+    """Letters, digits, dots, dashes and underscores only, for the name of a file."""
+    return re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-.") or "model"
 
 
 def commit(result: Result) -> str:
@@ -43,36 +132,25 @@ def commit(result: Result) -> str:
 def one_line(result: Result) -> str:
     """Such as "AMD EPYC (AVX512), 2 threads, torch 2.13.0, commit 91b5da0178"."""
     machine = result.machine
-    parts = [str(machine.get("device") or "unknown device")]
-    if machine.get("threads"):
-        parts.append(_counted(machine["threads"], "thread"))
-    return ", ".join([*parts, f"torch {machine.get('torch')}", f"commit {commit(result)}"])
+    device, threads = machine.get("device") or "unknown device", _counted(machine, "thread")
+    return _joined(device, threads, f"torch {machine.get('torch')}", f"commit {commit(result)}")
 
 
 def lines(result: Result) -> list[tuple[str, str]]:
     """(title, text) of everything that a reader needs to believe the numbers; what is not known is left out."""
-    machine = result.machine
-    threads = _counted(machine["threads"], "thread") if machine.get("threads") else None
-    cores = _counted(machine["cores"], "core") if machine.get("cores") else None
+    machine, load = result.machine, result.machine.get("load_average")
     cpu = machine.get("cpu") if machine.get("cpu") != machine.get("device") else None
-    load = machine.get("load_average")
+    counts = (_counted(machine, "core"), _counted(machine, "thread"))
+    versions = {name: machine.get(name) for name in VERSIONS} | (machine.get("packages") or {})
+    asked = {name.replace("_", " "): value for name, value in result.arguments.items() if name not in UNTOLD}
     entries = [
-        ("machine", _joined(machine.get("device"), cpu, cores, threads, machine.get("os"))),
-        ("versions", _joined(*_versions(machine))),
+        ("machine", _joined(machine.get("device"), cpu, *counts, machine.get("os"))),
+        ("versions", _joined(*(f"{name} {version}" for name, version in versions.items() if version))),
         ("commit", commit(result)),
         ("date", machine.get("date")),
         ("load before", None if load is None else f"{load:.1f} processes (near 0 on a quiet machine)"),
         *((f"ceilings, {dtype}", ceiling_text(found)) for dtype, found in result.ceilings.items()),
-        (
-            "asked for",
-            _joined(
-                *(
-                    f"{name.replace('_', ' ')} {_listed(value)}"
-                    for name, value in result.arguments.items()
-                    if _is(name, value)
-                )
-            ),
-        ),
+        ("asked for", _joined(*(f"{name} {_told(value)}" for name, value in asked.items() if _told(value)))),
     ]
     return [(title, str(text)) for title, text in entries if text]
 
@@ -83,24 +161,18 @@ def ceiling_text(ceiling: Mapping[str, float]) -> str:
     return f"{three_digits(gigabytes)} GB/s copied, {three_digits(teraflop)} TFLOP/s in matrix products"
 
 
-def _versions(machine: Mapping[str, Any]) -> list[str]:
-    found = {name: machine.get(name) for name in ("python", "torch", "cuda", "cudnn", "triton", "torchvision")}
-    found |= machine.get("packages") or {}
-    return [f"{name} {version}" for name, version in found.items() if version]
+def _counted(machine: Mapping[str, Any], thing: str) -> str | None:
+    number = machine.get(f"{thing}s")
+    return f"{number} {thing}{'s' if number != 1 else ''}" if number else None
 
 
-def _counted(number: int, thing: str) -> str:
-    return f"{number} {thing}{'s' if number != 1 else ''}"
-
-
-def _is(name: str, value: Any) -> bool:
-    return name not in FILES and value is not None and value is not False and value != []
-
-
-def _listed(value: Any) -> str:
+def _told(value: Any) -> str:
+    """Nothing of what was not asked for."""
     if isinstance(value, Mapping):
-        return "; ".join(f"{name} {_listed(one)}" for name, one in value.items())
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        return "; ".join(f"{name} {_told(one)}" for name, one in value.items())
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value))
+    return "" if value is None or value is False else str(value)
 
 
 def _joined(*parts: Any) -> str:

@@ -18,9 +18,10 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
+from typing import Any
 
 import numpy
+import scipy
 from numpy.typing import NDArray
 
 from fused_resnet.bench.timer import Timing
@@ -41,11 +42,11 @@ ASSUMED_BETWEEN_RUNS = 0.01
 BETWEEN_RUNS_ALONE = 0.03
 """Of what is held against nobody: a machine is a few percent faster on one day than on another."""
 FEWEST_CONTROLS = 8
-CUT = 5
-"""A fifth of the rounds is cut off at either end."""
-MEDIAN_OF_CHI_SQUARED = 0.4549  # with one degree of freedom
+CUT = 0.2
+"""Of the rounds, cut off at either end."""
 
 Samples = NDArray[numpy.float64]
+Pair = tuple[Timing, Timing]
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A `Difference` held against a threshold, among ``comparisons`` others."""
+    """A `Difference` held against a threshold, among others."""
 
     value: float
     low: float
@@ -74,59 +75,41 @@ class Verdict:
     """The smallest difference that would have been told: a change of less is not seen in this much noise."""
 
 
-def relative(own: tuple[Timing, Timing], references: Sequence[tuple[Timing, Timing]]) -> tuple[Samples, Samples]:
+def relative(own: Pair, references: Sequence[Pair]) -> list[Samples]:
     """Logarithms of the seconds of each round, before and after, over those of the references in the same round.
 
     Of several references the middle one counts, each held against its own time in both runs: neither a few slow rounds
     of one of them nor one that changed moves it. Of two it is their geometric mean.
-
-    Raises:
-        ValueError: a reference has another number of rounds.
     """
     logarithms = [numpy.log(timing.samples) for timing in own]
-    beside: list[list[Samples]] = [[], []]
-    for pair in references:
-        theirs = [numpy.log(timing.samples) for timing in pair]
-        level = (middle(theirs[0]) + middle(theirs[1])) / 2
-        for side in (0, 1):
-            if len(theirs[side]) != len(logarithms[side]):
-                raise ValueError(
-                    f"references must have as many rounds, {len(logarithms[side])}; got one of {len(theirs[side])}"
-                )
-            beside[side].append(theirs[side] - level)
     if not references:
-        return logarithms[0], logarithms[1]
-    before, after = (logarithms[side] - numpy.median(beside[side], axis=0) for side in (0, 1))
-    return before, after
+        return logarithms
+    beside = [[numpy.log(timing.samples) for timing in pair] for pair in references]
+    levels = [(middle(before) + middle(after)) / 2 for before, after in beside]
+    shared = ([theirs[side] - level for theirs, level in zip(beside, levels, strict=True)] for side in (0, 1))
+    return [mine - numpy.median(others, axis=0) for mine, others in zip(logarithms, shared, strict=True)]
 
 
 def difference(before: Samples, after: Samples) -> Difference:
     """Of the middles of two runs' relative times, each in the order of its rounds, at least `FEWEST_ROUNDS` of them."""
-    for samples in (before, after):
-        if len(samples) < FEWEST_ROUNDS:
-            raise ValueError(f"takes at least {FEWEST_ROUNDS} rounds of each run; got {len(samples)}")
     error, lasting = (math.hypot(*pair) for pair in zip(*map(_errors_of_middle, (before, after)), strict=True))
-    value = float(middle(after) - middle(before))
-    return Difference(value, error, lasting, len(before) + len(after) - 2)
+    return Difference(float(middle(after) - middle(before)), error, lasting, len(before) + len(after) - 2)
 
 
-def middle(samples: Samples) -> Samples:
+def middle(samples: Samples) -> Any:
     """The mean along the last dimension without its lowest and its highest fifth."""
-    count = samples.shape[-1]
-    cut = count // CUT
-    return numpy.sort(samples, axis=-1)[..., cut : count - cut].mean(axis=-1)
+    return scipy.stats.trim_mean(samples, CUT, axis=-1)
 
 
 def steadied(found: Sequence[Difference]) -> list[Difference]:
     """The same with errors that are not small by chance: each at least the mean, in squares, of its own and of the
     typical one for as many rounds."""
-    if not found:
-        return []
-    typical = numpy.median([each.error**2 * each.freedom for each in found])
-    return [
-        dataclasses.replace(each, error=max(each.error, math.sqrt((each.error**2 + float(typical) / each.freedom) / 2)))
-        for each in found
-    ]
+    typical = float(numpy.median([each.error**2 * each.freedom for each in found]))
+
+    def raised(each: Difference) -> float:
+        return max(each.error, math.sqrt((each.error**2 + typical / each.freedom) / 2))
+
+    return [dataclasses.replace(each, error=raised(each)) for each in found]
 
 
 def between_runs(controls: Sequence[Difference]) -> float:
@@ -136,36 +119,23 @@ def between_runs(controls: Sequence[Difference]) -> float:
     """
     if len(controls) < FEWEST_CONTROLS:
         return ASSUMED_BETWEEN_RUNS
-    values, errors = (
-        numpy.array(each) for each in zip(*((c.value, math.hypot(c.error, c.lasting)) for c in controls), strict=True)
-    )
+    values = numpy.array([control.value for control in controls])
+    variances = numpy.array([control.error**2 + control.lasting**2 for control in controls])
 
-    def too_small(spread: float) -> bool:
-        variances = errors**2 + spread**2
-        return bool(numpy.median(values**2 / variances) > MEDIAN_OF_CHI_SQUARED)
+    def excess(spread: float) -> float:
+        return float(numpy.median(values**2 / (variances + spread**2)) - scipy.stats.chi2.median(1))
 
-    low, high = LEAST_BETWEEN_RUNS, 1.0
-    if not too_small(low):
-        return low
-    for _ in range(40):
-        guess = (low + high) / 2
-        low, high = (guess, high) if too_small(guess) else (low, guess)
-    return high
+    if excess(LEAST_BETWEEN_RUNS) <= 0:
+        return LEAST_BETWEEN_RUNS
+    return scipy.optimize.brentq(excess, LEAST_BETWEEN_RUNS, 2 * numpy.abs(values).max())
 
 
 def judge(found: Difference, spread: float, threshold: float, comparisons: int) -> Verdict:
-    """Whether it is a change.
-
-    It is one if its interval excludes none, and it is past the threshold with nine chances in ten.
-
-    Args:
-        spread: from `between_runs`.
-        threshold: such as 0.05 for times that are 1.05 times as long, or as short.
-        comparisons: how many are judged together.
-    """
-    error, bar = math.hypot(found.error, found.lasting, spread), math.log1p(threshold)
-    wide = student(1 - FAMILY_ERROR / (2 * comparisons), found.freedom) * error
-    smallest = max(wide, bar + student(ONE_SIDED, found.freedom) * error)
+    """Whether it is a change, among so many ``comparisons``: its interval excludes none, and it is past the
+    threshold (0.05: 1.05 times as long, or as short) with nine chances in ten; ``spread`` is that between runs."""
+    error, chances = math.hypot(found.error, found.lasting, spread), (ONE_SIDED, 1 - FAMILY_ERROR / (2 * comparisons))
+    sure, wide = (float(scipy.stats.t.ppf(chance, found.freedom)) * error for chance in chances)
+    smallest = max(wide, math.log1p(threshold) + sure)
     return Verdict(found.value, found.value - wide, found.value + wide, abs(found.value) > smallest, smallest)
 
 
@@ -179,29 +149,14 @@ def together(found: Sequence[Difference]) -> Difference:
     return Difference(value, error, lasting, min(each.freedom for each in found))
 
 
-def student(probability: float, freedom: int) -> float:
-    """The quantile of Student's t distribution, by its expansion about the normal one; for freedom of 8 and more it is
-    a few percent low at most out where one in ten thousand lies, and nearly exact further in."""
-    z, n = NormalDist().inv_cdf(probability), freedom
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + sum(term / n ** (power + 1) for power, term in enumerate(terms))
-
-
 def _errors_of_middle(samples: Samples) -> tuple[float, float]:
     """(the standard error of the trimmed mean, what `LASTING` adds to it).
 
     From the samples with those that it leaves out moved to the edge of those that it keeps (Tukey and McLaughlin); and
     from the means of neighbouring rounds, as a block bootstrap drawn for ever would, since neighbours are alike.
     """
-    count, cut = len(samples), len(samples) // CUT
-    ordered = numpy.sort(samples)
-    kept = numpy.clip(samples, ordered[cut], ordered[count - cut - 1])
+    count, kept = len(samples), numpy.asarray(scipy.stats.mstats.winsorize(samples, (CUT, CUT)))
     length = max(2, round(count ** (1 / 3)))
     blocks = numpy.mean([numpy.roll(kept, shift) for shift in range(length)], axis=0)
-    scale = count / (count - 2 * cut)
+    scale = count / (count - 2 * int(CUT * count))
     return float(blocks.std()) * math.sqrt(length / (count - length)) * scale, LASTING * float(kept.std()) * scale

@@ -11,17 +11,18 @@ from fused_resnet.bench.result import ABSENT, LEVELS, MODES, OP, Measurement, Re
 
 @dataclass(frozen=True)
 class Column:
-    """One measurement of a section, and the result it is of."""
+    """One measurement of a section, and the result it is of; ``letter`` is the result's, of several."""
 
     measurement: Measurement
     result: Result
     letter: str
-    """Of the result, where there are several; else empty."""
+
+    def lettered(self, text: str) -> str:
+        return f"{self.letter}: {text}" if self.letter else text
 
     @property
     def title(self) -> str:
-        batch = f"batch {self.measurement.batch_size}"
-        return f"{self.letter}: {batch}" if self.letter else batch
+        return self.lettered(self.measurement.title)
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,13 @@ class Section:
     @property
     def contenders(self) -> list[str]:
         """Those that are not absent from all of it, in the order of the run."""
-        return list(
-            dict.fromkeys(
-                name
-                for column in self.columns
-                for name, outcome in column.measurement.outcomes.items()
-                if outcome.status != ABSENT
-            )
-        )
+        outcomes = [item for column in self.columns for item in column.measurement.outcomes.items()]
+        return list(dict.fromkeys(name for name, outcome in outcomes if outcome.status != ABSENT))
+
+    @property
+    def largest(self) -> list[Column]:
+        """Those of the largest batch size: one for each result."""
+        return [c for c in self.columns if c.measurement.batch_size == self.columns[-1].measurement.batch_size]
 
     @property
     def unit(self) -> tuple[str, float]:
@@ -75,19 +75,13 @@ def sections(results: Sequence[Result]) -> list[Section]:
             key = (entry.level, entry.subject, entry.mode, entry.dtype, entry.image_size)
             groups.setdefault(key, []).append(Column(entry, result, letter))
     subjects = list(dict.fromkeys(key[:2] for key in groups))
+
+    def place(section: Section) -> tuple[int, int, int]:
+        subject = subjects.index((section.level, section.subject))
+        return -LEVELS.index(section.level), subject, MODES.index(section.mode)
+
     found = [
         Section(*key, tuple(sorted(columns, key=lambda column: column.measurement.batch_size)))
         for key, columns in groups.items()
     ]
-    return sorted(
-        found,
-        key=lambda section: (
-            _place(section.level, LEVELS[::-1]),
-            subjects.index((section.level, section.subject)),
-            _place(section.mode, MODES),
-        ),
-    )
-
-
-def _place(word: str, order: Sequence[str]) -> int:
-    return order.index(word) if word in order else len(order)
+    return sorted(found, key=place)

@@ -19,25 +19,34 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fused_resnet.bench.result import TRAINING_STEP
+from fused_resnet.bench.suite.network_task import NetworkTask
 from fused_resnet.bench.suite.subjects import is_residual_block
-from fused_resnet.bench.suite.task import Results
+from fused_resnet.bench.suite.task import Prepared, Results
 from fused_resnet.bench.suite.training import Training, result_names
-
-if TYPE_CHECKING:
-    from fused_resnet.bench.suite.network_task import NetworkTask
 
 FORMATS = (torch.channels_last, torch.contiguous_format)
 UNITS = 16
 """Of the last place, allowed beyond eager's error: sums of different order through some fifty layers."""
 TURNED_RELUS, NOTHING_LEFT = 0.1, 1.0
 OUTPUT, GRADIENT, BUFFER = "output", "gradient", "buffer"
+
+
+class JudgedTask(NetworkTask):
+    """A `NetworkTask` that knows what is right."""
+
+    @functools.cached_property
+    def expected(self) -> Expected:
+        return expected_results(self)
+
+    def why_wrong(self, prepared: Prepared) -> tuple[float | None, str | None]:
+        return self.expected.why_wrong(prepared.results())
 
 
 @dataclass(frozen=True)
@@ -60,19 +69,17 @@ class Expected:
             if ours is None or ours.shape != exact.shape:
                 shape = "missing" if ours is None else f"of shape {tuple(ours.shape)}, not {tuple(exact.shape)}"
                 return None, f"{name} is {shape}"
-            ours = ours.to(exact.device)
+            ours, kind = ours.to(exact.device), kind_of(name)
             largest = _larger(largest, error_of(OUTPUT, ours, exact))
-            if kind_of(name) == GRADIENT and theirs >= NOTHING_LEFT and ours.isfinite().all():
+            if kind == GRADIENT and theirs >= NOTHING_LEFT and ours.isfinite().all():
                 continue
-            found, limit = error_of(kind_of(name), ours, exact), 2 * theirs + self._floor(name)
+            eps = torch.finfo(self.dtype).eps
+            floor = TURNED_RELUS if kind == GRADIENT else UNITS * eps if self.dtype == torch.float32 else eps
+            found, limit = error_of(kind, ours, exact), 2 * theirs + floor
             if not found <= limit and not found / limit < worst:  # NaN is wrong
                 worst = found / limit
                 wrong = f"the error of {name} is {found:.3g} against float64, PyTorch's own {theirs:.3g}"
         return largest, wrong
-
-    def _floor(self, name: str) -> float:
-        floor = UNITS * torch.finfo(self.dtype).eps if self.dtype == torch.float32 else torch.finfo(self.dtype).eps
-        return TURNED_RELUS if kind_of(name) == GRADIENT else floor
 
 
 def kind_of(name: str) -> str:
@@ -84,13 +91,10 @@ def kind_of(name: str) -> str:
 
 def error_of(kind: str, result: Tensor, exact: Tensor) -> float:
     """As a fraction of the exact result: of its largest value, or of its norm; where that is 0, absolute."""
-    difference, exact = result.double() - exact.double(), exact.double()
     if exact.numel() == 0:
         return 0.0
-    if kind == OUTPUT:
-        size, error = exact.abs().max().item(), difference.abs().max().item()
-    else:
-        size, error = exact.norm().item(), difference.norm().item()
+    norm = float("inf") if kind == OUTPUT else 2.0
+    error, size = (torch.linalg.vector_norm(x, norm).item() for x in (result.double() - exact.double(), exact.double()))
     return error / size if size > 0 else error
 
 
@@ -129,21 +133,13 @@ def _results(task: NetworkTask, dtype: torch.dtype | None, memory_format: torch.
 
 def _keep_little(module: nn.Module) -> None:
     """Has residual blocks compute their activations again in backward, without updating their statistics again."""
-    for block in module.modules():
-        if is_residual_block(block):
-            norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-            block.forward = functools.partial(
-                checkpoint,
-                block.forward,
-                use_reentrant=False,
-                context_fn=functools.partial(_contexts, norms),
-            )
+    for block in filter(is_residual_block, module.modules()):
+        norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
+        def contexts(norms: list[Any] = norms) -> tuple[Any, Any]:
+            return contextlib.nullcontext(), _statistics_kept(norms)
 
-def _contexts(
-    norms: list[nn.modules.batchnorm._BatchNorm],
-) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
-    return contextlib.nullcontext(), _statistics_kept(norms)
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TypeAlias
 
 import torch
@@ -11,12 +12,10 @@ import fused_resnet
 from fused_resnet.bench.dry_run import DryRun
 from fused_resnet.bench.ledger import ledger
 from fused_resnet.bench.result import TRAINING_STEP
-from fused_resnet.bench.suite.loss import loss_of
 from fused_resnet.bench.suite.network_task import NetworkTask
-from fused_resnet.bench.suite.training import make_optimizer
+from fused_resnet.bench.suite.training import Training
 from fused_resnet.ops.route.reasons import unavailable
 from fused_resnet.ops.route.request import AUTO, asking
-from fused_resnet.training.loop import autocast
 
 EAGER, FROZEN, FUSED, EFFICIENT = "eager", "frozen", "fused", "efficient"
 Way: TypeAlias = str | int | None
@@ -38,53 +37,31 @@ def moved_bytes(task: NetworkTask, way: Way) -> int | None:
         DryRun(),
         asking(backend=AUTO if natively else "reference", level=level if isinstance(level, int) else None, masks=masks),
     ):
-        module = _module(task, way)
         try:
-            return _of_training(task, module) if task.training else _of_inference(task, module)
+            return _count(task, way)
         except NotImplementedError:
             return None
 
 
-def _module(task: NetworkTask, way: Way) -> nn.Module:
-    module = task.make_module().train(task.training)
+def _count(task: NetworkTask, way: Way) -> int:
+    module: nn.Module = task.make_module().train(task.training)
     if way != EAGER:
         fused_resnet.fuse(module, memory="efficient" if way == EFFICIENT else "default")
     if way == FROZEN:
-        return fused_resnet.freeze(module, torch.empty(task.input_shape()), dtype=task.dtype)
-    return module.to(  # type: ignore[call-overload]
-        dtype=torch.float32 if task.training else task.dtype, memory_format=torch.channels_last
-    )
-
-
-def _of_inference(task: NetworkTask, module: nn.Module) -> int:
-    x = torch.empty(task.input_shape(), dtype=task.dtype).to(memory_format=torch.channels_last)
-    with torch.no_grad():
-        return ledger(lambda: module(x), task.batch_size).total
-
-
-def _of_training(task: NetworkTask, module: nn.Module) -> int:
-    dtype = task.dtype if task.level_takes_input_gradient else torch.float32
-    x = torch.empty(task.input_shape(), dtype=dtype).to(memory_format=torch.channels_last)
-    x.requires_grad_(task.level_takes_input_gradient)
-    target = task.make_target()
-    if target.is_floating_point():
-        target = target.to(task.dtype).to(memory_format=torch.channels_last)
-    optimizer = make_optimizer(module)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        x.grad = None
-        with autocast(x, task.autocast_dtype):
-            out = module(x)
-            if task.mode != TRAINING_STEP:
-                return
-            loss = loss_of(out, target)
-        loss.backward()
-        optimizer.step()
-
+        module = fused_resnet.freeze(module, torch.empty(task.input_shape()), dtype=task.dtype)
+    elif not task.training:
+        module = module.to(dtype=task.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if not task.training:
+        x = torch.empty(task.input_shape(), dtype=task.dtype).to(memory_format=torch.channels_last)
+        with torch.no_grad():
+            return ledger(lambda: module(x), task.batch_size).total
+    twin = copy.copy(task)  # whose inputs are of this dry run
+    twin.device = torch.device("cpu")
+    twin.__dict__ |= {"inputs": [torch.empty(task.input_shape())], "targets": [task.make_target()]}
+    training = Training(twin, module)
     if task.mode == TRAINING_STEP:
-        step()  # the first update makes the momenta
-    return ledger(step, task.batch_size).total
+        training.run()  # the first update makes the momenta
+    return ledger(training.run, task.batch_size).total
 
 
 def automatic_level(task: NetworkTask) -> int:

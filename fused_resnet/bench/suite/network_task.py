@@ -1,75 +1,67 @@
-"""What tasks at model and block level have in common: one module, a few random inputs, what is right."""
+"""What tasks at model and block level have in common: one module, a few random inputs, a loss."""
 
 from __future__ import annotations
 
 import copy
-import functools
 from abc import abstractmethod
-from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fused_resnet.bench.options import dtype_name
 from fused_resnet.bench.result import INFERENCE, MODES, TRAINING_STEP
-from fused_resnet.bench.suite.correctness import Expected, expected_results
-from fused_resnet.bench.suite.loss import loss_of
-from fused_resnet.bench.suite.subjects import Subject
-from fused_resnet.bench.suite.task import Prepared, Task
+from fused_resnet.bench.suite.subjects import Subject, find_subject
+from fused_resnet.bench.suite.task import Task
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROTATING = 3
 """Inputs that a contender takes in turn."""
-SETTLING = ROTATING + 1
-"""The seed of what running statistics are taken of: not of an input, whose batch statistics they would be."""
 
 
 class NetworkTask(Task):
     """A module in one mode, on random images (or activations) of one shape.
 
     float32 is plain. In another dtype inference has the whole module in it where the contender can have that, and
-    training is autocast with parameters in float32.
+    training is autocast with parameters in float32. ``path`` is that of the module in ``network``, "" for all of it;
+    ``takes_input_gradient``: the input wants a gradient in training, as within a network.
 
-    Attributes:
-        network: where the module comes from.
-        path: of the module in the network; "" is the network itself.
+    Args:
+        subject: the network, or its name as `find_subject` takes it.
+        image_size: of the network's image, also where the task is a block, whose shapes followed from it.
     """
 
-    path = ""
+    path, takes_input_gradient = "", False
     _latest: NetworkTask | None = None
 
     def __init__(
         self,
-        network: Subject,
+        subject: Subject | str,
         mode: str,
         batch_size: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        image_size: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        image_size: int = 224,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}; got {dtype}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1; got {batch_size}")
-        if image_size < 1:
-            raise ValueError(f"image_size must be at least 1; got {image_size}")
-        self.network, self.mode, self.batch_size, self.dtype = network, mode, batch_size, dtype
-        self.device, self.image_size = torch.device(device), image_size
+        for name, number in (("batch_size", batch_size), ("image_size", image_size)):
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1; got {number}")
+        self.network = find_subject(subject) if isinstance(subject, str) else subject
+        self.subject, self.mode, self.batch_size, self.dtype = self.network.name, mode, batch_size, dtype
+        self.device, self.image_size, self.size = torch.device(device), image_size, image_size
+        self.training = mode != INFERENCE
+        self.autocast_dtype = None if dtype == torch.float32 else dtype  # of the training modes; None is no autocast
 
     def __repr__(self) -> str:
-        size, dtype = f"{self.image_size}px", str(self.dtype).removeprefix("torch.")
-        return f"{self.subject}, {self.mode}, batch {self.batch_size}, {dtype}, {size}, {self.device}"
-
-    @property
-    def training(self) -> bool:
-        return self.mode != INFERENCE
-
-    @property
-    def autocast_dtype(self) -> torch.dtype | None:
-        """Of the training modes; None is no autocast."""
-        return None if self.dtype == torch.float32 else self.dtype
+        dtype = dtype_name(self.dtype)
+        return f"{self.subject}, {self.mode}, batch {self.batch_size}, {dtype}, {self.size}px, {self.device}"
 
     @abstractmethod
     def make_module(self) -> nn.Module:
@@ -83,25 +75,30 @@ class NetworkTask(Task):
     def make_target(self) -> Tensor:
         """What the loss compares with, of the generator as it stands: labels; the gradient of a block's result."""
 
-    @functools.cached_property
+    @cached_property
     def module(self) -> nn.Module:
         """The plain PyTorch module in float32 on the task's device, contiguous, in the mode that is measured. Nobody
         runs or changes it: `copy` it."""
         self._let_go_of_others()
         module = self.make_module()
-        if self.training:
-            _move_statistics(module)
+        for norm in module.modules() if self.training else ():
+            # Not the statistics of the inputs: whoever does not update them, or uses them, then gives other numbers.
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.track_running_stats:
+                assert norm.running_mean is not None and norm.running_var is not None
+                norm.running_mean += norm.running_var.sqrt()
+                norm.running_var *= 2
         return module.to(self.device).train(self.training)
 
     def copy(self) -> nn.Module:
         """A module of one's own."""
         return copy.deepcopy(self.module)
 
-    @functools.cached_property
+    @cached_property
     def inputs(self) -> list[Tensor]:
         """The rotating inputs, float32 and contiguous; their values are numbers of the task's dtype."""
         self._let_go_of_others()
-        made = [torch.randn(self.input_shape(), generator=self._generator(i)).to(self.dtype) for i in range(ROTATING)]
+        generators = [torch.Generator().manual_seed(seed) for seed in range(ROTATING)]
+        made = [torch.randn(self.input_shape(), generator=generator).to(self.dtype) for generator in generators]
         return [x.float().to(self.device) for x in made]
 
     def inputs_as(
@@ -110,7 +107,7 @@ class NetworkTask(Task):
         """Copies in another dtype and memory format: outside of what is measured."""
         return [x.to(dtype).to(memory_format=memory_format, copy=True) for x in self.inputs]
 
-    @functools.cached_property
+    @cached_property
     def targets(self) -> list[Tensor]:
         """What belongs to each input for the loss."""
         self._let_go_of_others()
@@ -118,33 +115,17 @@ class NetworkTask(Task):
             torch.manual_seed(ROTATING)
             return [self.make_target().to(self.device) for _ in range(ROTATING)]
 
-    @functools.cached_property
-    def expected(self) -> Expected:
-        """What is right, and how far eager is from it."""
-        return expected_results(self)
-
-    def why_wrong(self, prepared: Prepared) -> tuple[float | None, str | None]:
-        return self.expected.why_wrong(prepared.results())
-
     def flop(self) -> int | None:
         """Counted on tensors without memory; a training step's includes its backward."""
-        return self._flop
-
-    @functools.cached_property
-    def _flop(self) -> int:
         with torch.device("meta"):
             module = self.network.without_memory(self.path).train(self.training)
-            x = torch.empty(self.input_shape(), requires_grad=self.level_takes_input_gradient and self.training)
+            x = torch.empty(self.input_shape(), requires_grad=self.takes_input_gradient and self.training)
             target = self.make_target()
-        counter = FlopCounterMode(display=False)
-        with counter, torch.set_grad_enabled(self.training):
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(self.training):
             out = module(x)
             if self.mode == TRAINING_STEP:
                 loss_of(out, target).backward()
         return counter.get_total_flops()
-
-    level_takes_input_gradient = False
-    """Whether the input wants a gradient, as within a network."""
 
     def release(self) -> None:
         """Gives back weights, inputs and what is right; asked for again, they are made again and are the same."""
@@ -157,22 +138,21 @@ class NetworkTask(Task):
         if before is not None and before is not self:
             before.release()
 
-    def _generator(self, seed: int) -> torch.Generator:
-        return torch.Generator().manual_seed(seed)
+
+def loss_of(out: Tensor, target: Tensor) -> Tensor:
+    """A scalar to call ``backward`` on: cross entropy with labels of int64; or 0, whose gradient by ``out`` is
+    ``target``, if that is floating point. The latter reads nothing, as if the rest of a network had been there."""
+    return _GivenGradient.apply(out, target) if target.is_floating_point() else F.cross_entropy(out, target)
 
 
-def _move_statistics(module: nn.Module) -> None:
-    """Running statistics that are not those of the inputs: whoever does not update them, or uses them in training, then
-    gives other numbers."""
-    for norm in module.modules():
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.track_running_stats:
-            assert norm.running_mean is not None and norm.running_var is not None
-            norm.running_mean += norm.running_var.sqrt()
-            norm.running_var *= 2
+class _GivenGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, gradient: Tensor) -> Tensor:
+        if out.shape != gradient.shape:
+            raise ValueError(f"the gradient must have the result's shape {tuple(out.shape)}; got {gradient.shape}")
+        ctx.gradient, ctx.dtype = gradient, out.dtype  # lives anyway: not saved, and so not counted as saved
+        return torch.zeros((), device=out.device)
 
-
-def combinations(
-    modes: Sequence[str], batch_sizes: Sequence[int], dtypes: Sequence[torch.dtype]
-) -> list[tuple[str, int, torch.dtype]]:
-    """In the order in which tasks are measured."""
-    return [(mode, batch, dtype) for mode in modes for dtype in dtypes for batch in batch_sizes]
+    @staticmethod
+    def backward(ctx: Any, *unused: Any) -> tuple[Tensor, None]:
+        return ctx.gradient.to(ctx.dtype), None

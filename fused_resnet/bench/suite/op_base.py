@@ -12,82 +12,106 @@ import torch
 from torch import Tensor
 
 from fused_resnet.bench.ledger import ledger
+from fused_resnet.bench.options import dtype_name
+from fused_resnet.bench.passes import doubled, first_wrong, listed, why_wrong
 from fused_resnet.bench.result import OP
 from fused_resnet.bench.suite.task import Prepared, Results, Task
-from fused_resnet.ops import use_backend
+from fused_resnet.ops import reference, use_backend
 from fused_resnet.ops.route.choose import why_not
 from fused_resnet.ops.route.reasons import unavailable
 
 EAGER, COMPILE, SEPARATE = "eager", "torch.compile", "separate"
 CACHE_BYTES = 2**26
-"""Rotating inputs are as many as together pass this, where a few suffice: larger than what a CPU caches for one core.
+"""Rotating inputs are as many as together pass this, `MOST_SETS` at most: larger than what a CPU caches for one core.
 On a GPU the runner flushes the L2 cache."""
 MOST_SETS = 4
-NormVectors = tuple[Tensor, Tensor, Tensor, Tensor]
-"""weight, bias, running mean and running variance."""
+Call = Callable[[], Results]
 
 
 class OpTask(Task):
-    """One op on tensors of one shape.
-
-    Inputs are random, from a seed of their own, and made when first asked for; there are a few sets of them, which
-    every contender takes in turn.
+    """One op on tensors of one shape; random inputs, made when first asked for, in a few sets for turns.
 
     Attributes:
         subject: the op's name and its shape for one image.
         compile_backend: of ``torch.compile``; "eager" where only the numbers matter, as in tests.
+        exists: False of a combination that no network has.
     """
 
-    level = OP
-    image_size = None
-    compile_backend = "inductor"
-    most_sets = MOST_SETS
-    exists = True
-    """False of a combination that no network has."""
+    level, image_size, exists = OP, None, True
+    compile_backend, compile_mode = "inductor", ""
     _latest: OpTask | None = None
 
     def __init__(
         self, subject: str, mode: str, batch_size: int, dtype: torch.dtype, device: torch.device | str
     ) -> None:
         self.subject, self.mode, self.batch_size, self.dtype = subject, mode, batch_size, dtype
-        self.device = torch.device(device)
-        self._users = 0
+        self.device, self._users = torch.device(device), 0
 
     def __repr__(self) -> str:
-        dtype, device = str(self.dtype).removeprefix("torch."), self.device.type
-        return f"{self.subject} x {self.batch_size} {dtype} {device}"
+        return f"{self.subject} x {self.batch_size} {dtype_name(self.dtype)} {self.device.type}"
 
     @abstractmethod
     def make_inputs(self) -> Any:
         """One set of inputs, of the generator as it stands."""
 
     @abstractmethod
-    def ways(self) -> dict[str, Callable[[Any], Callable[[], Results]]]:
-        """What is there beside this package's backends, by the name of the contender: from a set of inputs to a
-        function that does the task on it."""
-
-    @abstractmethod
-    def ours(self, inputs: Any) -> Callable[[], Results]:
-        """This package's op, on the backend that is asked for when it is called."""
-
-    @abstractmethod
     def ops(self, inputs: Any) -> list[tuple[str, tuple[Any, ...]]]:
         """The ops that `ours` consists of and their arguments: what a backend must not refuse."""
 
     @abstractmethod
-    def exact(self) -> Results:
-        """The results for the first set of inputs in float64."""
-
-    @abstractmethod
-    def why_results_are_wrong(self, results: Results) -> str | None:
-        """By the project's rule: at most twice the error of PyTorch's eager mode in the same dtype."""
+    def eager(self, inputs: Any) -> Results:
+        """As a network in eager PyTorch runs it; what is compiled, and the baseline of the rule."""
 
     @abstractmethod
     def least_bytes(self) -> int:
         """What anyone has to move: each input and weight read, and each result written, once."""
 
+    def ours(self, inputs: Any) -> Call:
+        """This package's op, on the backend that is asked for when it is called."""
+        op, arguments = self.ops(inputs)[0]
+        return without_gradients(lambda: listed(getattr(torch.ops.fused_resnet, op)(*arguments)))
+
+    def ways(self) -> dict[str, Callable[[Any], Call]]:
+        """What is there beside this package's backends, by the name of the contender: from a set of inputs to a
+        function that does the task on it."""
+        return {EAGER: lambda inputs: without_gradients(lambda: self.eager(inputs)), COMPILE: self.compiled}
+
+    def compiled(self, inputs: Any) -> Call:
+        if inputs is self.first:  # forget what was compiled before: after eight shapes PyTorch would run it in eager
+            torch.compiler.reset()
+        settings: Any = {"dynamic": False, "backend": self.compile_backend, "mode": self.compile_mode or None}
+        function = torch.compile(self.eager, **settings)
+        return without_gradients(lambda: function(inputs))
+
+    def exact(self) -> Results:
+        """The results for the first set of inputs in float64."""
+        op, arguments = self.ops(self.first)[0]
+        return listed(getattr(reference, op)(*doubled(arguments)))
+
+    def why_results_are_wrong(self, results: Results) -> str | None:
+        """By the project's rule: at most twice the error of PyTorch's eager mode in the same dtype."""
+
+        def judge(index: int, ours: Tensor, theirs: Tensor | None, right: Tensor) -> str | None:
+            return why_wrong(ours, theirs, right, self.terms(right), self.magnitude(index))
+
+        with torch.no_grad():
+            return first_wrong(results, self.baseline(), self._exact, judge)
+
+    def baseline(self) -> Results:
+        return self.eager(self.first)
+
+    def terms(self, exact: Tensor) -> int:
+        """How many rounded numbers a result adds up, for the floor of the rule."""
+        return 1
+
+    def magnitude(self, index: int) -> float | None:
+        """Of the numbers that are rounded, where they are not of the size of the result."""
+        return None
+
     def moved(self, name: str) -> int | None:
         """Bytes that this contender reads and writes, counted; None where nobody can count them."""
+        if name == EAGER:
+            return counted(self.ways()[EAGER](self.first))
         return None if name == COMPILE else self.least_bytes()
 
     def saved(self, name: str) -> int | None:
@@ -100,10 +124,12 @@ class OpTask(Task):
     @functools.cached_property
     def input_sets(self) -> list[Any]:
         """The rotating inputs; the first is the one that results are checked on."""
-        OpTask._let_go_of_others(self)
+        before, OpTask._latest = OpTask._latest, self
+        if before is not None and before is not self and before._users == 0:
+            before.release()  # a list of tasks must not hold the inputs of all, of those that nobody could do either
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(0)
-            count = max(1, min(self.most_sets, -(-CACHE_BYTES // max(self.least_bytes(), 1))))
+            count = max(1, min(MOST_SETS, -(-CACHE_BYTES // max(self.least_bytes(), 1))))
             return [self.make_inputs() for _ in range(count)]
 
     @property
@@ -114,35 +140,21 @@ class OpTask(Task):
         """The reasons why a backend of this package cannot do it; an empty list means that it can."""
         if reasons := unavailable(backend):
             return list(reasons)
-        return self.why_not_ops(backend, self.ops(self.first))
+        of_ops = ([f"{op}: {why}" for why in why_not(backend, op, *args)] for op, args in self.ops(self.first))
+        return next(filter(None, of_ops), [])
 
     def why_not_way(self, name: str) -> list[str]:
         """The same of a contender that is no backend."""
         return [] if name in self.ways() else [f"it has no {self.subject.split()[0]}"]
 
-    @staticmethod
-    def why_not_ops(backend: str, ops: list[tuple[str, tuple[Any, ...]]]) -> list[str]:
-        if reasons := unavailable(backend):
-            return list(reasons)
-        for op, arguments in ops:
-            if reasons := why_not(backend, op, *arguments):
-                return [f"{op}: {reason}" for reason in reasons]
-        return []
-
-    def prepare(self, name: str, make: Callable[[Any], Callable[[], Results]]) -> Prepared:
+    def prepare(self, name: str, make: Callable[[Any], Call]) -> Prepared:
         """A contender from its way to do the task on a set of inputs; it has run once on each when this returns."""
         calls = [make(inputs) for inputs in self.input_sets]
         for call in calls:
             call()
-        turns = itertools.cycle(calls)
-        self._users += 1
-        return Prepared(
-            run=lambda: next(turns)(),
-            results=calls[0],
-            saved_bytes=lambda: self.saved(name),
-            moved_bytes=lambda: self.moved(name),
-            close=self._close,
-        )
+        turns, self._users = itertools.cycle(calls), self._users + 1
+        counts = (lambda: self.saved(name), lambda: self.moved(name))
+        return Prepared(lambda: next(turns)(), calls[0], *counts, self._close)
 
     def release(self) -> None:
         """Gives back the inputs and the exact results; asked for again, they are made again and are the same."""
@@ -154,12 +166,6 @@ class OpTask(Task):
         if self._users == 0:
             self.release()
 
-    def _let_go_of_others(self) -> None:
-        """A list of tasks must not hold the inputs of all of them, of those that nobody could do either."""
-        before, OpTask._latest = OpTask._latest, self
-        if before is not None and before is not self and before._users == 0:
-            before.release()
-
     def why_wrong(self, prepared: Prepared) -> tuple[float | None, str | None]:
         results = prepared.results()
         return relative_error(results, self._exact), self.why_results_are_wrong(results)
@@ -169,7 +175,7 @@ class OpTask(Task):
         return self.exact()
 
 
-def on_backend(name: str, call: Callable[[], Results]) -> Callable[[], Results]:
+def on_backend(name: str, call: Call) -> Call:
     """The same, asking for a backend by name."""
 
     def run() -> Results:
@@ -179,8 +185,7 @@ def on_backend(name: str, call: Callable[[], Results]) -> Callable[[], Results]:
     return run
 
 
-def without_gradients(call: Callable[[], Results]) -> Callable[[], Results]:
-    @functools.wraps(call)
+def without_gradients(call: Call) -> Call:
     def run() -> Results:
         with torch.no_grad():
             return call()
@@ -188,8 +193,20 @@ def without_gradients(call: Callable[[], Results]) -> Callable[[], Results]:
     return run
 
 
-def random_norm(channels: int, device: torch.device) -> NormVectors:
-    return (*(torch.rand(channels, device=device) + 0.5 for _ in range(4)),)  # type: ignore[return-value]
+def random_norm(channels: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """weight, bias, running mean and running variance."""
+    weight, bias, mean, variance = (torch.rand(channels, device=device) + 0.5 for _ in range(4))
+    return weight, bias, mean, variance
+
+
+def random_image(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Channels_last."""
+    return torch.randn(shape, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def random_weight(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Such that outputs are of the size of inputs."""
+    return (random_image(shape, torch.float32, device) * torch.Size(shape[1:]).numel() ** -0.5).to(dtype)
 
 
 def counted(call: Callable[[], object]) -> int | None:
@@ -204,10 +221,6 @@ def terms_of_products(dtype: torch.dtype, count: int) -> int:
     """How many rounded numbers a sum of so many products adds up, for the floor of the project's rule. Sums are
     float32: their rounding is lost in that of a narrower result."""
     return count if dtype == torch.float32 else 1
-
-
-def listed(results: Any) -> Results:
-    return [results] if isinstance(results, Tensor) else list(results)
 
 
 def relative_error(results: Results, exact: Results) -> float | None:

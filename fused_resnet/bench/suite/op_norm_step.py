@@ -1,4 +1,4 @@
-"""The training of one norm, with what stands behind it up to the ReLU, as a task: forward and backward by autograd."""
+"""The training of one norm, with what follows it up to the ReLU, as a task: forward and backward by autograd."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused_resnet.bench.norm_inputs import EPS, Norm
-from fused_resnet.bench.passes import PASSES, STATS_APPLY, why_wrong
+from fused_resnet.bench.norm_inputs import EPS, NEAR_ZERO, Norm
+from fused_resnet.bench.passes import PASSES, STATS_APPLY
 from fused_resnet.bench.result import TRAINING_STEP
 from fused_resnet.bench.saved_bytes import saved_bytes
-from fused_resnet.bench.suite.op_base import COMPILE, EAGER, OpTask, counted
-from fused_resnet.bench.suite.op_sites import PROJECTION, RELU, RESIDUAL, NormSite
+from fused_resnet.bench.sites import PROJECTION, RELU, RESIDUAL, NormSite
+from fused_resnet.bench.suite.op_base import COMPILE, EAGER, Call, OpTask
 from fused_resnet.bench.suite.task import Results
 from fused_resnet.ops import BatchNorm, bn_act, bn_act_dual, use_backend
 from fused_resnet.ops.route.routes import pass_route
@@ -40,6 +40,7 @@ PASSES_WITH_BITS = {
 }
 """The same where bits are kept."""
 _BYTES = {norm_pass.name: norm_pass for norm_pass in PASSES}
+Forward = Callable[[str, list[Tensor], list[list[Tensor]]], Tensor]
 
 
 class NormStepInputs:
@@ -48,7 +49,8 @@ class NormStepInputs:
     def __init__(self, ending: str, norm: Norm) -> None:
         self.ending, self.norm = ending, norm
         tensors = [norm.x, norm.weight, norm.bias]
-        tensors += {RELU: [], RESIDUAL: [norm.residual], PROJECTION: [norm.x2, norm.weight2, norm.bias2]}[ending]
+        tensors += [norm.residual] if ending == RESIDUAL else []
+        tensors += [norm.second.x, norm.second.weight, norm.second.bias] if ending == PROJECTION else []
         self.leaves = [tensor.clone().requires_grad_() for tensor in tensors]
         zeros = torch.zeros_like(norm.bias)
         self.running = [[zeros.clone(), torch.ones_like(zeros)] for _ in range(2)]
@@ -56,9 +58,12 @@ class NormStepInputs:
     @functools.cached_property
     def grad_out(self) -> Tensor:
         """Random, and 0 where the ReLU's input is nearly 0: rounding alone would decide which way it goes."""
-        leaves = [leaf.detach().double() for leaf in self.leaves]
-        z = plain(self.ending, leaves, [[vector.double() for vector in pair] for pair in self.running], relu=False)
-        return torch.randn_like(self.norm.x).masked_fill_(z.abs() < 0.05, 0)
+        z = plain(self.ending, [leaf.detach().double() for leaf in self.leaves], self.running_in_float64, relu=False)
+        return torch.randn_like(self.norm.x).masked_fill_(z.abs() < NEAR_ZERO, 0)
+
+    @property
+    def running_in_float64(self) -> list[list[Tensor]]:
+        return [[vector.double() for vector in pair] for pair in self.running]
 
 
 class NormStepTask(OpTask):
@@ -77,11 +82,18 @@ class NormStepTask(OpTask):
         assert inputs.grad_out.dtype == self.dtype  # made here, of the seed
         return inputs
 
-    def ways(self) -> dict[str, Callable[[NormStepInputs], Callable[[], Results]]]:
-        return {EAGER: lambda inputs: self._step(inputs, plain), COMPILE: self._compiled}
+    def ways(self) -> dict[str, Callable[[Any], Call]]:
+        return super().ways() | {EAGER: lambda inputs: lambda: self.eager(inputs)}
 
-    def ours(self, inputs: NormStepInputs) -> Callable[[], Results]:
-        return self._step(inputs, fused)
+    def eager(self, inputs: NormStepInputs) -> Results:
+        return _step(inputs, plain)
+
+    def compiled(self, inputs: NormStepInputs) -> Call:
+        forward = torch.compile(plain, dynamic=False, backend=self.compile_backend)
+        return lambda: _step(inputs, forward)
+
+    def ours(self, inputs: NormStepInputs) -> Call:
+        return lambda: _step(inputs, fused)
 
     def ops(self, inputs: NormStepInputs) -> list[tuple[str, tuple[Any, ...]]]:
         """The first and the last: what takes these takes those between."""
@@ -94,32 +106,20 @@ class NormStepTask(OpTask):
     def exact(self) -> Results:
         inputs = self.first
         leaves = [leaf.detach().double().requires_grad_() for leaf in inputs.leaves]
-        running = [[vector.double() for vector in pair] for pair in inputs.running]
-        return _with_gradients(plain(inputs.ending, leaves, running), leaves, inputs.grad_out.double())
+        with torch.enable_grad():
+            out = plain(inputs.ending, leaves, inputs.running_in_float64)
+        return [out.detach(), *torch.autograd.grad(out, leaves, inputs.grad_out.double())]
 
-    def why_results_are_wrong(self, results: Results) -> str | None:
-        inputs = self.first
-        names = ["out", "grad_x", "grad_weight", "grad_bias"]
-        names += {RELU: [], RESIDUAL: ["grad_residual"], PROJECTION: ["grad_x2", "grad_weight2", "grad_bias2"]}[
-            inputs.ending
-        ]
-        baseline = self._step(inputs, plain)()
-        for name, ours, theirs, exact in zip(names, results, baseline, self._exact, strict=True):
-            assert ours is not None and exact is not None
-            terms = inputs.norm.values if "weight" in name or "bias" in name else 1
-            if wrong := why_wrong(ours, theirs, exact, terms):
-                return f"{name}: {wrong}"
-        return None
+    def terms(self, exact: Tensor) -> int:
+        return self.first.norm.values if exact.dim() == 1 else 1
 
     def least_bytes(self) -> int:
         """Of a whole step it is the passes of the way that keeps the output; nobody can do without their order."""
         return self._bytes(PASSES_OF[self.site.ending])
 
     def moved(self, name: str) -> int | None:
-        if name == COMPILE:
-            return None
-        if name == EAGER:
-            return counted(self._step(self.first, plain))
+        if name in (COMPILE, EAGER):
+            return super().moved(name)
         with use_backend(name):
             route = pass_route(self.first.norm.x)
         bits, one_launch = (False, False) if route is None else (route.masks is not None, route.one_launch is not None)
@@ -136,36 +136,16 @@ class NormStepTask(OpTask):
             return None
         inputs = self.first
         owned = nn.Module()  # what lives anyway
-        vectors = [leaf.detach() for leaf in inputs.leaves if leaf.dim() == 1] + [
-            *inputs.running[0],
-            *inputs.running[1],
-        ]
-        for index, vector in enumerate(vectors):
+        vectors = [leaf.detach() for leaf in inputs.leaves if leaf.dim() == 1]
+        for index, vector in enumerate([*vectors, *inputs.running[0], *inputs.running[1]]):
             owned.register_buffer(f"vector{index}", vector)
-        if name == EAGER:
-            return saved_bytes(owned, lambda: plain(inputs.ending, inputs.leaves, inputs.running))
-        with use_backend(name):
-            return saved_bytes(owned, lambda: fused(inputs.ending, inputs.leaves, inputs.running))
+        forward: Forward = plain if name == EAGER else fused
+        with use_backend("auto" if name == EAGER else name):
+            return saved_bytes(owned, lambda: forward(inputs.ending, inputs.leaves, inputs.running))
 
     def _bytes(self, names: list[str]) -> int:
         shape = self.site.shape(self.batch_size)
         return sum(_BYTES[name].moved(shape, self.dtype) for name in names)
-
-    def _compiled(self, inputs: NormStepInputs) -> Callable[[], Results]:
-        if inputs is self.first:  # forget what was compiled before: after eight shapes PyTorch would run it in eager
-            torch.compiler.reset()
-        return self._step(inputs, torch.compile(plain, dynamic=False, backend=self.compile_backend))
-
-    @staticmethod
-    def _step(inputs: NormStepInputs, forward: Callable[..., Tensor]) -> Callable[[], Results]:
-        grad_out = inputs.grad_out
-
-        def run() -> Results:
-            with torch.enable_grad():
-                out = forward(inputs.ending, inputs.leaves, inputs.running)
-            return _with_gradients(out, inputs.leaves, grad_out)
-
-        return run
 
 
 def plain(ending: str, leaves: list[Tensor], running: list[list[Tensor]], relu: bool = True) -> Tensor:
@@ -194,5 +174,7 @@ def fused(ending: str, leaves: list[Tensor], running: list[list[Tensor]]) -> Ten
     return bn_act(x, weight, bias, mean, variance, residual, training=True, momentum=MOMENTUM, eps=EPS)
 
 
-def _with_gradients(out: Tensor, leaves: list[Tensor], grad_out: Tensor) -> Results:
-    return [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]
+def _step(inputs: NormStepInputs, forward: Forward) -> Results:
+    with torch.enable_grad():
+        out = forward(inputs.ending, inputs.leaves, inputs.running)
+    return [out.detach(), *torch.autograd.grad(out, inputs.leaves, inputs.grad_out)]

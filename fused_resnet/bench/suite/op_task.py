@@ -1,25 +1,28 @@
-"""Every op of some networks as tasks: the passes of their norms, their steps, and their convolutions."""
+"""Every op of some networks as tasks (the passes of their norms, their steps, their convolutions), and who does them:
+PyTorch, this package's backends one by one, and what else PyTorch offers for an op."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from fused_resnet.bench.contenders import builder_names
 from fused_resnet.bench.passes import PASSES, STATS_APPLY
 from fused_resnet.bench.result import INFERENCE, MODES, TRAINING_FORWARD, TRAINING_STEP
-from fused_resnet.bench.suite.op_base import OpTask
-from fused_resnet.bench.suite.op_contender import op_contenders
-from fused_resnet.bench.suite.op_conv_inference import ConvInferenceTask
+from fused_resnet.bench.sites import conv_sites, norm_sites
+from fused_resnet.bench.suite.op_base import COMPILE, EAGER, SEPARATE, OpTask, on_backend
+from fused_resnet.bench.suite.op_conv_inference import FOLDED, NCHW, PACKED, ConvInferenceTask
 from fused_resnet.bench.suite.op_conv_training import PRODUCTS, ConvTrainingTask
 from fused_resnet.bench.suite.op_norm_step import NormStepTask
 from fused_resnet.bench.suite.op_pass import PassTask
-from fused_resnet.bench.suite.op_sites import conv_sites, norm_sites
 from fused_resnet.bench.suite.op_stem import LAYOUTS, StemTask
-from fused_resnet.bench.suite.task import Task
+from fused_resnet.bench.suite.subjects import builder_names
+from fused_resnet.bench.suite.task import Contender, Task
 
-__all__ = ["op_contenders", "op_tasks"]
+BACKENDS = ("cuda", "triton", "native", SEPARATE, "reference")
+WAYS = (EAGER, NCHW, FOLDED, COMPILE)
+OUR_WAYS = (PACKED,)
 
 
 def op_tasks(
@@ -41,29 +44,14 @@ def op_tasks(
     training step             ``op_pass``            each pass of the backward
     (training forward)        ``op_conv_training``   the gradients of input and weight
     (training step)           ``op_norm_step``       norm, (add,) ReLU: forward and backward by autograd
-    ========================= ====================== ==================================================
-
-    Args:
-        names: builders of this package, such as "resnet50".
-        modes: of ``result.MODES``.
-        batch_sizes, dtypes: a task each.
-        device: where the tasks run.
-        image_size: pixels of an image's side, from which the shapes follow.
-
-    Raises:
-        ValueError: a name or a mode that is not known.
-    """
+    ========================= ====================== =================================================="""
     for name in names:
         if name not in builder_names():
             raise ValueError(f"at op level a model must be one of {', '.join(builder_names())}; got {name!r}")
     for mode in modes:
         if mode not in MODES:
             raise ValueError(f"a mode must be one of {', '.join(MODES)}; got {mode!r}")
-    wanted = {INFERENCE} if INFERENCE in modes else set()
-    if TRAINING_FORWARD in modes or TRAINING_STEP in modes:
-        wanted.add(TRAINING_FORWARD)
-    if TRAINING_STEP in modes:
-        wanted.add(TRAINING_STEP)
+    wanted = {*modes, TRAINING_FORWARD} if TRAINING_STEP in modes else {*modes}
     found: dict[tuple[object, ...], OpTask] = {}
     for name in names:
         for dtype in dtypes:
@@ -86,3 +74,34 @@ def _of_network(
     tasks += [ConvTrainingTask(site, product, batch, dtype, device) for product in PRODUCTS for site in convs]
     tasks += [NormStepTask(site, batch, dtype, device) for site in norms]
     return [task for task in tasks if task.mode in wanted and task.exists]
+
+
+def op_contenders() -> list[Contender]:
+    """All of them; who cannot do a task says why, of the task and of this machine.
+
+    "ours separate" is PyTorch's convolution (cuDNN, oneDNN) with this package's passes beside it, "ours packed oneDNN"
+    what ``freeze`` runs on a CPU. "eager" is channels_last, the format that the fused kernels take; "eager NCHW" is
+    there for inference convolutions.
+    """
+    backends = [_contender(name, is_backend=True) for name in BACKENDS]
+    return [*map(_contender, WAYS), *backends, *(_contender(name, is_ours=True) for name in OUR_WAYS)]
+
+
+def ours(name: str) -> str:
+    """The name of the contender that is a backend of this package, or a way that this package runs."""
+    return f"ours {name}"
+
+
+def _contender(name: str, is_backend: bool = False, is_ours: bool = False) -> Contender:
+    def why_absent(task: Any) -> list[str]:
+        if not isinstance(task, OpTask):
+            return ["it takes tasks at op level only"]
+        return task.why_not(name) if is_backend else task.why_not_way(name)
+
+    def prepare(task: OpTask) -> Any:
+        if is_backend:
+            return task.prepare(name, lambda inputs: on_backend(name, task.ours(inputs)))
+        return task.prepare(name, task.ways()[name])
+
+    is_ours = is_ours or is_backend
+    return Contender(ours(name) if is_ours else name, why_absent, prepare, is_ours)

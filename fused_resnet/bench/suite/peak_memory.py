@@ -11,7 +11,6 @@ import torch
 
 import fused_resnet
 
-STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # what to write into clear_refs: the high-water mark becomes what is held now
 RUNS = 3
 """On a CPU: of one of them, malloc may place a buffer beside the room that the buffer before has just left."""
@@ -43,7 +42,7 @@ def available_bytes(device: torch.device | str) -> int | None:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return _kibibytes(Path("/proc/meminfo"), "MemAvailable")
+    return _kibibytes("/proc/meminfo", "MemAvailable")
 
 
 def _of_gpu(run: Callable[[], object], device: torch.device) -> int | None:
@@ -59,29 +58,22 @@ def _of_gpu(run: Callable[[], object], device: torch.device) -> int | None:
 
 def _of_process(run: Callable[[], object]) -> int | None:
     fused_resnet.ops.empty_cache()
-    _trim_malloc()
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc's; without it free memory is taken unseen
+        ctypes.CDLL(None).malloc_trim(0)
     try:
-        CLEAR_REFS.write_text(RESET_PEAK)
+        Path("/proc/self/clear_refs").write_text(RESET_PEAK)  # which psutil does not do
     except OSError:
         return None
-    before = _kibibytes(STATUS, "VmRSS")
+    before = _kibibytes("/proc/self/status", "VmRSS")
     result = run()
-    peak = _kibibytes(STATUS, "VmHWM")
+    peak = _kibibytes("/proc/self/status", "VmHWM")
     del result
     return None if before is None or peak is None else max(0, peak - before)
 
 
-def _trim_malloc() -> None:
-    """Gives free memory inside malloc's arenas back, so that taking it again is seen (glibc; nothing elsewhere)."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _kibibytes(path: Path, name: str) -> int | None:
-    try:
-        for line in path.read_text().splitlines():
+def _kibibytes(path: str, name: str) -> int | None:
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path(path).read_text().splitlines():
             if line.startswith(f"{name}:"):
                 return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
     return None

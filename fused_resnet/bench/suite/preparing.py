@@ -1,23 +1,79 @@
-"""From a module, a session or a compiled function to a `Prepared`: what all contenders do alike."""
+"""What contenders for networks and blocks need, the reasons why they are absent where they do not have it, and the way
+from a module, a session or a compiled function to a `Prepared`."""
 
 from __future__ import annotations
 
-import contextlib
+import functools
+import importlib.util
 import itertools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fused_resnet.bench.options import dtype_name
+from fused_resnet.bench.result import INFERENCE, TRAINING_STEP
 from fused_resnet.bench.saved_bytes import saved_bytes
 from fused_resnet.bench.suite.moved_bytes import Way, moved_bytes
 from fused_resnet.bench.suite.network_task import NetworkTask
-from fused_resnet.bench.suite.task import Prepared
+from fused_resnet.bench.suite.task import Contender, Prepared
 from fused_resnet.bench.suite.training import Training
 
-Surroundings = Callable[[], contextlib.AbstractContextManager[Any]]
+Condition = Callable[[NetworkTask], list[str]]
+"""The reasons against, none where the task meets it."""
+Surroundings = Callable[[], AbstractContextManager[Any]]
 """Makes what is entered around every run."""
+
+
+def network_contender(
+    name: str, prepare: Callable[[NetworkTask], Prepared], *conditions: Condition, ours: bool = False
+) -> Contender:
+    """One that takes networks and blocks, and of these what meets all conditions. Later conditions are not asked where
+    an earlier one has reasons, so the cheap ones come first."""
+
+    def why_absent(task: Any) -> list[str]:
+        if not isinstance(task, NetworkTask):
+            return ["it takes networks and blocks only"]
+        return next((reasons for condition in conditions if (reasons := condition(task))), [])
+
+    def prepare_in_turn(task: NetworkTask) -> Prepared:
+        if task.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # for everyone, and for good: cuDNN's choices are measured ones
+        return prepare(task)
+
+    return Contender(name, why_absent, prepare_in_turn, ours)
+
+
+def only(meets: Callable[[NetworkTask], bool], reason: str) -> Condition:
+    """Where the task meets it; ``{device}`` in the reason is the task's."""
+    return lambda task: [] if meets(task) else [reason.format(device=task.device)]
+
+
+inference_only = only(lambda task: task.mode == INFERENCE, "it does inference only")
+training_only = only(lambda task: task.training, "it differs in training only")
+training_steps_only = only(lambda task: task.mode == TRAINING_STEP, "it does whole training steps only")
+cuda_only = only(lambda task: task.device.type == "cuda", "it needs a CUDA device; the task is on {device}")
+cpu_only = only(lambda task: task.device.type == "cpu", "it is measured on CPUs only; the task is on {device}")
+
+
+def dtypes(*allowed: torch.dtype) -> Condition:
+    """In one of these dtypes."""
+    return only(lambda task: task.dtype in allowed, f"it takes {' and '.join(map(dtype_name, allowed))} here")
+
+
+def installed(package: str) -> Condition:
+    """With a package of this name to import."""
+    return only(lambda task: _is_there(package), f"{package} is not installed")
+
+
+@functools.cache
+def _is_there(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):  # of a parent package, or of one that stands in sys.modules without a spec
+        return False
 
 
 def module_in(task: NetworkTask, module: nn.Module, memory_format: torch.memory_format) -> nn.Module:
@@ -31,7 +87,7 @@ def prepared_inference(
     inputs: list[Any],
     *,
     guard: Surroundings = torch.inference_mode,
-    surroundings: Surroundings = contextlib.nullcontext,
+    surroundings: Surroundings = nullcontext,
     output: Callable[[Any], Tensor] = lambda result: result,
     way: Way = None,
 ) -> Prepared:
@@ -39,8 +95,7 @@ def prepared_inference(
 
     Args:
         inputs: of `NetworkTask.inputs_as`, or what they are in the contender's own form.
-        guard: entered around every run, such as ``torch.inference_mode``.
-        surroundings: likewise, within.
+        guard, surroundings: entered around every run, the latter within the former.
         output: from what a run returns to the tensor to hold against the exact one; not measured.
         way: for `moved_bytes`.
     """
@@ -60,28 +115,27 @@ def prepared_inference(
 
 
 def prepared_training(
-    task: NetworkTask, training: Training, surroundings: Surroundings = contextlib.nullcontext, way: Way = None
+    task: NetworkTask, training: Training, surroundings: Surroundings = nullcontext, way: Way = None
 ) -> Prepared:
     """A module in training. Its first run gives the results; it has run on each input when this returns."""
 
-    def run() -> Tensor:
-        with surroundings():
-            return training.run()
+    def within(call: Callable[[], Any]) -> Callable[[], Any]:
+        def run() -> Any:
+            with surroundings():
+                return call()
 
-    with surroundings():
-        first = training.first_results()
+        return run
+
+    first, run = within(training.first_results)(), within(training.run)
     for _ in task.inputs[1:]:
         run()
-
-    def saved() -> int:
-        with surroundings():
-            return saved_bytes(training.module, training.loss)
 
     def results() -> list[Tensor | None]:
         given = list(first)
         first.clear()  # they are as large as the parameters, and asked for once
         return given
 
+    saved = within(lambda: saved_bytes(training.module, training.loss))
     return Prepared(run, results, saved, lambda: moved_bytes(task, way))
 
 
@@ -90,12 +144,11 @@ def prepared_module(
     module: nn.Module,
     *,
     memory_format: torch.memory_format = torch.channels_last,
-    surroundings: Surroundings = contextlib.nullcontext,
+    surroundings: Surroundings = nullcontext,
     way: Way = None,
 ) -> Prepared:
     """A module as it is, in the task's mode: in its dtype for inference, under autocast in training."""
     if task.training:
         return prepared_training(task, Training(task, module, memory_format=memory_format), surroundings, way)
-    module = module_in(task, module, memory_format)
-    inputs = task.inputs_as(task.dtype, memory_format)
+    inputs, module = task.inputs_as(task.dtype, memory_format), module_in(task, module, memory_format)
     return prepared_inference(task, module, inputs, surroundings=surroundings, way=way)

@@ -21,26 +21,17 @@ from fused_resnet.bench.timer import Stopwatch, Timing, rotate
 
 LEAST_ROUNDS = 5
 """Measured even where the time is used up; ``report.noise`` says nothing of fewer."""
-LEAST_WARMUP, MOST_WARMUP = 2, 10
-STABLE = 0.05
+LEAST_WARMUP, MOST_WARMUP, STABLE = 2, 10, 0.05
 WARMUP_SHARE = 0.25
 """Of a measurement's time, at most."""
-SHORT_CALL = 0.25
-MOST_CALLS = 10_000
+SHORT_CALL, MOST_CALLS = 0.25, 10_000
 
 
 @dataclass(frozen=True)
 class Method:
-    """How long to measure.
-
-    Attributes:
-        rounds: at least so many measured rounds, where time allows.
-        min_seconds: and as many more, until every contender has been timed for so long.
-        most_rounds: but no more than this.
-        sample_seconds: a sample is the mean of as many calls as take this long.
-        pause: seconds of rest before each turn.
-        warm_up: rounds go unmeasured until they are stable.
-    """
+    """How long to measure: at least so many ``rounds``, where time allows, and as many more, until every contender has
+    been timed for ``min_seconds``, but no more than ``most_rounds``. A sample is the mean of as many calls as take
+    ``sample_seconds``, after a ``pause``; with ``warm_up`` rounds go unmeasured until they are stable."""
 
     rounds: int = 15
     min_seconds: float = 2.0
@@ -57,16 +48,14 @@ class Method:
                 raise ValueError(f"{name} must not be negative; got {getattr(self, name)}")
 
 
+ONCE = Method(rounds=1, min_seconds=0.0, most_rounds=1, sample_seconds=0.0, pause=0.0, warm_up=False)
+"""Of a dry run."""
+
+
 @dataclass
 class Rounds:
-    """What came of them.
-
-    Attributes:
-        timings: of those who ran to the end.
-        failures: the others, and the exception of each.
-        warmup: rounds that went unmeasured.
-        stable: whether the last of those took as long as the ones before; None where there were none.
-    """
+    """Timings of those who ran to the end, the exceptions of the others, how many rounds went unmeasured, and whether
+    the last of those took as long as the ones before; None where there were none."""
 
     timings: dict[str, Timing] = field(default_factory=dict)
     failures: dict[str, Exception] = field(default_factory=dict)
@@ -91,38 +80,31 @@ def measure_rounds(
         runs: what to call, by name. They have run before: compiling and packing are over.
         device, flush_cache: see ``timer.Stopwatch``.
         seconds: after which there are no more rounds, once `LEAST_ROUNDS` are done.
-        clock, sleep: of this process.
         after_round: called after every round with how much of all is done, from 0 to 1.
     """
-    turns = _Turns(runs, Stopwatch(device, clock=clock, flush_cache=flush_cache), method, sleep)
-    start = clock()
-    found = Rounds()
-    if not runs:
-        return found
+    turns = _Turns(dict(runs), list(runs), Stopwatch(device, clock=clock, flush_cache=flush_cache), method, sleep)
+    start, found = clock(), Rounds(failures=turns.failures)
+    totals: list[float] = []
+    samples: list[dict[str, float]] = []
     with _no_garbage_collection():
-        totals: list[float] = []
         while method.warm_up and turns.runs:
             totals.append(sum(turns.round(len(totals)).values()))
             after_round(0.0)
-            found.stable = is_stable(totals)
+            found.stable, found.warmup = is_stable(totals), len(totals)
             much = (clock() - start) * (1 + 1 / len(totals)) > seconds * WARMUP_SHARE
             if len(totals) >= LEAST_WARMUP and (found.stable or much or len(totals) >= MOST_WARMUP):
                 break
-        found.warmup = len(totals)
-        samples: list[dict[str, float]] = []
         measured_since = clock()
         while turns.runs:
             samples.append(turns.round(len(samples)))
             gc.collect()  # of this round's making only: quick
-            done = len(samples)
+            done, wanted = len(samples), turns.rounds_wanted()
             a_round = (clock() - measured_since) / done
-            wanted = _rounds_wanted(turns, method)
             affordable = done + int((start + seconds - clock()) / a_round) if seconds < math.inf else wanted
             last = min(wanted, max(affordable, min(LEAST_ROUNDS, method.rounds)))
             after_round(min(1.0, done / last))
             if done >= last:
                 break
-    found.failures = turns.failures
     found.timings = {name: Timing(tuple(each[name] for each in samples)) for name in turns.runs}
     return found
 
@@ -135,39 +117,24 @@ def is_stable(totals: list[float]) -> bool:
     return abs(now - before) < STABLE * before
 
 
-def _rounds_wanted(turns: _Turns, method: Method) -> int:
-    """So many that the contender that was timed for the least time so far gets ``min_seconds``."""
-    if not turns.timed:
-        return method.rounds
-    shortest = min(turns.timed.values())
-    by_time = math.ceil(method.min_seconds / shortest) if shortest > 0 else method.most_rounds
-    return max(method.rounds, min(by_time, method.most_rounds))
-
-
+@dataclass
 class _Turns:
-    """The contenders that are still in, and how many calls make a sample of each."""
+    """The contenders that are still in; ``timed`` is how long a contender was timed for in its latest turn, ``seconds``
+    the least that one call took, since a turn that somebody disturbed must not make later samples shorter."""
 
-    def __init__(
-        self,
-        runs: Mapping[str, Callable[[], object]],
-        stopwatch: Stopwatch,
-        method: Method,
-        sleep: Callable[[float], object],
-    ) -> None:
-        self.runs = dict(runs)
-        self.failures: dict[str, Exception] = {}
-        self.timed: dict[str, float] = {}
-        """Seconds that a contender was timed for in its latest turn."""
-        self._stopwatch, self._method, self._sleep = stopwatch, method, sleep
-        self._seconds: dict[str, float] = {}
-        self._order = list(runs)
+    runs: dict[str, Callable[[], object]]
+    order: list[str]
+    stopwatch: Stopwatch
+    method: Method
+    sleep: Callable[[float], object]
+    failures: dict[str, Exception] = field(default_factory=dict)
+    timed: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def round(self, index: int) -> dict[str, float]:
         """Everyone's turn, beginning with contender ``index``; seconds of one call each."""
         found: dict[str, float] = {}
-        for name in rotate(self._order, index):
-            if name not in self.runs:
-                continue
+        for name in [name for name in rotate(self.order, index) if name in self.runs]:
             try:
                 found[name] = self._turn(name)
             except Exception as error:
@@ -176,17 +143,21 @@ class _Turns:
                 self.timed.pop(name, None)
         return found
 
+    def rounds_wanted(self) -> int:
+        """So many that the contender that was timed for the least time so far gets ``min_seconds``."""
+        method, shortest = self.method, min(self.timed.values(), default=math.inf)
+        by_time = math.ceil(method.min_seconds / shortest) if shortest > 0 else method.most_rounds
+        return max(method.rounds, min(by_time, method.most_rounds))
+
     def _turn(self, name: str) -> float:
-        run, last = self.runs[name], self._seconds.get(name)
-        if self._method.pause:
-            self._sleep(self._method.pause)
-        if last is not None and last < SHORT_CALL:
-            self._stopwatch.time(run)
-        calls = 1 if last is None else calls_for(last, self._method.sample_seconds)
-        seconds = self._stopwatch.time_calls(run, calls)
-        # The least so far: a turn that somebody disturbed must not make later samples shorter.
-        self._seconds[name] = seconds if last is None else min(last, seconds)
-        self.timed[name] = seconds * calls
+        run, last = self.runs[name], self.seconds.get(name, math.inf)
+        if self.method.pause:
+            self.sleep(self.method.pause)
+        if last < SHORT_CALL:
+            self.stopwatch.time(run)
+        calls = calls_for(last, self.method.sample_seconds)
+        seconds = self.stopwatch.time_calls(run, calls)
+        self.seconds[name], self.timed[name] = min(last, seconds), seconds * calls
         return seconds
 
 

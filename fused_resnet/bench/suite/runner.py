@@ -12,21 +12,20 @@ from typing import Any
 import torch
 
 from fused_resnet.bench.machine import machine_facts
+from fused_resnet.bench.options import dtype_name
+from fused_resnet.bench.report.condition import reasons_to_start_anew
 from fused_resnet.bench.result import FAILED, TRAINING_FORWARD, TRAINING_STEP, Measurement, Result
 from fused_resnet.bench.roofline import ROUNDS, measure_ceilings
-from fused_resnet.bench.suite.condition import differences
-from fused_resnet.bench.suite.contender import Contender
-from fused_resnet.bench.suite.measure import NO_TIME, key_of, measure, title_of
+from fused_resnet.bench.suite.measure import NO_TIME, describe, measure
 from fused_resnet.bench.suite.peak_memory import available_bytes
-from fused_resnet.bench.suite.resume import Earlier
 from fused_resnet.bench.suite.rounds import Method
-from fused_resnet.bench.suite.step_ledgers import step_ledgers
-from fused_resnet.bench.suite.task import Task
+from fused_resnet.bench.suite.task import Contender, Task
+from fused_resnet.bench.training_ledger import step_ledgers
 
 SETUP_WEIGHT = 8
 """What a measurement costs beside its runs, in images of inference."""
-STEP_WEIGHT, FORWARD_WEIGHT = 4, 2
-"""An image of a training step or forward, in images of inference."""
+IMAGE_WEIGHT = {TRAINING_STEP: 4, TRAINING_FORWARD: 2}
+"""Of an image in training, in images of inference."""
 MOST_MEMORY = 0.8
 """Of what is available, that a batch may be expected to take; on a CPU nothing else would stop the system's killer."""
 INTERRUPTED, LEFT_OUT = "interrupted", "left_out"
@@ -35,17 +34,9 @@ INTERRUPTED, LEFT_OUT = "interrupted", "left_out"
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run measures.
-
-    Attributes:
-        device: where the tasks run.
-        method: the rounds of each measurement.
-        budget: seconds for everything. Each measurement gets a share of what is left, by its weight.
-        longest_run: a doubling of batch sizes ends once the quickest contender takes so many seconds.
-        seed: of PyTorch's generator, in front of each measurement.
-        ceiling_rounds: of measuring the roofline; 0 not to.
-        arguments: what the run was asked for, for the file.
-    """
+    """How a run measures: each measurement gets a share of what is left of the ``budget``, in seconds, by its weight;
+    a doubling of batch sizes ends once the quickest contender takes ``longest_run`` seconds; ``seed`` is that of
+    PyTorch's generator; without ``ceiling_rounds`` there is no roofline; ``arguments`` are for the file."""
 
     device: torch.device
     method: Method = field(default_factory=Method)
@@ -55,24 +46,24 @@ class Settings:
     ceiling_rounds: int = ROUNDS
     arguments: dict[str, Any] = field(default_factory=dict)
 
+    def new_result(self) -> Result:
+        """Of a run that has measured nothing yet; the load average is that of others."""
+        return Result(machine_facts(self.device), dict(self.arguments) | {LEFT_OUT: []}, {}, [])
+
 
 class Listener:
-    """Is told how far a run is; this one does nothing."""
+    """Is told how far a run is: the weights of all measurements; of each when it begins, what comes now and how much of
+    it is over, from 0 to 1, and its end or why it is not made. This one does nothing."""
 
-    def start(self, weights: Sequence[float]) -> None:
-        """There will be so many measurements, of these weights."""
+    def start(self, weights: Sequence[float]) -> None: ...
 
-    def begin(self, title: str) -> None:
-        """A measurement begins."""
+    def begin(self, title: str) -> None: ...
 
-    def stage(self, what: str, done: float) -> None:
-        """Of the present measurement ``done`` is over, from 0 to 1, and ``what`` comes now."""
+    def stage(self, what: str, done: float) -> None: ...
 
-    def finish(self, measurement: Measurement, result: Result) -> None:
-        """It is over, and the last of the result."""
+    def finish(self, measurement: Measurement, result: Result) -> None: ...
 
-    def leave_out(self, title: str, reason: str) -> None:
-        """A measurement is not made."""
+    def leave_out(self, title: str, reason: str) -> None: ...
 
 
 def run(
@@ -86,25 +77,20 @@ def run(
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], object] = time.sleep,
 ) -> Result:
-    """Measures the tasks in their order. Ctrl-C ends it early, with what was measured until then.
+    """Measures the tasks in their order, which are let go on the way. Ctrl-C ends it early, with what was measured
+    until then; ``save`` is called with the result so far after each measurement, and at the end.
 
-    Args:
-        tasks: emptied on the way, so that a task's tensors go when it is done.
-        contenders: who takes part; of each task everyone is asked.
-        settings: how.
-        listener: is told how far it is.
-        save: called with the result so far after each measurement, and at the end.
-        before: an earlier result. What it has measured in the same condition and at the same commit is taken over:
-            of these tasks what this run need not make, or cannot make better, and of others all (``resume.py``).
-        clock, sleep: of this process.
+    What an earlier result, ``before``, has measured in the same condition and at the same commit is taken over: of
+    these tasks what this run need not make, or cannot make better, and of others all.
     """
-    return _Run(tasks, contenders, settings, listener or Listener(), save, before, clock, sleep).run()
+    going = _Run(tasks, contenders, settings, listener or Listener(), save, clock, sleep)
+    going.take_over(before)
+    return going.run()
 
 
 def weight(task: Task) -> float:
     """About what a measurement costs, in images of inference."""
-    per_image = {TRAINING_STEP: STEP_WEIGHT, TRAINING_FORWARD: FORWARD_WEIGHT}.get(task.mode, 1)
-    return SETUP_WEIGHT + task.batch_size * per_image
+    return SETUP_WEIGHT + task.batch_size * IMAGE_WEIGHT.get(task.mode, 1)
 
 
 class _Run:
@@ -114,19 +100,26 @@ class _Run:
         contenders: Sequence[Contender],
         settings: Settings,
         listener: Listener,
-        save: Callable[[Result], object],
-        before: Result | None,
-        clock: Callable[[], float],
-        sleep: Callable[[float], object],
+        *functions: Any,
     ) -> None:
         self._tasks, self._contenders, self._settings, self._listener = tasks, contenders, settings, listener
-        self._save, self._clock, self._sleep = save, clock, sleep
-        self._end = clock() + settings.budget
+        self._save, self._clock, self._sleep = functions
+        self._end = self._clock() + settings.budget
         self._measured_dtypes: list[torch.dtype] = []
         self._weights = [weight(task) for task in tasks]
-        machine = machine_facts(settings.device)  # before the work, so that the load average is of others
-        self.result = Result(machine, dict(settings.arguments) | {LEFT_OUT: []}, {}, [])
-        self._earlier = Earlier(before, self.result, [contender.name for contender in contenders])
+        self._names = {contender.name for contender in contenders}
+        self._earlier: dict[tuple[Any, ...], Measurement] = {}
+        self.result = settings.new_result()
+
+    def take_over(self, before: Result | None) -> None:
+        """The measurements of an earlier result, if it was made in the same condition and at the same commit."""
+        if before is None or reasons_to_start_anew(before, self.result):
+            return
+        self._earlier = {measurement.key: measurement for measurement in before.measurements}
+        loads = [load for one in (before, self.result) if (load := one.machine.get("load_average")) is not None]
+        self.result.machine.update({"load_average": max(loads)} if loads else {})
+        self.result.ceilings.update(before.ceilings)
+        self.result.ledgers.update(before.ledgers)
 
     def run(self) -> Result:
         self._listener.start(self._weights)
@@ -144,21 +137,25 @@ class _Run:
         return self.result
 
     def _one(self, task: Task) -> None:
-        share, title, key = self._share(), title_of(task), key_of(task)
-        self._listener.begin(title)
-        measurement = self._earlier.complete(key)
-        if measurement is None:
-            if kept := self._earlier.why_kept(key):
-                self.result.arguments[LEFT_OUT].append(f"{title}: {kept}")
-            reason = kept or self._why_not(task)
-            measurement = self._earlier.fuller(self._measure(task, share)) if reason is None else self._earlier.get(key)
+        share, like = self._share(), describe(task)
+        self._listener.begin(like.title)
+        measurement = known = self._earlier.get(like.key)
+        had_a_turn = set() if known is None else _had_a_turn(known)
+        if known is None or not self._names <= had_a_turn:  # somebody is missing in it
+            others = ", ".join(sorted(had_a_turn - self._names))
+            kept = f"it was measured with {others}, not asked for now" if others else None
+            reason = kept or self._why_not(task, like)
+            if reason is None:
+                made = self._measure(task, share)
+                measurement = made if had_a_turn <= _had_a_turn(made) else known  # the fuller one
+            if kept or measurement is None:
+                self.result.arguments[LEFT_OUT].append(f"{like.title}: {reason}")
             if measurement is None:
-                self.result.arguments[LEFT_OUT].append(f"{title}: {reason}")
-                self._listener.leave_out(title, str(reason))
+                self._listener.leave_out(like.title, str(reason))
                 return
+        assert measurement is not None
         self.result.measurements.append(measurement)
-        for model, ledgers in step_ledgers(measurement, known=self.result.ledgers).items():
-            self.result.ledgers[model] = ledgers
+        self.result.ledgers.update(step_ledgers(measurement, known=self.result.ledgers))
         self._save(self._so_far())
         self._listener.finish(measurement, self.result)
 
@@ -167,40 +164,36 @@ class _Run:
             self._measured_dtypes.append(task.dtype)
             self._measure_ceilings(task.dtype)
         torch.manual_seed(self._settings.seed)
-        return measure(
-            task,
-            self._contenders,
-            self._settings.method,
-            seconds=seconds,
-            clock=self._clock,
-            sleep=self._sleep,
-            stage=self._listener.stage,
-        )
+        how: dict[str, Any] = {"clock": self._clock, "sleep": self._sleep, "stage": self._listener.stage}
+        return measure(task, self._contenders, self._settings.method, seconds=seconds, **how)
 
     def _so_far(self) -> Result:
         """With what an earlier result has of all that is not measured yet."""
-        measured = self.result.measurements
-        return dataclasses.replace(self.result, measurements=measured + self._earlier.without(measured))
+        measured = {measurement.key: measurement for measurement in self.result.measurements}
+        others = [measurement for key, measurement in self._earlier.items() if key not in measured]
+        return dataclasses.replace(self.result, measurements=[*measured.values(), *others])
 
     def _share(self) -> float:
         """Seconds for the next measurement."""
         left = self._weights[-len(self._tasks) - 1 :]
         return (self._end - self._clock()) * left[0] / sum(left)
 
-    def _why_not(self, task: Task) -> str | None:
+    def _why_not(self, task: Task, like: Measurement) -> str | None:
         """Why the task is not measured: no time, no memory, or longer runs than wanted; None if it is."""
         if self._clock() >= self._end:
             return NO_TIME
-        smaller = [m for m in self.result.measurements if _line(m) == _line_of(task) and m.batch_size < task.batch_size]
+        line = _without_batch(like)
+        smaller = [m for m in self.result.measurements if _without_batch(m) == line and m.batch_size < task.batch_size]
         if not smaller:
             return None
         last = max(smaller, key=lambda measurement: measurement.batch_size)
-        medians = [outcome.timing.median for outcome in last.outcomes.values() if outcome.timing is not None]
-        if not medians and any(outcome.status == FAILED for outcome in last.outcomes.values()):
+        outcomes = last.outcomes.values()
+        medians = [outcome.timing.median for outcome in outcomes if outcome.timing is not None]
+        if not medians and any(outcome.status == FAILED for outcome in outcomes):
             return f"nobody managed batch {last.batch_size}"
         if min(medians, default=0.0) > self._settings.longest_run:
             return f"a run of batch {last.batch_size} took {min(medians):.1f} s"
-        peak = max((outcome.peak_bytes or 0 for outcome in last.outcomes.values()), default=0)
+        peak = max((outcome.peak_bytes or 0 for outcome in outcomes), default=0)
         expected, available = peak * task.batch_size / last.batch_size, available_bytes(task.device)
         if task.device.type == "cpu" and available is not None and expected > MOST_MEMORY * available:
             return f"it would take {expected / 1e9:.1f} GB, and {available / 1e9:.1f} GB are available"
@@ -208,23 +201,18 @@ class _Run:
 
     def _measure_ceilings(self, dtype: torch.dtype) -> None:
         """The most that was ever reached."""
-        if not self._settings.ceiling_rounds:
-            return
-        found = measure_ceilings(self._settings.device, dtype, rounds=self._settings.ceiling_rounds)
-        known = self.result.ceilings.setdefault(str(dtype).removeprefix("torch."), {})
-        for name, value in dataclasses.asdict(found).items():
-            known[name] = max(value, known.get(name, 0.0))
+        if self._settings.ceiling_rounds:
+            found = measure_ceilings(self._settings.device, dtype, rounds=self._settings.ceiling_rounds)
+            known = self.result.ceilings.setdefault(dtype_name(dtype), {})
+            for name, value in dataclasses.asdict(found).items():
+                known[name] = max(value, known.get(name, 0.0))
 
 
-def reasons_to_start_anew(before: Result, settings: Settings) -> list[str]:
-    """Why a run with these settings would take nothing over from an earlier result."""
-    return differences(before, Result(machine_facts(settings.device), settings.arguments, {}, []))
+def _had_a_turn(measurement: Measurement) -> set[str]:
+    """Who was not left out for want of time."""
+    return {name for name, outcome in measurement.outcomes.items() if outcome.reason != NO_TIME}
 
 
-def _line(measurement: Measurement) -> tuple[object, ...]:
+def _without_batch(measurement: Measurement) -> tuple[object, ...]:
     """What measurements at growing batch sizes have in common."""
-    return tuple(part for index, part in enumerate(measurement.key) if index != 3)
-
-
-def _line_of(task: Task) -> tuple[object, ...]:
-    return tuple(part for index, part in enumerate(key_of(task)) if index != 3)
+    return (*measurement.key[:3], *measurement.key[4:])

@@ -1,42 +1,74 @@
-"""The table of one measurement."""
+"""How far a run is, and the table of each measurement when it is done."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-from fused_resnet.bench.report.roles import best_eager, is_ours
-from fused_resnet.bench.result import ABSENT, FAILED, OP, RIGHT, WRONG, Measurement, Outcome
-from fused_resnet.bench.roofline import Ceilings
-from fused_resnet.bench.timer import Timing, ratio
+from rich import box
+from rich.console import Console
+from rich.progress import TaskProgressColumn
+from rich.table import Table
+from rich.text import Text
 
-NOTHING = "-"
-Cell = Callable[[str, Outcome, Timing], str]
+from fused_resnet.bench.console import Bar
+from fused_resnet.bench.report.figures import NOTHING, figures, is_ours, megabytes, spread, three_digits, times
+from fused_resnet.bench.result import ABSENT, FAILED, RIGHT, WRONG, Measurement, Outcome, Result
+from fused_resnet.bench.suite.runner import Listener
 
 
-def table(measurement: Measurement, ceilings: dict[str, float] | None) -> Any:
-    """A ``rich.table.Table``: a row for each contender that was timed, in the order of their speed; the wrong ones,
-    whose speed does not count, last. Columns in which nobody has anything are left out.
+class BenchProgress(Bar, Listener):
+    """A `Listener` on a rich console."""
 
-    What matters is said in words; colour repeats it, in orange and blue, which the colour-blind tell apart.
+    def __init__(self, console: Console) -> None:
+        super().__init__(console, TaskProgressColumn())
+        self._weights: list[float] = []
+        self._told: set[tuple[str, str | None]] = set()
+        self._done, self._index = 0.0, -1
 
-    Args:
-        ceilings: an entry of ``Result.ceilings``, or None where they are not known.
-    """
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
+    def start(self, weights: Sequence[float]) -> None:
+        self._weights = list(weights)
+        self.begin_phase("", sum(weights))
 
+    def begin(self, title: str) -> None:
+        self._index += 1
+        line = f"{self._index + 1} of {len(self._weights)}: {title}"
+        self.update(description=line, what="")
+        if not self.is_terminal:
+            self.say(f"{line} ...")
+
+    def stage(self, what: str, done: float) -> None:
+        self.update(completed=self._done + done * self._weights[self._index], what=what)
+
+    def finish(self, measurement: Measurement, result: Result) -> None:
+        self.console.print(table(measurement, result.ceilings))
+        for line in [*footnotes(measurement, self._told), ""]:
+            self.say(line)
+        self._advance()
+
+    def leave_out(self, title: str, reason: str) -> None:
+        self.say(f"{title}: not measured; {reason}\n")
+        self._advance()
+
+    def _advance(self) -> None:
+        self._done += self._weights[self._index]
+        self.update(completed=self._done, what="", refresh=True)
+
+
+def table(measurement: Measurement, ceilings: Mapping[str, Mapping[str, float]]) -> Table:
+    """A row for each contender that was timed, in the order of their speed; the wrong ones, whose speed does not count,
+    last. Columns in which nobody has anything are left out.
+
+    What matters is said in words; colour repeats it, in orange and blue, which the colour-blind tell apart."""
     found = Table(title=Text(measurement.title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     found.add_column("contender", overflow="fold")
-    lines = rows(measurement, ceilings)
-    header = [name for name in lines[0] if any(line[name] != NOTHING for line in lines)] if lines else []
+    lines = {name: cells(measurement, name, ceilings) for name in timed(measurement)}
+    header = dict.fromkeys(name for line in lines.values() for name in line)
+    header = dict.fromkeys(name for name in header if any(line[name] != NOTHING for line in lines.values()))
     for name in header:
         found.add_column(name, justify="left" if name == "numbers" else "right", no_wrap=name != "numbers")
-    order = timed(measurement)
-    for name, line in zip(order, lines, strict=True):
-        status = measurement.outcomes[name].status
-        style = "orange1" if status == WRONG else "bold bright_blue" if is_ours(name) else ""
+    for name, line in lines.items():
+        is_wrong = measurement.outcomes[name].status == WRONG
+        style = "orange1" if is_wrong else "bold bright_blue" if is_ours(name) else ""
         found.add_row(Text(name), *(Text(line[column]) for column in header), style=style)
     return found
 
@@ -47,49 +79,30 @@ def timed(measurement: Measurement) -> list[str]:
     return sorted(medians, key=lambda name: (measurement.outcomes[name].status != RIGHT, medians[name]))
 
 
-def rows(measurement: Measurement, ceilings: dict[str, float] | None) -> list[dict[str, str]]:
-    """The cells of each of `timed`, by the title of their column."""
-    eager = best_eager(measurement)
-    limit = None if ceilings is None else Ceilings(ceilings["bytes_per_second"], ceilings["flop_per_second"])
-    reference = None if eager is None else measurement.outcomes[eager].timing
-    lines = []
-    for name in timed(measurement):
-        outcome = measurement.outcomes[name]
-        timing = outcome.timing
-        assert timing is not None
-        moved = outcome.moved_bytes
-        least, flop = measurement.least_bytes, measurement.flop
-        lines.append(
-            {
-                "ms (20-80 %)": _milliseconds(timing),
-                "images/s": NOTHING if measurement.level == OP else _number(measurement.batch_size / timing.median),
-                "vs eager": NOTHING if reference is None else f"{_times(reference, timing):.2f}x",
-                "setup s": NOTHING if outcome.setup_seconds is None else f"{outcome.setup_seconds:.1f}",
-                "peak MB": _megabytes(outcome.peak_bytes),
-                "saved MB": _megabytes(outcome.saved_bytes),
-                "GB/s": NOTHING if moved is None else _number(moved / timing.median / 1e9),
-                "% roof": NOTHING
-                if limit is None or (least is None and flop is None)
-                else f"{100 * limit.fraction(timing.median, least or 0, flop or 0):.0f}",
-                "numbers": _verdict(outcome),
-            }
-        )
-    return lines
+def cells(measurement: Measurement, name: str, ceilings: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
+    """Of one of `timed`, by the title of their column."""
+    outcome, found = measurement.outcomes[name], figures(measurement, name, ceilings)
+    assert outcome.timing is not None
+    roof, speed = found.roofline_fraction, found.bytes_per_second
+    return {
+        "ms (20-80 %)": spread(outcome.timing, 1e-3),
+        "images/s": NOTHING if found.images_per_second is None else three_digits(found.images_per_second),
+        "vs eager": times(found.times_best_eager),
+        "setup s": NOTHING if outcome.setup_seconds is None else f"{outcome.setup_seconds:.1f}",
+        "peak MB": megabytes(outcome.peak_bytes),
+        "saved MB": megabytes(outcome.saved_bytes),
+        "GB/s": NOTHING if speed is None else three_digits(speed / 1e9),
+        "% roof": NOTHING if roof is None else f"{100 * roof:.0f}",
+        "numbers": _verdict(outcome),
+    }
 
 
 def footnotes(measurement: Measurement, told: set[tuple[str, str | None]] | None = None) -> list[str]:
-    """Sentences beneath the table: who failed and who is absent, with reasons, and what disturbed the measurement.
-
-    Args:
-        told: who has been said to be absent for which reason; those are only counted, and the others are added.
-    """
+    """Sentences beneath the table: who failed and who is absent, with reasons, and what disturbed the measurement."""
     told = set() if told is None else told
-    lines = [
-        f"failed: {name}: {outcome.reason}"
-        for name, outcome in measurement.outcomes.items()
-        if outcome.status == FAILED
-    ]
-    absent = [(name, outcome.reason) for name, outcome in measurement.outcomes.items() if outcome.status == ABSENT]
+    outcomes = measurement.outcomes.items()
+    lines = [f"failed: {name}: {outcome.reason}" for name, outcome in outcomes if outcome.status == FAILED]
+    absent = [(name, outcome.reason) for name, outcome in outcomes if outcome.status == ABSENT]
     by_reason: dict[str | None, list[str]] = {}
     for name, reason in absent:
         if (name, reason) not in told:
@@ -97,31 +110,9 @@ def footnotes(measurement: Measurement, told: set[tuple[str, str | None]] | None
     parts = [f"{', '.join(names)} ({reason})" for reason, names in by_reason.items()]
     if before := len(told.intersection(absent)):
         parts.append(f"{before} for reasons told above")
-    if parts:
-        lines.append(f"absent: {'; '.join(parts)}")
     told.update(absent)
+    lines += [f"absent: {'; '.join(parts)}"] if parts else []
     return lines + [f"note: {note}" for note in measurement.clocks.get("notes", ())]
-
-
-def _times(reference: Timing, timing: Timing) -> float:
-    """How many times as fast as the reference, round by round; of medians where one had its own rounds."""
-    if len(reference.samples) != len(timing.samples):
-        return reference.median / timing.median
-    return ratio(reference, timing)
-
-
-def _milliseconds(timing: Timing) -> str:
-    median, low, high = (1e3 * seconds for seconds in (timing.median, timing.p20, timing.p80))
-    digits = 3 if median < 1 else 2 if median < 10 else 1 if median < 1000 else 0
-    return f"{median:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
-
-
-def _number(value: float) -> str:
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
-
-
-def _megabytes(value: int | None) -> str:
-    return NOTHING if value is None else _number(value / 1e6)
 
 
 def _verdict(outcome: Outcome) -> str:

@@ -1,10 +1,12 @@
-"""What is measured: a network, a block or an op, in one mode, at one batch size, in one dtype, on one device."""
+"""What is measured (a network, a block or an op, in one mode, at one batch size, in one dtype, on one device), and who
+takes part."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,10 +29,8 @@ class Task(ABC):
 
     @abstractmethod
     def why_wrong(self, prepared: Prepared) -> tuple[float | None, str | None]:
-        """(the error against float64, None if the numbers are right and else what is wrong).
-
-        By the project's rule: at most twice the error of PyTorch's eager mode in the same dtype.
-        """
+        """(the error against float64, None if the numbers are right and else what is wrong): by the project's rule at
+        most twice the error of PyTorch's eager mode in the same dtype."""
 
     @abstractmethod
     def flop(self) -> int | None:
@@ -41,13 +41,10 @@ class Task(ABC):
 class Prepared:
     """A contender that is ready: compiled, packed, tuned, captured, warmed up once.
 
-    Attributes:
-        run: does the task once, on the next of the rotating inputs, and gives its results. On a GPU it may return
-            before the device has finished.
-        results: the results to hold against the exact ones, of the first of the inputs and of the weights as they were
-            at first: logits; (loss and gradients) of a training step. Called once, before anything is measured.
-        saved_bytes, moved_bytes: as in ``result.Outcome``; asked once, and not while anything is measured.
-        close: gives back what it holds.
+    ``run`` does the task once, on the next of the rotating inputs; on a GPU it may return before the device has
+    finished. ``results`` are those to hold against the exact ones, of the first of the inputs and of the weights as
+    they were at first; called once, before anything is measured. ``saved_bytes`` and ``moved_bytes``, as in
+    ``result.Outcome``, are asked once, and not while anything is measured; ``close`` gives back what it holds.
     """
 
     run: Callable[[], object]
@@ -55,3 +52,18 @@ class Prepared:
     saved_bytes: Callable[[], int | None] = lambda: None
     moved_bytes: Callable[[], int | None] = lambda: None
     close: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to do a task, named as in tables, such as "eager channels_last".
+
+    ``why_absent`` gives the reasons why it cannot do this task here (not installed, no GPU, inference only, another
+    dtype); an empty list means that it can try. ``prepare`` makes it ready, which is its setup time; if it raises, the
+    contender has failed. ``ours``: this package runs it.
+    """
+
+    name: str
+    why_absent: Callable[[Any], list[str]]
+    prepare: Callable[[Any], Prepared]
+    ours: bool = False

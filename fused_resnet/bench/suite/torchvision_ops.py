@@ -35,19 +35,10 @@ def missing_torchvision_ops() -> torch.library.Library | None:
     return library
 
 
-def torchvision_models() -> ModuleType | None:
-    """``torchvision.models``; None where torchvision is not installed or does not fit this torch."""
+def import_or_none(name: str) -> ModuleType | None:
+    """``torchvision.models`` or ``timm``, which imports it; None where it is missing or does not fit this torch."""
     missing_torchvision_ops()
     try:
-        return importlib.import_module("torchvision.models")
+        return importlib.import_module(name)
     except (ImportError, RuntimeError):  # RuntimeError: a torchvision built for another torch
-        return None
-
-
-def timm() -> ModuleType | None:
-    """``timm``, which imports torchvision; None where it cannot be imported."""
-    missing_torchvision_ops()
-    try:
-        return importlib.import_module("timm")
-    except (ImportError, RuntimeError):
         return None

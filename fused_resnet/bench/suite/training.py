@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fused_resnet.bench.result import TRAINING_STEP
-from fused_resnet.bench.suite.loss import loss_of
+from fused_resnet.bench.suite.network_task import NetworkTask, loss_of
 from fused_resnet.training.loop import MOMENTUM, WEIGHT_DECAY, autocast
-
-if TYPE_CHECKING:
-    from fused_resnet.bench.suite.network_task import NetworkTask
 
 LEARNING_RATE = 1e-3
 LOSS_SCALE = 2.0**10
@@ -43,54 +40,50 @@ class Training:
         memory_format: torch.memory_format = torch.channels_last,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self.task, self.memory_format = task, memory_format
+        self.task = task
         self.module: nn.Module = module.to(dtype=dtype, memory_format=memory_format)  # type: ignore[call-overload]
         self.call = module if call is None else call
-        self.inner_dtype = task.dtype if dtype is None else dtype
         self._autocast_dtype = task.autocast_dtype if dtype is None else None
         self._scale = LOSS_SCALE if self._autocast_dtype == torch.float16 else 1.0
         self._batches = batches(task, memory_format, dtype)
         self._turns = itertools.cycle(self._batches)
         self._leaf: Tensor | None = None
-        self.optimizer: torch.optim.Optimizer | None = None
+        self._optimizer: torch.optim.Optimizer | None = None
 
     def run(self) -> Tensor:
         """The task, once, on the next input: the output, or the loss before the update."""
         x, target = next(self._turns)
-        return self._step(x, target) if self.task.mode == TRAINING_STEP else self.forward(x)
+        return self._step(x, target) if self.task.mode == TRAINING_STEP else self._forward(x)
 
     def first_results(self) -> list[Tensor | None]:
         """Runs the task on the first input, which has to be the first run, and gives what `result_names` names."""
         given = self.run()
         return results_of(self.task, self.module, given, self._leaf)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.task.level_takes_input_gradient:
-            x = self._leaf = x.detach().requires_grad_()
-        with autocast(x, self._autocast_dtype):
-            return self.call(x)
-
     def loss(self) -> Tensor:
         """Of the first input, with what its backward needs."""
-        x, target = self._batches[0]
-        out = self.forward(x)
-        return loss_of(out, target) if self.task.mode == TRAINING_STEP else out
+        return self._forward(*self._batches[0][: 2 if self.task.mode == TRAINING_STEP else 1])
 
-    def _step(self, x: Tensor, target: Tensor) -> Tensor:
-        if self.optimizer is None:
-            self.optimizer = make_optimizer(self.module)
-        self.optimizer.zero_grad()
-        self._leaf = None
-        if self.task.level_takes_input_gradient:
+    def _forward(self, x: Tensor, target: Tensor | None = None) -> Tensor:
+        """The output; with a target the loss."""
+        if self.task.takes_input_gradient:
             x = self._leaf = x.detach().requires_grad_()
         with autocast(x, self._autocast_dtype):
-            loss = loss_of(self.call(x), target)
+            out = self.call(x)
+            return out if target is None else loss_of(out, target)
+
+    def _step(self, x: Tensor, target: Tensor) -> Tensor:
+        if self._optimizer is None:
+            self._optimizer = make_optimizer(self.module)
+        self._optimizer.zero_grad()
+        self._leaf = None
+        loss = self._forward(x, target)
         if self._scale == 1.0:
             loss.backward()
         else:
             (loss * self._scale).backward()
             torch._foreach_mul_([p.grad for p in self.module.parameters() if p.grad is not None], 1 / self._scale)
-        self.optimizer.step()
+        self._optimizer.step()
         return loss.detach()
 
 
@@ -106,10 +99,9 @@ def batches(
     """(input, target) in turn. A network's images are float32, which autocast casts; a block's activations are of the
     task's dtype already, as within a network."""
     inner = task.dtype if dtype is None else dtype
-    outer = inner if task.level_takes_input_gradient or dtype is not None else torch.float32
-    targets = [
-        t.to(inner).to(memory_format=memory_format, copy=True) if t.is_floating_point() else t for t in task.targets
-    ]
+    outer = inner if task.takes_input_gradient or dtype is not None else torch.float32
+    settings: dict[str, Any] = {"memory_format": memory_format, "copy": True}
+    targets = [t.to(inner).to(**settings) if t.is_floating_point() else t for t in task.targets]
     return list(zip(task.inputs_as(outer, memory_format), targets, strict=True))
 
 
@@ -121,7 +113,7 @@ def result_names(task: NetworkTask) -> list[str]:
     if task.mode != TRAINING_STEP:
         return ["output", *buffers]
     gradients = [f"gradient of {name}" for name, p in task.module.named_parameters() if p.requires_grad]
-    return ["gradient of the input" if task.level_takes_input_gradient else "loss", *gradients, *buffers]
+    return ["gradient of the input" if task.takes_input_gradient else "loss", *gradients, *buffers]
 
 
 def results_of(task: NetworkTask, module: nn.Module, given: Tensor, leaf: Tensor | None) -> list[Tensor | None]:
@@ -130,6 +122,6 @@ def results_of(task: NetworkTask, module: nn.Module, given: Tensor, leaf: Tensor
     buffers = [buffer.clone() for buffer in module.buffers() if buffer.is_floating_point()]
     if task.mode != TRAINING_STEP:
         return [given.detach().clone(), *buffers]
-    first = given.detach() if not task.level_takes_input_gradient else None if leaf is None else leaf.grad
+    first = given.detach() if not task.takes_input_gradient else None if leaf is None else leaf.grad
     gradients = [parameter.grad for parameter in module.parameters() if parameter.requires_grad]
     return [*(None if tensor is None else tensor.clone() for tensor in (first, *gradients)), *buffers]

@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
 import os
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from fused_resnet.bench.contenders import builder_names
+from fused_resnet.bench import options
+from fused_resnet.bench.suite.rounds import ONCE
+from fused_resnet.bench.suite.subjects import builder_names
 from fused_resnet.bench.tune.compile import compile_all
-from fused_resnet.bench.tune.measure import DRY_METHOD, METHOD
-from fused_resnet.bench.tune.run import tune, unknown
+from fused_resnet.bench.tune.measure import METHOD, Found
+from fused_resnet.bench.tune.run import Outcome, tune, unknown
 from fused_resnet.bench.tune.sites import MODES, Selection, subjects
+from fused_resnet.bench.tune.subject import Subject
 from fused_resnet.ops.plan import measured_plan, plan_file
 from fused_resnet.ops.plan.measured_plan import ignoring_measured_plan
 from fused_resnet.ops.plan.plan_file import NotAPlan
 
-DTYPES = ("float32", "bfloat16", "float16")
-BATCH_SIZES = {
-    "cpu": {"inference": (1, 8), "training": (16,)},
-    "cuda": {"inference": (1, 32, 256), "training": (256,)},
-}
+BATCH_SIZES = {"cpu": {"inference": (1, 8), "training": (16,)}, "cuda": {"inference": (1, 32, 256), "training": (256,)}}
 DRY_BATCH_SIZE, DRY_IMAGE_SIZE, DRY_TILES = 2, 32, 1
-SMALLEST_IMAGE = 32
 MOST_JOBS = 16
 COMPILE_SHARE = 0.5
 """Of the budget, at most."""
@@ -36,31 +35,23 @@ REFUSED, INTERRUPTED = 1, 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    models = builder_names()
-    add(
-        "--model",
-        nargs="+",
-        action="extend",
-        choices=models,
-        metavar="NAME",
-        help=f"{', '.join(models)} (default: resnet50)",
-    )
+    add, models = parser.add_argument, builder_names()
+    model_help = f"{', '.join(models)} (default: resnet50)"
+    add("--model", nargs="+", action="extend", choices=models, metavar="NAME", help=model_help)
     add("--mode", nargs="+", choices=MODES, help="inference, training (default: inference)")
-    add(
-        "--batch-size",
-        nargs="+",
-        type=_positive,
-        metavar="N",
-        help="images (default: inference 1 8, training 16; on a GPU 1 32 256 and 256)",
-    )
-    add("--dtype", nargs="+", choices=DTYPES, help="of activations (default: float32; on a GPU bfloat16)")
-    add("--image-size", type=_image_size, default=224, metavar="PIXELS", help="of a side (default: %(default)s)")
+    batch_help = "images (default: inference 1 8, training 16; on a GPU 1 32 256 and 256)"
+    add("--batch-size", nargs="+", type=options.positive, metavar="N", help=batch_help)
+    dtype_help = "of activations (default: float32; on a GPU bfloat16)"
+    add("--dtype", nargs="+", choices=options.DTYPES, help=dtype_help)
+    size_help = "of a side (default: %(default)s)"
+    add("--image-size", type=options.image_size, default=224, metavar="PIXELS", help=size_help)
     add("--device", help="such as cpu or cuda:1 (default: a GPU where there is one)")
-    add("--threads", type=_positive, metavar="N", help="of PyTorch on the CPU: a plan for each (default: its choice)")
+    threads_help = "of PyTorch on the CPU: a plan for each (default: its choice)"
+    add("--threads", type=options.positive, metavar="N", help=threads_help)
     jobs_help = f"processes that compile Triton's kernels (default: one for each core, {MOST_JOBS} at most)"
-    add("--jobs", type=_positive, metavar="N", help=jobs_help)
-    add("--budget", type=_seconds, metavar="SECONDS", help="for everything; what is left is measured by the next run")
+    add("--jobs", type=options.positive, metavar="N", help=jobs_help)
+    budget_help = "for everything; what is left is measured by the next run"
+    add("--budget", type=options.seconds, metavar="SECONDS", help=budget_help)
     add("--output", type=Path, metavar="FILE", help="(default: the user's plan, which is used from then on)")
     add("--again", action="store_true", help="measure what the plan has already, too")
     add("--dry", action="store_true", help="tiny shapes, one round, nothing kept: does it run?")
@@ -68,36 +59,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """The exit status: 0, 1 when it cannot run as asked, 130 when stopped by Ctrl-C."""
-    end = time.monotonic() + (arguments.budget or math.inf)
-    if importlib.util.find_spec("rich") is None:
-        return _refuse("needs rich: pip install 'fused_resnet[bench]' (or pip install rich)")
+    end = math.inf if arguments.budget is None else time.monotonic() + arguments.budget
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
         measured_plan.reload()
     try:
+        if missing := options.missing_packages("bench", {"rich": "rich"}):
+            raise ValueError(missing)
         selection = select(arguments)
-    except ValueError as error:
-        return _refuse(str(error))
-    if not arguments.dry:
-        return _run(arguments, selection, arguments.output, end)
-    with tempfile.TemporaryDirectory() as folder:
-        return _run(arguments, selection, Path(folder, "plan.json"), end)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "plan.json") if arguments.dry else arguments.output
+            return _run(arguments, selection, path, end)
+    except (ValueError, NotAPlan, OSError) as error:
+        print(f"python -m fused_resnet tune: {error}", file=sys.stderr)
+        return REFUSED
 
 
 def select(arguments: argparse.Namespace) -> Selection:
-    """What the arguments ask for.
-
-    Raises:
-        ValueError: the device is not here, or is none that is tuned for.
-    """
-    device = _device(arguments.device)
-    batch_sizes = BATCH_SIZES[device.type]
-    modes = tuple(dict.fromkeys(arguments.mode or ["inference"]))
-    image_size = arguments.image_size
+    """What the arguments ask for."""
+    device = options.find_device(arguments.device)
+    batch_sizes, image_size = BATCH_SIZES[device.type], arguments.image_size
     if arguments.dry:
         batch_sizes, image_size = dict.fromkeys(MODES, (DRY_BATCH_SIZE,)), DRY_IMAGE_SIZE
     if arguments.batch_size:
         batch_sizes = dict.fromkeys(MODES, tuple(dict.fromkeys(arguments.batch_size)))
+    modes = tuple(dict.fromkeys(arguments.mode or ["inference"]))
     return Selection(
         models=tuple(dict.fromkeys(arguments.model or ["resnet50"])),
         modes=modes,
@@ -110,88 +96,94 @@ def select(arguments: argparse.Namespace) -> Selection:
 
 
 def _run(arguments: argparse.Namespace, selection: Selection, path: Path | None, end: float) -> int:
-    from fused_resnet.bench.suite.progress import make_console
-    from fused_resnet.bench.tune.show import TuneProgress, summary, table
+    from rich.progress import MofNCompleteColumn
 
-    console, device = make_console(), torch.device(selection.device)
+    from fused_resnet.bench.console import Bar, make_console
+
+    device = torch.device(selection.device)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # as people who care for speed set it
-    try:
-        known = measured_plan.decisions(device, path)
-        plan = path or measured_plan.plan_path(device)
-        plan_file.check_writable(plan)
-    except (NotAPlan, OSError) as error:
-        return _refuse(str(error))
+    known = measured_plan.decisions(device, path)
+    plan = path or measured_plan.plan_path(device)
+    plan_file.check_writable(plan)
     tiles = {key: decision.winner for (op, key), decision in known.items() if op == measured_plan.TILES}
     with ignoring_measured_plan():
         everything = subjects(selection, tiles)
         wanted = [*range(len(everything))] if arguments.again else unknown(everything, known)
     jobs = arguments.jobs or min(os.cpu_count() or 1, MOST_JOBS)
     compiled = [index for index in wanted if everything[index].compiles] if device.type == "cuda" and jobs > 1 else []
-    if compiled:
-        with TuneProgress(console, f"compiling, {jobs} at a time", len(compiled)) as progress:
+    with Bar(make_console(), MofNCompleteColumn()) as bar:
+        if compiled:
+            bar.begin_phase(f"compiling, {jobs} at a time", len(compiled))
             left = COMPILE_SHARE * (end - time.monotonic())
-            compile_all(selection, compiled, jobs, seconds=left, after_each=progress.advance)
-    with TuneProgress(console, "measuring", len(wanted)) as progress:
-        try:
-            outcome = tune(
-                [everything[index] for index in wanted],
-                tiles,
-                path,
-                method=DRY_METHOD if arguments.dry else METHOD,
-                seconds=end - time.monotonic(),
-                begin=progress.begin,
-                finish=progress.finish,
-            )
-        except OSError as error:
-            return _refuse(f"the plan cannot be written: {error}")
+            compile_all(selection, compiled, jobs, seconds=left, after_each=lambda: bar.update(advance=1))
+        bar.begin_phase("measuring", len(wanted))
+        done = 0
+
+        def finish(subject: Subject, found: Found | None) -> None:
+            nonlocal done
+            done += 1
+            bar.update(advance=1)
+            if not bar.is_terminal:
+                answer = "nothing ran" if found is None else answer_of(found)
+                bar.say(f"{done} of {len(wanted)}: {subject.title}: {answer}")
+
+        outcome = tune(
+            [everything[index] for index in wanted],
+            tiles,
+            path,
+            method=ONCE if arguments.dry else METHOD,
+            seconds=end - time.monotonic(),
+            begin=lambda subject: bar.update(what=subject.title),
+            finish=finish,
+        )
+        bar.update(what="")
     if outcome.found:
-        console.print(table(outcome.found))
+        bar.console.print(table(outcome.found))
     for line in summary(outcome, len(everything) - len(wanted), plan):
-        console.print(line, markup=False, soft_wrap=True)
+        bar.say(line)
     if arguments.dry:
-        console.print("dry: tiny shapes in one round, and nothing is kept")
+        bar.say("dry: tiny shapes in one round, and nothing is kept")
         return REFUSED if outcome.failed else 0
     return INTERRUPTED if outcome.interrupted else 0
 
 
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device must be cpu, cuda or cuda:N; got {name!r}") from None
-    if device.type not in BATCH_SIZES:
-        raise ValueError(f"--device must be cpu, cuda or cuda:N; got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= (torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        raise ValueError(f"--device {name} is not here: PyTorch finds {torch.cuda.device_count()} GPUs")
-    return device
+def answer_of(found: Found) -> str:
+    """In a few words."""
+    if math.isnan(found.ratio):
+        return f"{found.winner}; {found.heuristic} cannot run"
+    if found.winner == found.heuristic:
+        return f"{found.heuristic} stays{' (nothing else can run)' if len(found.seconds) == 1 else ''}"
+    return f"{found.winner}, {found.ratio:.2f}x as fast as {found.heuristic}"
 
 
-def _refuse(message: str) -> int:
-    print(f"python -m fused_resnet tune: {message}", file=sys.stderr)
-    return REFUSED
+def table(results: Sequence[tuple[Subject, Found]]) -> Any:
+    """A ``rich.table.Table`` with a row for each shape: what is written, what was fastest and how much faster it is,
+    those that gain most first."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    found = Table("shape", "as written", "fastest", "ratio", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in found.columns:
+        column.overflow = "fold"
+    gains = [(math.inf if math.isnan(each.ratio) else each.ratio, subject.title, each) for subject, each in results]
+    for ratio, title, each in sorted(gains, key=lambda gain: -gain[0]):
+        changed = each.winner != each.heuristic
+        cells = (each.winner, "-" if math.isinf(ratio) else f"{ratio:.2f}x") if changed else ("the same", "")
+        found.add_row(*map(Text, (title, each.heuristic, *cells)), style="bold bright_blue" if changed else "")
+    return found
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1; got {text!r}")
-    return int(text)
-
-
-def _image_size(text: str) -> int:
-    number = _positive(text)
-    if number < SMALLEST_IMAGE:
-        raise argparse.ArgumentTypeError(f"must be at least {SMALLEST_IMAGE}; got {number}")
-    return number
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0; got {text!r}")
-    return seconds
+def summary(outcome: Outcome, known: int, path: Path) -> list[str]:
+    """Lines for below the table."""
+    changed = sum(found.winner != found.heuristic for _, found in outcome.found)
+    lines = [f"{len(outcome.found)} measured, {changed} of them faster than as written; {known} were known before"]
+    for subject, found in outcome.found:
+        lines += [f"dropped: {name} of {subject.title}: {reason}" for name, reason in found.dropped.items()]
+    lines += [f"not measured: {title}: {reason}" for title, reason in outcome.failed.items()]
+    if outcome.left:
+        shown = ", ".join(outcome.left[:3]) + (", ..." if len(outcome.left) > 3 else "")
+        why = "interrupted" if outcome.interrupted else "the time was used up"
+        lines.append(f"left: {len(outcome.left)} ({why}): {shown}; the same command goes on there")
+    return [*lines, f"plan: {path}"]

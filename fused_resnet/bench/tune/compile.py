@@ -73,15 +73,7 @@ def compile_all(
     """Compiles the candidates of these subjects, and gives of how many.
 
     Every process builds the same list of subjects, so that only numbers go between them. What is not done when the time
-    is over is compiled when it is measured.
-
-    Args:
-        wanted: places in the list that ``subjects(selection, ...)`` gives.
-        jobs: processes.
-        seconds: for all of it.
-        work: what a process does with one of them.
-        after_each: called when one is done.
-    """
+    is over is compiled when it is measured."""
     if not wanted or seconds <= 0:
         return 0
     done, end = 0, time.monotonic() + seconds

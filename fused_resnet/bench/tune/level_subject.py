@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from fused_resnet.bench.options import dtype_name
 from fused_resnet.bench.passes import why_wrong
+from fused_resnet.bench.sites import ConvSite
 from fused_resnet.bench.suite.op_base import terms_of_products
 from fused_resnet.bench.suite.op_conv_training import ConvTrainingInputs
-from fused_resnet.bench.suite.op_sites import ConvSite
 from fused_resnet.bench.suite.task import Prepared
 from fused_resnet.bench.tune.level_step import LevelStep
-from fused_resnet.bench.tune.op_subject import with_batch
-from fused_resnet.bench.tune.subject import Subject
-from fused_resnet.bench.tune.tile_candidates import choosing, with_tiles
+from fused_resnet.bench.tune.subject import Result, Subject, choosing, empty_image, with_batch, with_tiles
 from fused_resnet.ops.conv_settings import ConvSettings
 from fused_resnet.ops.plan import measured_plan, plan_key
 from fused_resnet.ops.plan.plan_file import Key
@@ -25,8 +23,6 @@ from fused_resnet.ops.route.choose import use_backend
 from fused_resnet.ops.route.fusion_level import highest_level, training_level
 from fused_resnet.ops.route.reasons import unavailable
 from fused_resnet.ops.route.request import use_fusion_level
-
-Result = TypeVar("Result")
 
 
 class LevelSubject(Subject):
@@ -44,15 +40,13 @@ class LevelSubject(Subject):
     ) -> None:
         self.site, self.batch_size, self.dtype, self.device = site, batch_size, dtype, device
         place = ", behind a norm" if site.normed else ""
-        self.title = f"training level {site.conv}{place} x {batch_size} {str(dtype).removeprefix('torch.')}"
+        self.title = f"training level {site.conv}{place} x {batch_size} {dtype_name(dtype)}"
         self.compiles = not unavailable("triton")
         self._tiles = tiles
 
     def make_key(self) -> Key:
-        x, weight = (
-            torch.empty(shape, dtype=self.dtype, device=self.device, memory_format=torch.channels_last)
-            for shape in (self.site.conv.input_shape(1), self.site.conv.weight_shape)
-        )
+        shapes = (self.site.conv.input_shape(1), self.site.conv.weight_shape)
+        x, weight = (empty_image(shape, self.dtype, self.device) for shape in shapes)
         return with_batch(plan_key.level_key(x, weight, ConvSettings.of(*self.site.conv.settings)), self.batch_size)
 
     def heuristic(self) -> str:

@@ -17,7 +17,6 @@ from fused_resnet.bench.suite.task import Prepared
 from fused_resnet.bench.timer import Timing
 
 METHOD = Method(rounds=15, min_seconds=0.1, most_rounds=40, sample_seconds=0.002, pause=0.0)
-DRY_METHOD = Method(rounds=1, min_seconds=0.0, most_rounds=1, sample_seconds=0.0, pause=0.0, warm_up=False)
 SHORTLIST = 6
 """So many candidates are measured in full, beside what would be chosen anyway; more are timed briefly before."""
 BRIEF = Method(rounds=3, min_seconds=0.0, most_rounds=3, sample_seconds=0.001, pause=0.0, warm_up=False)
@@ -77,13 +76,36 @@ def find_fastest(
         raise RuntimeError("candidates cannot be measured while a CUDA graph is captured")
     ready: dict[str, Prepared] = {}
     dropped: dict[str, str] = {}
+    medians: dict[str, float] = {}
+
+    def measured(names: list[str], method: Method, share: float) -> dict[str, Timing]:
+        runs, left = {name: ready[name].run for name in names}, max(0.0, end - clock()) * share
+        rounds = measure_rounds(runs, device, method, flush_cache=True, seconds=left, clock=clock)
+        dropped.update({name: f"failed: {last_line(error)}" for name, error in rounds.failures.items()})
+        medians.update({name: timing.median for name, timing in rounds.timings.items()})
+        return rounds.timings
+
     try:
         for name, prepare in candidates.items():
             if reason := _make_ready(name, prepare, why_wrong, ready):
                 dropped[name] = reason
-        if not ready:
+        names, end = list(ready), clock() + seconds
+        if len(names) > SHORTLIST + 1:
+            brief = measured(names, replace(BRIEF, rounds=min(method.rounds, BRIEF.rounds)), 0.3)
+            best = sorted(brief, key=lambda name: brief[name].median)[:SHORTLIST]
+            names = [name for name in brief if name in best or name == heuristic]
+        timings = measured(names, method, 0.6)
+        if not timings:
             raise NothingRan("; ".join(f"{name}: {reason}" for name, reason in dropped.items()))
-        return _compare(ready, heuristic, dropped, device, method, clock() + seconds, clock)
+        fastest = min(timings, key=lambda name: timings[name].median)
+        if heuristic not in timings:
+            return Found(heuristic, fastest, medians, math.nan, dropped)
+        if fastest != heuristic:
+            finals = measured([heuristic, fastest], method, 1.0)
+            if len(finals) == 2 and is_faster(finals[heuristic], finals[fastest]):
+                ratio = statistics.median(_quotients(finals[heuristic], finals[fastest]))
+                return Found(heuristic, fastest, medians, ratio, dropped)
+        return Found(heuristic, heuristic, medians, 1.0, dropped)
     finally:
         for prepared in ready.values():
             prepared.close()
@@ -98,10 +120,7 @@ def is_faster(before: Timing, after: Timing) -> bool:
 
 
 def _make_ready(
-    name: str,
-    prepare: Callable[[], Prepared],
-    why_wrong: Callable[[Prepared], str | None],
-    ready: dict[str, Prepared],
+    name: str, prepare: Callable[[], Prepared], why_wrong: Callable[[Prepared], str | None], ready: dict[str, Prepared]
 ) -> str | None:
     """Puts it among the ``ready`` ones; the reason why not."""
     try:
@@ -112,49 +131,11 @@ def _make_ready(
         wrong = why_wrong(prepared)
     except Exception as error:
         wrong = last_line(error)
-    if wrong is not None:
-        prepared.close()
-        return f"wrong: {wrong}"
-    ready[name] = prepared
-    return None
-
-
-def _compare(
-    ready: dict[str, Prepared],
-    heuristic: str,
-    dropped: dict[str, str],
-    device: torch.device,
-    method: Method,
-    end: float,
-    clock: Callable[[], float],
-) -> Found:
-    seconds: dict[str, float] = {}
-
-    def measured(names: list[str], method: Method, share: float) -> dict[str, Timing]:
-        runs = {name: ready[name].run for name in names}
-        left = max(0.0, end - clock()) * share
-        rounds = measure_rounds(runs, device, method, flush_cache=True, seconds=left, clock=clock)
-        dropped.update({name: f"failed: {last_line(error)}" for name, error in rounds.failures.items()})
-        seconds.update({name: timing.median for name, timing in rounds.timings.items()})
-        return rounds.timings
-
-    names = list(ready)
-    if len(names) > SHORTLIST + 1:
-        brief = measured(names, replace(BRIEF, rounds=min(method.rounds, BRIEF.rounds)), 0.3)
-        best = sorted(brief, key=lambda name: brief[name].median)[:SHORTLIST]
-        names = [name for name in brief if name in best or name == heuristic]
-    timings = measured(names, method, 0.6)
-    if not timings:
-        raise NothingRan("; ".join(f"{name}: {reason}" for name, reason in dropped.items()))
-    fastest = min(timings, key=lambda name: timings[name].median)
-    if heuristic not in timings:
-        return Found(heuristic, fastest, seconds, math.nan, dropped)
-    if fastest != heuristic:
-        finals = measured([heuristic, fastest], method, 1.0)
-        if len(finals) == 2 and is_faster(finals[heuristic], finals[fastest]):
-            ratio = statistics.median(_quotients(finals[heuristic], finals[fastest]))
-            return Found(heuristic, fastest, seconds, ratio, dropped)
-    return Found(heuristic, heuristic, seconds, 1.0, dropped)
+    if wrong is None:
+        ready[name] = prepared
+        return None
+    prepared.close()
+    return f"wrong: {wrong}"
 
 
 def _quotients(before: Timing, after: Timing) -> list[float]:

@@ -13,7 +13,6 @@ from fused_resnet.bench.suite.measure import last_line
 from fused_resnet.bench.suite.rounds import Method
 from fused_resnet.bench.tune.measure import METHOD, Found, NothingRan, find_fastest
 from fused_resnet.bench.tune.subject import Subject
-from fused_resnet.bench.tune.tile_candidates import ask_nobody
 from fused_resnet.ops.plan import measured_plan
 from fused_resnet.ops.plan.plan_file import Key
 from fused_resnet.ops.route.reasons import unavailable
@@ -58,17 +57,7 @@ def tune(
     """Measures the subjects and records what is found.
 
     What was measured before has no say in it: heuristics are those that are written. Ctrl-C ends it, and what was
-    measured is kept.
-
-    Args:
-        tiles: the fastest tiles are put here, for the subjects behind.
-        path: another file than the user's plan.
-        seconds: nothing is begun that would take longer, if it takes as long as the slowest of its op so far.
-        begin, finish: called before and after each.
-
-    Raises:
-        OSError: the plan cannot be written.
-    """
+    measured is kept."""
     outcome, end, queue = Outcome(), clock() + seconds, deque(subjects)
     slowest: dict[str, float] = {}
     try:
@@ -91,7 +80,7 @@ def tune(
         outcome.left += [subject.title for subject in queue]
     finally:
         if not unavailable("triton"):
-            ask_nobody()
+            measured_plan.choose_tiles_by(None)
     return outcome
 
 

@@ -8,17 +8,15 @@ from dataclasses import dataclass
 import torch
 
 from fused_resnet.bench.result import INFERENCE, TRAINING_STEP
+from fused_resnet.bench.sites import conv_sites
 from fused_resnet.bench.suite.op_base import OpTask
 from fused_resnet.bench.suite.op_conv_inference import ConvInferenceTask
 from fused_resnet.bench.suite.op_conv_training import ConvTrainingTask
 from fused_resnet.bench.suite.op_norm_step import NormStepTask
-from fused_resnet.bench.suite.op_sites import conv_sites
 from fused_resnet.bench.suite.op_stem import StemTask
 from fused_resnet.bench.suite.op_task import op_tasks
 from fused_resnet.bench.tune.level_subject import LevelSubject
-from fused_resnet.bench.tune.method_subject import MethodSubject
-from fused_resnet.bench.tune.op_subject import BackendSubject, TrainingTileSubject
-from fused_resnet.bench.tune.subject import Subject
+from fused_resnet.bench.tune.subject import BackendSubject, MethodSubject, Subject, TrainingTileSubject
 from fused_resnet.ops.backends.native.conv import why_no_kernels
 from fused_resnet.ops.plan.plan_file import Key
 from fused_resnet.ops.plan.plan_key import CHOSEN_OPS
@@ -50,13 +48,10 @@ class Selection:
 
 def subjects(selection: Selection, tiles: dict[Key, str]) -> list[Subject]:
     """The questions, in the order in which they are measured: convolutions and passes, the methods of a frozen network
-    on the CPU, the tiles of the training convolutions, and the levels, in which those tiles are used.
-
-    Args:
-        tiles: where whoever measures puts the tiles that he finds, and the levels find them.
-    """
+    on the CPU, the tiles of the training convolutions, and the levels, in which those tiles are used."""
     found: dict[tuple[str, Key], Subject] = {}
-    for subject in sorted(_all(selection, tiles), key=_rank):
+    kinds: list[type] = [BackendSubject, MethodSubject, TrainingTileSubject, LevelSubject]
+    for subject in sorted(_all(selection, tiles), key=lambda subject: kinds.index(type(subject))):
         found.setdefault((subject.op, subject.key), subject)
     return [*found.values()]
 
@@ -97,11 +92,7 @@ def _of_task(task: OpTask, most_tiles: int | None) -> Subject | None:
     if isinstance(task, StemTask) and not on_gpu:
         return None
     subject = BackendSubject(task, most_tiles)
-    only_cuda = subject.op.endswith("_mask") or subject.op == "bn_stats_apply"  # ``keeps_masks``, ``takes_one_launch``
+    only_cuda = subject.op.endswith("_mask") or subject.op == "bn_stats_apply"  # as ``ops/route/routes.py`` has it
     if only_cuda and (unavailable("cuda") or not on_gpu):
         return None
     return subject if subject.op in CHOSEN_OPS else None
-
-
-def _rank(subject: Subject) -> int:
-    return [BackendSubject, MethodSubject, TrainingTileSubject, LevelSubject].index(type(subject))

@@ -19,10 +19,9 @@ import json
 import os
 import platform
 import re
-import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,14 +104,9 @@ def user_folder() -> Path:
     """Where the user's own plans lie; not made until one is written."""
     if named := os.environ.get(ENVIRONMENT_VARIABLE):
         return Path(named).expanduser() / "plans"
-    if cache := os.environ.get("XDG_CACHE_HOME"):
-        return Path(cache).expanduser() / "fused_resnet" / "plans"
-    home = Path(os.path.expanduser("~"))
-    if sys.platform == "darwin":
-        return home / "Library" / "Caches" / "fused_resnet" / "plans"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local") / "fused_resnet" / "plans"
-    return home / ".cache" / "fused_resnet" / "plans"
+    import platformdirs
+
+    return platformdirs.user_cache_path("fused_resnet", appauthor=False, opinion=False) / "plans"
 
 
 def read(path: Path, condition: dict[str, Any]) -> Decisions:
@@ -153,13 +147,17 @@ def merge(path: Path, condition: dict[str, Any], decisions: Decisions) -> None:
     """Adds the decisions to the file, in place of those of the same op and key; makes file and folder where missing.
 
     Whoever reads it meanwhile finds the old file or the new one, and of two processes that write at once neither loses
-    anything. What is damaged or foreign is written anew.
+    anything where the file system has locks. What is damaged or foreign is written anew.
 
     Raises:
         OSError: the folder cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(path):
+    import filelock
+
+    with contextlib.ExitStack() as alone:
+        with contextlib.suppress(OSError, NotImplementedError):  # some network file systems have no locks
+            alone.enter_context(filelock.FileLock(path.with_name(f".{path.name}.lock")))
         try:
             known = read(path, condition)
         except NotAPlan:
@@ -215,21 +213,6 @@ def _write(path: Path, condition: dict[str, Any], decisions: Decisions) -> None:
     except BaseException:
         Path(unfinished).unlink(missing_ok=True)
         raise
-
-
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Inside, no other process is in here for the same file. Where the system has no such lock (Windows, some network
-    file systems) two that write at the same moment may lose the decisions of one."""
-    if sys.platform == "win32":
-        yield
-        return
-    import fcntl
-
-    with path.with_name(f".{path.name}.lock").open("a") as lock:
-        with contextlib.suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield  # closing the file lets go of the lock
 
 
 def _triton_version() -> str | None:

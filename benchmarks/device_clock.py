@@ -1,4 +1,4 @@
-"""The time of a GPU's own, and what comes before it is read: for pytest-benchmark."""
+"""The GPU's own clock for pytest-benchmark, and what comes before it is read."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-SPIN_CYCLES = 1_000_000
-"""About half a millisecond of a GPU: longer than the host needs to launch a step of one norm."""
+from fused_resnet.bench.timer import SPIN_CYCLES
 
 
 class Moment:

@@ -1,6 +1,6 @@
 """Compiles the Triton kernels that some networks need, on all cores at once, into Triton's cache.
 
-    python -m benchmarks.gpu.kernels --model resnet18 resnet50 --batch-size 32 256 --jobs 16 [--budget 200]
+    python -m benchmarks.compile_kernels --model resnet18 resnet50 --batch-size 32 256 --jobs 16 [--budget 200]
 
 Triton compiles a kernel in the process that first launches it, one after the other. Here every call of an op of this
 package that the networks make, in training and in inference, is listed first, by running them for their shapes only
@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_resnet.bench.contenders import builder_names
-from fused_resnet.bench.suite.op_sites import ADDED, SHORTCUT, conv_sites
+from fused_resnet.bench.sites import ADDED, SHORTCUT, conv_sites
+from fused_resnet.bench.suite.subjects import builder_names
 from fused_resnet.bench.training_ledger import training_ledger
 from fused_resnet.ops import use_backend
 from fused_resnet.ops.route.choose import why_not
@@ -98,7 +98,7 @@ def grouped(calls: Iterable[Call]) -> list[list[Call]]:
 def compile_all(groups: Sequence[list[Call]], backend: str, device: str, jobs: int, budget: float = math.inf) -> int:
     """Makes the calls in a pool of processes, and prints what could not be made; the status as of `main`."""
     end = time.monotonic() + budget
-    failures, done, refused = [], 0, 0
+    failures, done, refused = list[str](), 0, 0
     pool = concurrent.futures.ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
     waiting = [pool.submit(make, group, backend, device) for group in groups]
     try:
@@ -122,7 +122,7 @@ def compile_all(groups: Sequence[list[Call]], backend: str, device: str, jobs: i
 def make(calls: list[Call], backend: str, device: str) -> tuple[int, int, list[str]]:
     """In a process of the pool: (calls made, calls that the backend does not take, what failed)."""
     torch.set_num_threads(1)
-    made, refused, failures = 0, 0, []
+    made, refused, failures = 0, 0, list[str]()
     for op, described in calls:
         try:
             arguments = tuple(empty(value, device) for value in described)

@@ -1,0 +1,225 @@
+"""Plain PyTorch: eager in its two memory formats, timm's twin, CUDA graphs and ``torch.compile``."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fused_resnet
+from fused_resnet.bench.result import TRAINING_FORWARD
+from fused_resnet.bench.suite.moved_bytes import EAGER, Way, moved_bytes
+from fused_resnet.bench.suite.network_task import NetworkTask, loss_of
+from fused_resnet.bench.suite.preparing import (
+    cuda_only,
+    inference_only,
+    installed,
+    module_in,
+    network_contender,
+    only,
+    prepared_inference,
+    prepared_module,
+    prepared_training,
+)
+from fused_resnet.bench.suite.subjects import TIMM, USER, Subject, find_subject
+from fused_resnet.bench.suite.task import Contender, Prepared
+from fused_resnet.bench.suite.torchvision_ops import import_or_none
+from fused_resnet.bench.suite.training import Training, batches, make_optimizer, results_of
+
+FORMATS = {"eager NCHW": torch.contiguous_format, "eager channels_last": torch.channels_last}
+WARM_UP = 3
+MAX_AUTOTUNE = "max-autotune"
+RECOMPILE_LIMIT = 2**16
+"""Where a network is compiled in parts, each part is kept with the code of its class, which many networks share; with
+PyTorch's own limit of 8 the ninth would run in eager."""
+
+
+def eager_contenders() -> list[Contender]:
+    """One for each memory format."""
+
+    def of(name: str, memory_format: torch.memory_format) -> Contender:
+        settings: Any = {"memory_format": memory_format, "way": EAGER}
+        return network_contender(name, lambda task: prepared_module(task, task.copy(), **settings))
+
+    return [of(name, memory_format) for name, memory_format in FORMATS.items()]
+
+
+def timm_contender() -> Contender:
+    """timm's network of the same name in eager, channels_last, with the same weights; absent where eager is timm's
+    network already, or where timm's has other parameters than the task's."""
+    return network_contender("timm", _prepare_timm, installed("timm"), _why_no_twin)
+
+
+def _why_no_twin(task: NetworkTask) -> list[str]:
+    reasons = {TIMM: "eager is timm's already", USER: "a user's network has no twin in timm"}
+    if task.network.source in reasons:
+        return [reasons[task.network.source]]
+    timm, name = import_or_none("timm"), task.network.name
+    if timm is None or not timm.is_model(name):
+        return ["timm cannot be imported" if timm is None else f"timm has no {name}"]
+    modules = (network.without_memory(task.path) for network in (task.network, _of_timm(task)))
+    ours, theirs = ([(key, value.shape) for key, value in module.state_dict().items()] for module in modules)
+    return [] if ours == theirs else [f"the parameters of timm's {name} are not those of {task.network.source}'s"]
+
+
+def _of_timm(task: NetworkTask) -> Subject:
+    return find_subject(f"timm:{task.network.name}")
+
+
+def _prepare_timm(task: NetworkTask) -> Prepared:
+    twin = _of_timm(task).build().get_submodule(task.path)
+    twin.load_state_dict(task.module.state_dict())
+    return prepared_module(task, twin.to(task.device).train(task.training), way=EAGER)
+
+
+def graph_contender() -> Contender:
+    """Eager, channels_last, as one CUDA graph: inference, or a whole training step."""
+    not_the_forward = only(
+        lambda task: task.mode != TRAINING_FORWARD, "what is captured is inference or a whole training step"
+    )
+
+    def prepare(task: NetworkTask) -> Prepared:
+        if task.training:
+            return prepared_graph_step(task, task.copy(), way=EAGER)
+        module = module_in(task, task.copy(), torch.channels_last)
+        inputs = task.inputs_as(task.dtype, torch.channels_last)
+        return prepared_inference(task, CapturedInference(module, inputs[0]), inputs, way=EAGER)
+
+    return network_contender("eager CUDA graph", prepare, cuda_only, not_the_forward, no_float16)
+
+
+no_float16 = only(
+    lambda task: not task.training or task.dtype != torch.float16,
+    "training in float16 scales its loss, which graph_step does not do",
+)
+
+
+class CapturedInference:
+    """A module as one CUDA graph, for inputs like the example. The result is overwritten by the next call."""
+
+    @torch.inference_mode()
+    def __init__(self, module: nn.Module, example: Tensor) -> None:
+        self._input = example.clone()
+        stream = torch.cuda.Stream(example.device)
+        stream.wait_stream(torch.cuda.current_stream(example.device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):  # chooses algorithms, which capture forbids
+                module(self._input)
+        torch.cuda.current_stream(example.device).wait_stream(stream)
+        self._module, self._graph = module, torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, stream=stream):
+            self._output = module(self._input)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self._input.copy_(x)
+        self._graph.replay()
+        return self._output
+
+
+class WithInputGradient(nn.Module):
+    """A block as it stands within a network, where its input wants a gradient; ``leaf.grad`` is it. ``graph_step``
+    gives its model an input without one."""
+
+    leaf: Tensor | None = None
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.leaf = x.detach().requires_grad_()
+        return self.block(self.leaf)
+
+
+def prepared_graph_step(task: NetworkTask, module: nn.Module, way: Way = None) -> Prepared:
+    """``graph_step`` of a module: where there is no CUDA device, the same step without a graph."""
+    module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = WithInputGradient(module) if task.takes_input_gradient else module
+    all_batches = batches(task, torch.channels_last)
+    step = fused_resnet.graph_step(
+        model, loss_of, make_optimizer(module), all_batches[0], autocast_dtype=task.autocast_dtype
+    )
+    turns = itertools.cycle(all_batches)
+
+    def run() -> Tensor:
+        return step(*next(turns))
+
+    first = results_of(task, module, run(), model.leaf if isinstance(model, WithInputGradient) else None)
+    for _ in all_batches[1:]:
+        run()
+    return Prepared(run, lambda: first, moved_bytes=lambda: moved_bytes(task, way))
+
+
+def compiled_contenders(backend: str = "inductor") -> list[Contender]:
+    """``torch.compile`` of channels_last networks with static shapes: as it is, with its longest search, and with
+    frozen weights; a training step's optimizer is as everybody's."""
+    prepare = functools.partial(functools.partial, _prepare_compiled, backend)
+    return [
+        network_contender("torch.compile", prepare(None, False)),
+        network_contender("torch.compile max-autotune", prepare(MAX_AUTOTUNE, False)),
+        network_contender("torch.compile freezing", prepare(None, True), inference_only),
+    ]
+
+
+def _prepare_compiled(backend: str, mode: str | None, freezing: bool, task: NetworkTask) -> Prepared:
+    with _compiling(freezing):
+        module = task.copy()
+        if task.training:
+            call = _compile(module.to(memory_format=torch.channels_last), backend, mode)  # type: ignore[call-overload]
+            prepared = prepared_training(task, Training(task, module, call))
+        else:
+            call = _compile(module_in(task, module, torch.channels_last), backend, mode)
+            inputs = task.inputs_as(task.dtype, torch.channels_last)
+            prepared = prepared_inference(task, call, inputs, guard=torch.no_grad)
+        return dataclasses.replace(prepared, close=_forget)
+
+
+def _forget() -> None:
+    """PyTorch keeps what it has compiled, frozen weights included, for as long as the process lives. What other
+    contenders have compiled goes with it, and would be compiled again: mostly the measurement is over by then."""
+    torch._dynamo.reset()
+
+
+def _compile(module: nn.Module, backend: str, mode: str | None) -> Any:
+    mode = mode if backend == "inductor" else None
+    compiled = torch.compile(_with_code_of_its_own(module), dynamic=False, backend=backend, mode=mode)
+    if mode is None:
+        return compiled
+
+    def call(x: Tensor) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()  # the last run's results are done with
+        return compiled(x)
+
+    return call
+
+
+_numbers = itertools.count()
+
+
+def _with_code_of_its_own(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What was compiled is kept with the code of a function, and found again by any other module of the same shapes,
+    whether its weights were to be frozen or not: contenders must not share it."""
+
+    def call(x: Tensor) -> Tensor:
+        return module(x)
+
+    code = call.__code__.replace(co_name=f"network_{next(_numbers)}")
+    return types.FunctionType(code, globals(), closure=call.__closure__)
+
+
+@contextlib.contextmanager
+def _compiling(freezing: bool) -> Iterator[None]:
+    """What was compiled by others stays."""
+    import torch._dynamo.config
+    import torch._inductor.config
+
+    limits: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT, "accumulated_recompile_limit": RECOMPILE_LIMIT}
+    with torch._dynamo.config.patch(**limits), torch._inductor.config.patch(freezing=freezing):
+        yield
