@@ -2,9 +2,10 @@
 #
 #   PYTHON=python3.12         the interpreter that .venv is made with
 #   VENV=                     (empty) use PYTHON as it is, without a virtual environment and without network: what
-#                             requirements/dev.txt lists for the package must be there already (linters may be
-#                             missing), and only this package is added to it, as an editable install
-#   FUSED_RESNET_BUILD=auto   what to compile: auto, cuda, cpu or none (setup.py)
+#                             requirements/ lists for the command must be there already (linters may be missing), and
+#                             only this package is added to it, as an editable install
+#   FUSED_RESNET_BUILD=auto   what to compile: auto, auto-cpu, cuda, cpu or none (setup.py). Where it is not set, demo
+#                             takes auto-cpu on a machine without an NVIDIA device, and every other command auto
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,17 +13,24 @@ VENV ?= .venv
 ifeq ($(strip $(VENV)),)
   RUN := $(PYTHON)
   STAMPS := build/make/$(subst /,-,$(PYTHON))
-  PACKAGES :=
   PIP_FLAGS := --no-index
   # Asked for by name with VENV=; Debian's own Python would refuse the editable install.
   export PIP_BREAK_SYSTEM_PACKAGES := 1
 else
   RUN := $(VENV)/bin/python
   STAMPS := $(VENV)/make
-  PACKAGES := $(STAMPS)/packages
   PIP_FLAGS :=
 endif
-READY := $(STAMPS)/ready-$(or $(FUSED_RESNET_BUILD),auto)
+
+# Two stamps: packages-X says that requirements/X.txt is installed, ready-Y that fused_resnet is, built with
+# FUSED_RESNET_BUILD=Y; there is one ready-*, as there is one extension. A command alone (`make demo`) takes what it
+# needs; what lies there already and holds more (packages-dev, ready-auto) will do for it, and is not undone.
+ALONE := $(filter demo docs,$(if $(word 2,$(MAKECMDGOALS)),,$(MAKECMDGOALS)))
+REQUIREMENTS := $(if $(wildcard $(STAMPS)/packages-dev),dev,$(or $(ALONE),dev))
+PACKAGES := $(if $(strip $(VENV)),$(STAMPS)/packages-$(REQUIREMENTS))
+GPU := $(or $(wildcard /dev/nvidia*),$(shell command -v nvidia-smi))
+BUILD := $(or $(FUSED_RESNET_BUILD),$(if $(filter demo,$(ALONE)),$(if $(GPU)$(wildcard $(STAMPS)/ready-auto),auto,auto-cpu),auto))
+READY := $(STAMPS)/ready-$(BUILD)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test bench lint format build clean
@@ -87,17 +95,18 @@ clean:
 	rm -rf build dist *.egg-info fused_resnet/_C*.so $(STAMPS)
 	find csrc fused_resnet kernels tests -name __pycache__ -prune -exec rm -rf {} +
 
-$(PACKAGES): requirements/dev.txt
+$(PACKAGES): requirements/$(REQUIREMENTS).txt $(wildcard requirements/*.txt)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fused_resnet needs Python 3.11 or newer; name one: make PYTHON=python3.12")'
-	@echo "== installing the packages of requirements/dev.txt into $(VENV)"
+	@echo "== installing the packages of $< into $(VENV)"
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install -r requirements/dev.txt
+	@# --no-compile: Python compiles what it imports, which is a small part of what is installed.
+	$(RUN) -m pip install --no-compile -r $<
 	@mkdir -p $(@D) && touch $@
 
 # Removing _C first: where FUSED_RESNET_BUILD=none or the compiler has gone, an old one would still be imported.
 $(READY): $(PACKAGES) setup.py pyproject.toml fused_resnet/version.py $(shell find csrc)
-	@echo "== building and installing fused_resnet (FUSED_RESNET_BUILD=$(or $(FUSED_RESNET_BUILD),auto))"
+	@echo "== building and installing fused_resnet (FUSED_RESNET_BUILD=$(BUILD))"
 	@rm -f $(STAMPS)/ready-* fused_resnet/_C*.so
-	$(RUN) -m pip install $(PIP_FLAGS) --no-deps --no-build-isolation --editable .
+	FUSED_RESNET_BUILD=$(BUILD) $(RUN) -m pip install $(PIP_FLAGS) --no-deps --no-build-isolation --editable .
 	$(RUN) -m fused_resnet info
 	@mkdir -p $(@D) && touch $@
