@@ -33,12 +33,14 @@ BUILD := $(or $(FUSED_RESNET_BUILD),$(if $(filter demo,$(ALONE)),$(if $(GPU)$(wi
 READY := $(STAMPS)/ready-$(BUILD)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint format build clean
+.PHONY: help demo test bench lint format build docs wheel clean
 
 help:
 	@echo "make demo      train and time plain and fused ResNets side by side: a table, a picture, a JSON file"
 	@echo "make test      lint, and every test that this machine can run"
 	@echo "make bench     a selection of benchmarks/, in about five minutes, as a table and a JSON file"
+	@echo "make docs      the documentation as a site: site/index.html"
+	@echo "make wheel     sdist and a manylinux wheel for each Python found, tested in empty environments: dist/"
 	@echo "make lint, make format, make build, make clean"
 
 demo: $(READY)
@@ -69,6 +71,7 @@ bench: $(READY)
 	@echo "results: $(BENCH_JSON); more: benchmarks/README.md"
 
 CPP_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+ZIZMOR := $(if $(strip $(VENV)),$(VENV)/bin/)zizmor
 CLANG_FORMAT = $(RUN) -c 'import clang_format; clang_format.clang_format()'
 
 lint: $(READY)
@@ -81,6 +84,8 @@ lint: $(READY)
 	  $(RUN) -m ruff format --check . || failed=1; \
 	  $(RUN) -m mypy || failed=1; \
 	  $(CLANG_FORMAT) --dry-run -Werror $(CPP_FILES) || failed=1; \
+	  if command -v $(ZIZMOR) >/dev/null; then $(ZIZMOR) --offline --quiet .github || failed=1; \
+	  else echo "skipped: zizmor, which reads .github, is not installed here"; fi; \
 	  exit $$failed; \
 	fi
 
@@ -91,8 +96,15 @@ format: $(READY)
 
 build: $(READY)
 
+docs: $(PACKAGES)
+	$(RUN) -m mkdocs build --strict --quiet
+	@echo "wrote site/index.html"
+
+wheel: $(PACKAGES)
+	$(RUN) packaging/build_wheels.py
+
 clean:
-	rm -rf build dist *.egg-info fused_resnet/_C*.so $(STAMPS)
+	rm -rf build dist site *.egg-info fused_resnet/_C*.so $(STAMPS)
 	find csrc fused_resnet kernels tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(PACKAGES): requirements/$(REQUIREMENTS).txt $(wildcard requirements/*.txt)
