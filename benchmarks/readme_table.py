@@ -178,7 +178,7 @@ def _ratio(entry: Measurement, other: str | None) -> str:
 
 
 def _place(subject: str) -> int:
-    """Networks in the order of this package's builders, others behind them as they came."""
+    """Networks in the order of this package's builders, others after them as they came."""
     names = builder_names()
     return names.index(subject) if subject in names else len(names)
 
@@ -188,8 +188,8 @@ def _counted(path: Path, result: dict[str, Any]) -> str:
     columns = next(iter(result["models"].values()))
     titles = [*columns["step"], *(f"kept: {name}" for name in columns["saved"])]
     lines = [
-        f"MB (10^6 bytes) an image at {size}x{size}, as a fraction of eager's behind it: read and written by a step in "
-        f"{step['dtype']} at batch {step['batch_size']}, and kept for backward in {saved['dtype']}; commit "
+        f"MB (10^6 bytes) an image at {size}x{size}, in brackets as a fraction of eager's: read and written by a step "
+        f"in {step['dtype']} at batch {step['batch_size']}, and kept for backward in {saved['dtype']}; commit "
         f"{result['machine']['commit'][:10]} (`benchmarks/results/{path.name}`).",
         "",
         "| | " + " | ".join(titles) + " |",
