@@ -18,9 +18,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ("python3.11", "python3.12", "python3.13")
-# torch's wheels carry libgomp under this name and load it before our extension is imported, which then gets the same
-# one. A copy grafted into this wheel would have another name and be a second OpenMP runtime in the process: two pools
-# of threads for the same cores.
+# torch's wheels (2.13: for the CPU and for CUDA) carry libgomp with this SONAME and load it before our extension is
+# imported, which then gets the same one. A copy grafted into this wheel is mapped beside it, a second OpenMP runtime;
+# that it starts no threads of its own is luck, for torch has loaded its copy's symbols globally.
 TORCH_BRINGS = "libgomp.so.1"
 
 
