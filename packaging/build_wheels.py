@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ("python3.11", "python3.12", "python3.13")
-# torch's wheels (2.13: for the CPU and for CUDA) carry libgomp with this SONAME and load it before our extension is
+# torch's wheels (2.13 and 2.14, for the CPU and for CUDA) carry libgomp with this SONAME and load it before our extension is
 # imported, which then gets the same one. A copy grafted into this wheel is mapped beside it, a second OpenMP runtime;
 # that it starts no threads of its own is luck, for torch has loaded its copy's symbols globally.
 TORCH_BRINGS = "libgomp.so.1"
