@@ -18,9 +18,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ("python3.11", "python3.12", "python3.13")
-# torch's wheels (2.13 and 2.14, for the CPU and for CUDA) carry libgomp with this SONAME and load it before our extension is
-# imported, which then gets the same one. A copy grafted into this wheel is mapped beside it, a second OpenMP runtime;
-# that it starts no threads of its own is luck, for torch has loaded its copy's symbols globally.
+# torch's wheels (seen: 2.13 for the CPU, 2.13 and 2.14 for CUDA) carry libgomp with this SONAME and load it before our
+# extension is imported, which then gets the same one. A copy grafted into this wheel is mapped beside it, a second
+# OpenMP runtime in the process. (When tried it started no threads of its own, but nothing promises that.)
 TORCH_BRINGS = "libgomp.so.1"
 
 
