@@ -4,6 +4,7 @@ FUSED_RESNET_BUILD says what to compile:
 
 ======== ============================================================================================
 auto     (default) C++, and CUDA where there is an nvcc; a pure Python package where there is no compiler
+auto-cpu the same without CUDA, also where there is an nvcc
 cuda     C++ and CUDA, or an error that says what is missing
 cpu      C++ only, or an error that says what is missing
 none     nothing: a pure Python package, which runs on Triton and ATen
@@ -34,7 +35,7 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
-CHOICES = ("auto", "cuda", "cpu", "none")
+CHOICES = ("auto", "auto-cpu", "cuda", "cpu", "none")
 
 COMPILE_FLAGS = [
     *("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"),
@@ -79,14 +80,14 @@ def find_toolchain(choice: str) -> tuple[Toolchain | None, str]:
         missing.append(f"a C++ compiler (no {cxx[0]!r}; CXX names another)")
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         missing.append("Python.h (Debian's python3-dev)")
-    nvcc, complaint = find_nvcc(cxx) if choice != "cpu" and not missing else (None, "")
+    nvcc, complaint = find_nvcc(cxx) if choice in ("auto", "cuda") and not missing else (None, "")
     if choice == "cuda" and nvcc is None:
         missing.append(complaint or "nvcc")
     if not missing:
         if nvcc is None and choice == "auto":
             print(f"fused_resnet: without CUDA kernels, missing: {complaint}", file=sys.stderr)
         return Toolchain(cxx, nvcc), ""
-    if choice == "auto":
+    if choice in ("auto", "auto-cpu"):
         return None, "missing: " + "; ".join(missing)
     sys.exit(f"FUSED_RESNET_BUILD={choice} cannot be done, missing: " + "; ".join(missing))
 
@@ -198,11 +199,12 @@ class BuildWithNinja(build_ext):
             includes.append(str(home / "include"))
             libraries = [str(runtime), "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
             cuda_flags = nvcc_flags(cxx)
-        cxx_flags = [
-            *(*COMPILE_FLAGS, *openmp, f"-I{CSRC}"),
+        cxx_flags = [*COMPILE_FLAGS, *openmp, f"-I{CSRC}", *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        # Only what says what was built is compiled with these, so that a build with CUDA finds the kernels for the CPU
+        # that a build without it has compiled.
+        binding_flags = [
             *(word for folder in includes for word in ("-isystem", folder)),
             *(f"-D{name}={value}" for name, value in definitions.items()),
-            *shlex.split(os.environ.get("CXXFLAGS", "")),
         ]
         with path.open("w") as stream:
             rules = Writer(stream)
@@ -210,7 +212,7 @@ class BuildWithNinja(build_ext):
             link += shlex.split(os.environ.get("LDFLAGS", ""))
             rules.rule(
                 "cxx",
-                f"{compiler} {quoted(cxx_flags)} $capability -MMD -MF $out.d -c $in -o $out",
+                f"{compiler} {quoted(cxx_flags)} $flags -MMD -MF $out.d -c $in -o $out",
                 description="compile $out",
                 depfile="$out.d",
             )
@@ -223,7 +225,9 @@ class BuildWithNinja(build_ext):
             rules.rule("link", f"{compiler} {quoted(link)} -o $out $in {quoted(libraries)}", description="link $out")
             objects = [
                 *(
-                    rules.build(f"{object_name(source)}.o", "cxx", str(source))
+                    rules.build(
+                        f"{object_name(source)}.o", "cxx", str(source), variables={"flags": quoted(binding_flags)}
+                    )
                     for folder in ("bindings", "cpu")
                     for source in sorted(CSRC.glob(f"{folder}/*.cpp"))
                 ),
@@ -232,7 +236,7 @@ class BuildWithNinja(build_ext):
                         f"{object_name(source)}.{capability}.o",
                         "cxx",
                         str(source),
-                        variables={"capability": quoted([f"-DCPU_CAPABILITY={capability}", *flags])},
+                        variables={"flags": quoted([f"-DCPU_CAPABILITY={capability}", *flags])},
                     )
                     for capability, flags in CPU_CAPABILITIES.items()
                     if capability == "baseline" or dispatch

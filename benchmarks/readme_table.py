@@ -1,17 +1,18 @@
-"""README's tables of measured times and counted bytes, made from the committed result files.
+"""The tables of README and docs/measured.md, and README's chart, made from the committed result files.
 
-python -m benchmarks.readme_table            prints them
-python -m benchmarks.readme_table --write    puts them into README.md, each between its two marks
+python -m benchmarks.readme_table            prints the tables
+python -m benchmarks.readme_table --write    puts them into the two pages, each between its two marks; draws the chart
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import readme_chart
 from fused_resnet.bench.report import condition
 from fused_resnet.bench.report.condition import merged
 from fused_resnet.bench.report.figures import (
@@ -25,15 +26,24 @@ from fused_resnet.bench.report.figures import (
     three_digits,
     times_faster,
 )
-from fused_resnet.bench.result import ABSENT, MODEL, MODES, RIGHT, Measurement, Result
+from fused_resnet.bench.result import ABSENT, INFERENCE, MODEL, MODES, RIGHT, TRAINING_STEP, Measurement, Result
 from fused_resnet.bench.suite.subjects import builder_names
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
+MEASURED_PAGE = ROOT / "docs" / "measured.md"
+CHART = ROOT / "docs" / "speed.svg"
 RESULTS = ROOT / "benchmarks" / "results"
+DECIDING = ("<!-- deciding: python -m benchmarks.readme_table --write -->", "<!-- /deciding -->")
 MEASURED = ("<!-- measured: python -m benchmarks.readme_table --write -->", "<!-- /measured -->")
 COUNTED = ("<!-- counted: python -m benchmarks.readme_table --write -->", "<!-- /counted -->")
+PAGES = {README: (DECIDING,), MEASURED_PAGE: (MEASURED, COUNTED)}
 STEP_BYTES = "step_bytes_*.json"
+DECISIVE = "cpu_float32_*"
+DEVICE = "AMD EPYC (AVX2)"
+"""The results behind README's table: all networks, in training and inference, in float32 on this device."""
+TASKS = ((INFERENCE, 1), (INFERENCE, 8), (TRAINING_STEP, 4))
+"""Its columns: mode and batch size."""
 PEERS = ("onnxruntime", "openvino", "torch_tensorrt", "timm", "apex")
 """Whose versions are told."""
 OURS_ALWAYS = ("fused", "frozen")
@@ -41,6 +51,11 @@ RIVALS = (best_eager, best_rival)
 READING = (
     "Milliseconds, medians; the fastest in bold. The last columns say how many times as fast as the faster eager, and "
     "as the fastest of all that this package does not run, the best of ours was: medians of ratios formed by the round."
+)
+DECIDING_READING = (
+    "Milliseconds of the fastest of ours (frozen in inference, fused in training), and how many times as fast it is as "
+    "eager PyTorch in its faster memory format, and as the fastest of what this package does not run: eager, "
+    "torch.compile, ONNX Runtime, OpenVINO, timm. Below 1.00x the others win."
 )
 NOTHING_MEASURED = "Nothing was measured yet: benchmarks/results holds no result of `python -m fused_resnet bench`."
 
@@ -54,9 +69,46 @@ def tables(results: Path = RESULTS) -> dict[tuple[str, str], str]:
     counted = sorted(results.glob(STEP_BYTES))
     measured = sorted(set(results.glob("*.json")) - set(counted))
     return {
+        DECIDING: _deciding(decisive(results)),
         MEASURED: _measured(measured),
         COUNTED: "\n\n".join(_counted(path, json.loads(path.read_text())) for path in counted),
     }
+
+
+def decisive(results: Path = RESULTS) -> dict[str, dict[tuple[str, int], Measurement]]:
+    """For each network, by mode and batch size, what README's table and chart tell; in the builders' order."""
+    found: dict[str, dict[tuple[str, int], Measurement]] = {}
+    for path in sorted(results.glob(f"{DECISIVE}.json")):
+        result = Result.load(path)
+        if result.machine.get("device") != DEVICE:
+            continue
+        for entry in result.measurements:
+            task = (entry.mode, entry.batch_size)
+            if entry.level == MODEL and entry.dtype == "float32" and task in TASKS:
+                found.setdefault(entry.subject, {})[task] = entry
+    return {subject: found[subject] for subject in sorted(found, key=_place)}
+
+
+def _deciding(networks: Mapping[str, Mapping[tuple[str, int], Measurement]]) -> str:
+    """One row for each network; what of it was not measured is a dash."""
+    if not networks:
+        return NOTHING_MEASURED
+    header = [""]
+    for mode, batch_size in TASKS:
+        header += [f"{mode}, batch {batch_size}: ms", "to eager", "to the fastest"]
+    rows = []
+    for subject, entries in networks.items():
+        row = [subject]
+        for task in TASKS:
+            entry = entries.get(task)
+            ours = None if entry is None else best_of_ours(entry)
+            if entry is None or ours is None:
+                row += ["-", "-", "-"]
+                continue
+            row += [three_digits(right_timings(entry)[ours].median * 1e3)]
+            row += [_ratio(entry, best(entry)) for best in RIVALS]
+        rows.append(row)
+    return f"{DECIDING_READING}\n\n{text_table(header, rows)}"
 
 
 def _measured(paths: Sequence[Path]) -> str:
@@ -76,7 +128,7 @@ def _condition(result: Result, names: Sequence[str]) -> str:
     versions = ", ".join(
         f"{name} {version}" for name in PEERS if (version := (machine.get("packages") or {}).get(name))
     )
-    files = ", ".join(f"[{name}](benchmarks/results/{name})" for name in names)
+    files = ", ".join(f"`benchmarks/results/{name}`" for name in names)
     load_text = "" if load is None else f", load before {load:.1f}"
     return f"{condition.one_line(result)}{', ' + versions if versions else ''}{load_text} ({files})."
 
@@ -126,7 +178,7 @@ def _ratio(entry: Measurement, other: str | None) -> str:
 
 
 def _place(subject: str) -> int:
-    """Networks in the order of this package's builders, others behind them as they came."""
+    """Networks in the order of this package's builders, others after them as they came."""
     names = builder_names()
     return names.index(subject) if subject in names else len(names)
 
@@ -136,9 +188,9 @@ def _counted(path: Path, result: dict[str, Any]) -> str:
     columns = next(iter(result["models"].values()))
     titles = [*columns["step"], *(f"kept: {name}" for name in columns["saved"])]
     lines = [
-        f"MB (10^6 bytes) an image at {size}x{size}, as a fraction of eager's behind it: read and written by a step in "
-        f"{step['dtype']} at batch {step['batch_size']}, and kept for backward in {saved['dtype']}; commit "
-        f"{result['machine']['commit'][:10]} ([file](benchmarks/results/{path.name})).",
+        f"MB (10^6 bytes) an image at {size}x{size}, in brackets as a fraction of eager's: read and written by a step "
+        f"in {step['dtype']} at batch {step['batch_size']}, and kept for backward in {saved['dtype']}; commit "
+        f"{result['machine']['commit'][:10]} (`benchmarks/results/{path.name}`).",
         "",
         "| | " + " | ".join(titles) + " |",
         "|---" * (len(titles) + 1) + "|",
@@ -150,24 +202,38 @@ def _counted(path: Path, result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def with_tables(readme: str, texts: dict[tuple[str, str], str]) -> str:
-    """The README with each text between its marks."""
+def with_tables(page: str, texts: Mapping[tuple[str, str], str]) -> str:
+    """The page with each text between its marks."""
     for (begin, end), text in texts.items():
-        before, _, rest = readme.partition(begin)
+        before, _, rest = page.partition(begin)
         _, mark, after = rest.partition(end)
         if not mark:
-            raise ValueError(f"README must contain {begin} and, below it, {end}")
-        readme = f"{before}{begin}\n{text}\n{end}{after}"
-    return readme
+            raise ValueError(f"the page must contain {begin} and, below it, {end}")
+        page = f"{before}{begin}\n{text}\n{end}{after}"
+    return page
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="into README.md")
-    if parser.parse_args().write:
-        README.write_text(with_tables(README.read_text(), tables()))
-    else:
-        print(*tables().values(), sep="\n\n")
+    parser.add_argument("--write", action="store_true", help="into the pages")
+    texts = tables()
+    if not parser.parse_args().write:
+        print(*texts.values(), sep="\n\n")
+        return
+    for page, marks in PAGES.items():
+        page.write_text(with_tables(page.read_text(), {mark: texts[mark] for mark in marks}))
+    readme_chart.draw(chart_rows(), [f"{mode}, batch {batch_size}" for mode, batch_size in TASKS], DEVICE, CHART)
+
+
+def chart_rows() -> dict[str, list[float | None]]:
+    """For each network, how many times as fast as eager the best of ours was, task by task; None: not measured."""
+    return {subject: [_to_eager(entries.get(task)) for task in TASKS] for subject, entries in decisive().items()}
+
+
+def _to_eager(entry: Measurement | None) -> float | None:
+    if entry is None or (ours := best_of_ours(entry)) is None or (eager := best_eager(entry)) is None:
+        return None
+    return times_faster(entry, ours, eager)
 
 
 if __name__ == "__main__":

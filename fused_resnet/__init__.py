@@ -1,9 +1,12 @@
-"""ResNets whose BatchNorm, ReLU and residual adds are fused into single passes over memory.
+"""ResNets whose convolution, BatchNorm, ReLU and residual add are fused, in training and inference.
 
 >>> import torch, fused_resnet
->>> model = fused_resnet.resnet50(num_classes=1000)          # or: fused_resnet.fuse(your_torchvision_model)
->>> print(fused_resnet.fusion_report(model))                 # doctest: +SKIP
->>> fast = fused_resnet.freeze(model, torch.randn(8, 3, 224, 224))  # doctest: +SKIP
+>>> model = fused_resnet.resnet18(num_classes=10).eval()           # or: fused_resnet.fuse(your_torchvision_model)
+>>> fused_resnet.fusion_report(model).sites[0].fused
+True
+>>> fast = fused_resnet.freeze(model, torch.randn(1, 3, 64, 64))  # for inference
+>>> fast(torch.randn(2, 3, 64, 64)).shape
+torch.Size([2, 10])
 """
 
 from __future__ import annotations

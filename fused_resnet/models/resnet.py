@@ -11,8 +11,9 @@ residual block learn only how it differs from its input, F(x) := H(x) - x, and a
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar, ParamSpec, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from fused_resnet.modules.bottleneck import Bottleneck
 from fused_resnet.modules.site import Site
 from fused_resnet.modules.stem import conv_norm_act_pool
 
+P = ParamSpec("P")
 STEM_CHANNELS = 64
 STAGE_PLANES = (64, 128, 256, 512)
 STAGE_STRIDES = (1, 2, 2, 2)
@@ -159,85 +161,147 @@ def _projection(
     )
 
 
+class ResNetOptions(TypedDict, total=False):
+    """Arguments of `ResNet` that every builder takes as well, by name."""
+
+    num_classes: int
+    zero_init_residual: bool
+    groups: int
+    width_per_group: int
+    replace_stride_with_dilation: Sequence[bool] | None
+    norm_layer: Callable[..., nn.Module] | None
+
+
+WHAT_A_BUILDER_TAKES = """
+
+The model takes images (N, 3, H, W) of any floating dtype, in either memory format (channels_last is the fast one), and
+gives logits (N, num_classes). Names in its state_dict are torchvision's.
+
+Args:
+    weights: None for He's random weights; torchvision's, by member or name ("IMAGENET1K_V2", "DEFAULT"); the path of a
+        checkpoint, which is read without running code from it; or a state_dict.
+    progress: show a progress bar while torchvision downloads weights.
+    num_classes: the number of logits. torchvision's weights take the number that they were trained for.
+    zero_init_residual: start the last norm of every block at weight 0, so that each block starts as its shortcut.
+    groups, width_per_group: groups of each bottleneck's 3x3 convolution, and channels of one group in the first stage.
+    replace_stride_with_dilation: three booleans for stages 2, 3 and 4: keep the resolution and dilate instead.
+    norm_layer: called with a number of channels, gives a norm; ``nn.BatchNorm2d`` if None.
+
+Raises:
+    ValueError: weights are of another architecture, or num_classes not theirs; or an argument contradicts the
+        architecture.
+    FileNotFoundError, ImportError: there is no such checkpoint; torchvision's weights without torchvision.
+"""
+FIXED_BY_ARCHITECTURE = {
+    "resnext50_32x4d": {"groups": 32, "width_per_group": 4},
+    "resnext101_32x8d": {"groups": 32, "width_per_group": 8},
+    "resnext101_64x4d": {"groups": 64, "width_per_group": 4},
+    "wide_resnet50_2": {"width_per_group": 128},
+    "wide_resnet101_2": {"width_per_group": 128},
+}
+
+
+def _says_what_it_takes(builder: Callable[P, ResNet]) -> Callable[P, ResNet]:
+    """The builder itself, with every argument and its default in its signature and docstring, for ``help``."""
+    own = [one for one in inspect.signature(builder).parameters.values() if one.kind is inspect.Parameter.KEYWORD_ONLY]
+    fixed = FIXED_BY_ARCHITECTURE.get(builder.__name__, {})
+    options = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, default=fixed.get(name, parameter.default))
+        for name, parameter in inspect.signature(ResNet).parameters.items()
+        if name in ResNetOptions.__annotations__
+    ]
+    builder.__signature__ = inspect.Signature([*own, *options], return_annotation=ResNet)  # type: ignore[attr-defined]
+    builder.__doc__ = f"{inspect.getdoc(builder)}{WHAT_A_BUILDER_TAKES}"
+    return builder
+
+
 def _resnet(
     architecture: str,
     block: type[BasicBlock] | type[Bottleneck],
     layers: Sequence[int],
     weights: WeightsArgument,
     progress: bool,
-    **kwargs: Any,
+    options: ResNetOptions,
 ) -> ResNet:
     source = resolve_weights(architecture, weights)
-    model = ResNet(block, layers, **with_num_classes(source, kwargs))
+    arguments = with_num_classes(source, {**options})
+    for name, value in FIXED_BY_ARCHITECTURE.get(architecture, {}).items():
+        if arguments.setdefault(name, value) != value:
+            raise ValueError(f"{name} must be {value} for this architecture; got {arguments[name]}")
+    model = ResNet(block, layers, **arguments)
     if source is not None:
         model.load_state_dict(read_state_dict(source, progress))
     return model
 
 
-# Every builder takes ``weights`` as models/weights.py says (a torchvision weights enum or its name, a path, a
-# state_dict), ``progress`` for torchvision's download, and ResNet's own arguments.
-
-
-def resnet18(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
+@_says_what_it_takes
+def resnet18(*, weights: WeightsArgument = None, progress: bool = True, **options: Unpack[ResNetOptions]) -> ResNet:
     """ResNet-18: two convolutions a block. 11.7 million parameters. https://arxiv.org/abs/1512.03385"""
-    return _resnet("resnet18", BasicBlock, (2, 2, 2, 2), weights, progress, **kwargs)
+    return _resnet("resnet18", BasicBlock, (2, 2, 2, 2), weights, progress, options)
 
 
-def resnet34(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
+@_says_what_it_takes
+def resnet34(*, weights: WeightsArgument = None, progress: bool = True, **options: Unpack[ResNetOptions]) -> ResNet:
     """ResNet-34: two convolutions a block. 21.8 million parameters. https://arxiv.org/abs/1512.03385"""
-    return _resnet("resnet34", BasicBlock, (3, 4, 6, 3), weights, progress, **kwargs)
+    return _resnet("resnet34", BasicBlock, (3, 4, 6, 3), weights, progress, options)
 
 
-def resnet50(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-50 v1.5: the stride of a bottleneck is in its 3x3 convolution, as in Goyal et al.
-    (https://arxiv.org/abs/1706.02677), not in the paper's first 1x1. 25.6 million parameters.
-    https://arxiv.org/abs/1512.03385"""
-    return _resnet("resnet50", Bottleneck, (3, 4, 6, 3), weights, progress, **kwargs)
+@_says_what_it_takes
+def resnet50(*, weights: WeightsArgument = None, progress: bool = True, **options: Unpack[ResNetOptions]) -> ResNet:
+    """ResNet-50 v1.5. 25.6 million parameters. https://arxiv.org/abs/1512.03385
+
+    v1.5: the stride of a bottleneck is in its 3x3 convolution (https://arxiv.org/abs/1706.02677), not in the paper's
+    first 1x1."""
+    return _resnet("resnet50", Bottleneck, (3, 4, 6, 3), weights, progress, options)
 
 
-def resnet101(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
+@_says_what_it_takes
+def resnet101(*, weights: WeightsArgument = None, progress: bool = True, **options: Unpack[ResNetOptions]) -> ResNet:
     """ResNet-101 v1.5. 44.5 million parameters. https://arxiv.org/abs/1512.03385"""
-    return _resnet("resnet101", Bottleneck, (3, 4, 23, 3), weights, progress, **kwargs)
+    return _resnet("resnet101", Bottleneck, (3, 4, 23, 3), weights, progress, options)
 
 
-def resnet152(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
+@_says_what_it_takes
+def resnet152(*, weights: WeightsArgument = None, progress: bool = True, **options: Unpack[ResNetOptions]) -> ResNet:
     """ResNet-152 v1.5. 60.2 million parameters. https://arxiv.org/abs/1512.03385"""
-    return _resnet("resnet152", Bottleneck, (3, 8, 36, 3), weights, progress, **kwargs)
+    return _resnet("resnet152", Bottleneck, (3, 8, 36, 3), weights, progress, options)
 
 
-def resnext50_32x4d(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
+@_says_what_it_takes
+def resnext50_32x4d(
+    *, weights: WeightsArgument = None, progress: bool = True, **options: Unpack[ResNetOptions]
+) -> ResNet:
     """ResNeXt-50: 32 groups of 4 channels in each 3x3. 25.0 million parameters. https://arxiv.org/abs/1611.05431"""
-    kwargs = _fixed(kwargs, groups=32, width_per_group=4)
-    return _resnet("resnext50_32x4d", Bottleneck, (3, 4, 6, 3), weights, progress, **kwargs)
+    return _resnet("resnext50_32x4d", Bottleneck, (3, 4, 6, 3), weights, progress, options)
 
 
-def resnext101_32x8d(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
+@_says_what_it_takes
+def resnext101_32x8d(
+    *, weights: WeightsArgument = None, progress: bool = True, **options: Unpack[ResNetOptions]
+) -> ResNet:
     """ResNeXt-101: 32 groups of 8 channels in each 3x3. 88.8 million parameters. https://arxiv.org/abs/1611.05431"""
-    kwargs = _fixed(kwargs, groups=32, width_per_group=8)
-    return _resnet("resnext101_32x8d", Bottleneck, (3, 4, 23, 3), weights, progress, **kwargs)
+    return _resnet("resnext101_32x8d", Bottleneck, (3, 4, 23, 3), weights, progress, options)
 
 
-def resnext101_64x4d(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
+@_says_what_it_takes
+def resnext101_64x4d(
+    *, weights: WeightsArgument = None, progress: bool = True, **options: Unpack[ResNetOptions]
+) -> ResNet:
     """ResNeXt-101: 64 groups of 4 channels in each 3x3. 83.5 million parameters. https://arxiv.org/abs/1611.05431"""
-    kwargs = _fixed(kwargs, groups=64, width_per_group=4)
-    return _resnet("resnext101_64x4d", Bottleneck, (3, 4, 23, 3), weights, progress, **kwargs)
+    return _resnet("resnext101_64x4d", Bottleneck, (3, 4, 23, 3), weights, progress, options)
 
 
-def wide_resnet50_2(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
+@_says_what_it_takes
+def wide_resnet50_2(
+    *, weights: WeightsArgument = None, progress: bool = True, **options: Unpack[ResNetOptions]
+) -> ResNet:
     """ResNet-50 with twice the channels in each 3x3. 68.9 million parameters. https://arxiv.org/abs/1605.07146"""
-    kwargs = _fixed(kwargs, width_per_group=128)
-    return _resnet("wide_resnet50_2", Bottleneck, (3, 4, 6, 3), weights, progress, **kwargs)
+    return _resnet("wide_resnet50_2", Bottleneck, (3, 4, 6, 3), weights, progress, options)
 
 
-def wide_resnet101_2(*, weights: WeightsArgument = None, progress: bool = True, **kwargs: Any) -> ResNet:
+@_says_what_it_takes
+def wide_resnet101_2(
+    *, weights: WeightsArgument = None, progress: bool = True, **options: Unpack[ResNetOptions]
+) -> ResNet:
     """ResNet-101 with twice the channels in each 3x3. 126.9 million parameters. https://arxiv.org/abs/1605.07146"""
-    kwargs = _fixed(kwargs, width_per_group=128)
-    return _resnet("wide_resnet101_2", Bottleneck, (3, 4, 23, 3), weights, progress, **kwargs)
-
-
-def _fixed(kwargs: dict[str, Any], **own: int) -> dict[str, Any]:
-    """The arguments with those that make the architecture; a caller's contradiction is a ValueError."""
-    for name, value in own.items():
-        if kwargs.get(name, value) != value:
-            raise ValueError(f"{name} must be {value} for this architecture; got {kwargs[name]}")
-    return {**kwargs, **own}
+    return _resnet("wide_resnet101_2", Bottleneck, (3, 4, 23, 3), weights, progress, options)

@@ -11,7 +11,7 @@ a state_dict                          itself
 ===================================== ===========================================================================
 
 A file or mapping may be a bare state_dict, or one wrapped as training scripts save it: under the key "state_dict",
-"model" or "model_state_dict", with "module." (DistributedDataParallel) or "_orig_mod." (torch.compile) in front of
+"model" or "model_state_dict", with "module." (DistributedDataParallel) or "_orig_mod." (torch.compile) before
 every name. A string that looks like a name (such as "IMAGENET1K_V1") is a name; a file called that needs a ``Path``.
 """
 
@@ -83,7 +83,7 @@ def with_num_classes(source: WeightsSource, kwargs: Mapping[str, Any]) -> dict[s
 
 
 def read_state_dict(source: Enum | Path | Mapping[str, Any], progress: bool = True) -> Mapping[str, Any]:
-    """The state_dict behind a resolved source, on the CPU (a mapping's tensors stay where they are).
+    """The state_dict of a resolved source, on the CPU (a mapping's tensors stay where they are).
 
     Args:
         source: what ``resolve_weights`` gave.

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", type=Path, default=Path("demo_output"), help="folder to write into (default: %(default)s)")
     add("--device", help="such as cpu or cuda:1 (default: a GPU where there is one)")
     add("--seed", type=int, default=0, help="of the weights and the batches (default: %(default)s)")
-    add("--epochs", type=options.positive, help="epochs of training (default: 3; on a GPU 8)")
+    add("--epochs", type=options.positive, help="epochs of training (default: 2; on a GPU 8)")
     add("--steps", type=options.positive, help="stop training after so many steps (default: all epochs)")
     add("--batch-size", type=options.positive, help="images of a training step (default: 64; on a GPU 128)")
     add("--size", type=options.image_size, help="pixels of a training image's side (default: 64; on a GPU 224)")
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="pixels of its images' side (default: %(default)s)",
     )
     add("--inference-batches", type=options.positive, nargs="+", help="batch sizes (default: 1 8; on a GPU 1 256)")
-    add("--rounds", type=options.positive, help="rounds of inference timing (default: 10; on a GPU 50)")
+    add("--rounds", type=options.positive, help="rounds of inference timing (default: 6; on a GPU 50)")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -81,14 +81,14 @@ def settings_for(args: argparse.Namespace) -> Settings:
         device=str(device),
         autocast="bfloat16" if on_gpu else None,
         seed=args.seed,
-        epochs=args.epochs or (8 if on_gpu else 3),
+        epochs=args.epochs or (8 if on_gpu else 2),
         steps=args.steps,
         batch_size=args.batch_size or (128 if on_gpu else 64),
         size=args.size or (224 if on_gpu else 64),
         inference_model=args.inference_model,
         inference_size=args.inference_size,
         inference_batches=tuple(args.inference_batches or ((1, 256) if on_gpu else (1, 8))),
-        rounds=args.rounds or (50 if on_gpu else 10),
+        rounds=args.rounds or (50 if on_gpu else 6),
     )
     if not 2 <= settings.batch_size <= TRAIN_IMAGES:
         raise ValueError(f"--batch-size must be 2 to {TRAIN_IMAGES}, the training images; got {settings.batch_size}")

@@ -16,9 +16,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = (
-    *("benchmarks", "csrc", "fused_resnet", "kernels", "requirements", "tests"),
-    *("setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", ".clang-format"),
-    *("README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"),
+    *("benchmarks", "csrc", "docs", "fused_resnet", "kernels", "packaging", "requirements", "tests"),
+    *("setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", ".clang-format", "mkdocs.yml"),
+    *("README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "SECURITY.md"),
 )
 # What a shell of the person who runs the tests must not leak into the builds.
 BUILD_VARIABLES = ("FUSED_RESNET_BUILD", "FUSED_RESNET_BACKEND", "CXX", "CUDA_HOME", "LDFLAGS", "PYTHONPATH")

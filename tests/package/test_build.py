@@ -51,7 +51,7 @@ def nvcc() -> str | None:
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        ("gpu", "FUSED_RESNET_BUILD must be one of auto, cuda, cpu, none; got 'gpu'"),
+        ("gpu", "FUSED_RESNET_BUILD must be one of auto, auto-cpu, cuda, cpu, none; got 'gpu'"),
         ("cpu", "FUSED_RESNET_BUILD=cpu cannot be done, missing: a C++ compiler"),
         ("cuda", "FUSED_RESNET_BUILD=cuda cannot be done, missing: a C++ compiler"),
     ],

@@ -80,12 +80,12 @@ def test_wheel_holds_the_package_and_nothing_beside_it(wheel, sources):
 def test_sdist_holds_every_source(sdist, sources):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    python = ("benchmarks/**/*.py", "fused_resnet/**/*.py", "kernels/**/*.py", "tests/**/*.py")
-    for pattern in ("csrc/**/*.*", "requirements/*.txt", "benchmarks/results/*.json", *python):
+    python = ("benchmarks/**/*.py", "fused_resnet/**/*.py", "kernels/**/*.py", "packaging/*.py", "tests/**/*.py")
+    for pattern in ("csrc/**/*.*", "docs/*.*", "requirements/*.txt", "benchmarks/results/*.json", *python):
         files = {path.relative_to(sources).as_posix() for path in sources.glob(pattern)}
         assert files
         assert files <= names
-    assert {"setup.py", "pyproject.toml", "Makefile", "LICENSE", "README.md"} <= names
+    assert {"setup.py", "pyproject.toml", "Makefile", "mkdocs.yml", "LICENSE", "README.md", "SECURITY.md"} <= names
 
 
 @pytest.mark.parametrize("form", ["wheel", "sdist", "folder", "editable"])
