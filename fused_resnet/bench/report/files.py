@@ -15,7 +15,7 @@ from typing import Any
 
 from fused_resnet.bench.report import condition, tables
 from fused_resnet.bench.report.figures import figures, text_table
-from fused_resnet.bench.report.sections import letters, sections
+from fused_resnet.bench.report.sections import READING, TITLE, letters, sections
 from fused_resnet.bench.result import Measurement, Result
 
 PAGE_NEEDS = ("jinja2", "matplotlib")
@@ -28,13 +28,8 @@ COLUMNS = (
     *(*MEASUREMENT, "contender", "status", "reason", *TIMES, "images_per_second", "times_best_eager"),
     *(*OUTCOME, "least_bytes", "flop", *RATES, *MACHINE),
 )
-TITLE = "fused_resnet benchmark"
 UNUSABLE = 2
 TOGETHER = "report"
-READING = (
-    'Times are medians, with the 20th to 80th percentile in brackets. "to eager" is how many times as fast as the '
-    "faster plain eager PyTorch: the median of the quotients of each round. Who was wrong is not compared."
-)
 
 
 def write_all(result: Result, folder: Path, name: str) -> list[Path]:

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fused_resnet.bench.report import condition, plots, tables
-from fused_resnet.bench.report.files import READING, TITLE
 from fused_resnet.bench.report.plots import Plot, Plots
-from fused_resnet.bench.report.sections import Section, letters, sections
+from fused_resnet.bench.report.sections import READING, TITLE, Section, letters, sections
 from fused_resnet.bench.result import INFERENCE, OP, Result
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")

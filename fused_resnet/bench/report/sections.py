@@ -8,6 +8,12 @@ from dataclasses import dataclass
 
 from fused_resnet.bench.result import ABSENT, LEVELS, MODES, OP, Measurement, Result
 
+TITLE = "fused_resnet benchmark"
+READING = (
+    'Times are medians, with the 20th to 80th percentile in brackets. "to eager" is how many times as fast as the '
+    "faster plain eager PyTorch: the median of the quotients of each round. Who was wrong is not compared."
+)
+
 
 @dataclass(frozen=True)
 class Column:
