@@ -51,7 +51,7 @@ demo: $(READY)
 test: $(READY)
 	@failed=; workers=; mkdir -p build; \
 	$(MAKE) --no-print-directory lint > build/lint.log 2>&1 & lint=$$!; \
-	if $(RUN) -c 'import xdist' 2>/dev/null; then workers="-n auto --maxprocesses=4 --dist loadgroup"; fi; \
+	if $(RUN) -c 'import xdist' 2>/dev/null; then workers="-n auto --maxprocesses=4"; fi; \
 	echo "== tests, 1 of 2: Triton kernels under the interpreter"; \
 	if $(RUN) -c 'import triton' 2>/dev/null; then \
 	  TRITON_INTERPRET=1 $(RUN) -m pytest tests/kernels $$workers --durations=5 || failed="$$failed Triton kernels,"; \

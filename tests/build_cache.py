@@ -24,12 +24,15 @@ DAYS_UNREAD = 30
 def key(texts: Iterable[str], files: Iterable[Path] = ()) -> str:
     """A hash of these texts and of the files' names and content; the same in every clone."""
     digest = hashlib.sha256()
-    names = sorted(files)
-    for text in (*texts, *map(str, names)):
-        digest.update(text.replace(str(FOLDER), "<cache>").replace(str(ROOT), "<root>").encode() + b"\0")
-    for path in names:
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    for text in texts:
+        digest.update(_in_any_clone(text).encode() + b"\0")
+    for name, path in sorted((_in_any_clone(str(path)), path) for path in files):
+        digest.update(name.encode() + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:32]
+
+
+def _in_any_clone(text: str) -> str:
+    return text.replace(str(FOLDER), "<cache>").replace(str(ROOT), "<root>")
 
 
 def made(key: str, name: str, make: Callable[[Path], object]) -> Path:

@@ -23,7 +23,6 @@ from tests import cpp
 
 pytestmark = [
     pytest.mark.skipif(cpp.compiler() is None, reason="no C++ compiler"),
-    pytest.mark.xdist_group("host_execution"),
 ]
 
 

@@ -25,8 +25,6 @@ from tests.ops.step import (
     step,
 )
 
-pytestmark = pytest.mark.xdist_group("cuda_on_host")
-
 NHWC = FORMATS["nhwc"]
 SHAPES = [(2, 24, 5, 7), (3, 13, 4, 3), (2, 8, 1, 1)]
 

@@ -9,8 +9,6 @@ from hypothesis import strategies as st
 
 from tests.cuda.cases import DTYPES, SHAPES, call, channels_last, check, image, misaligned, same_bits
 
-pytestmark = pytest.mark.xdist_group("cuda_on_host")
-
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES, (3, 512, 7, 7), (7, 40, 1, 1), (2, 2056, 2, 3)], ids=str)

@@ -28,8 +28,6 @@ from tests.cuda.cases import (
     vectors,
 )
 
-pytestmark = pytest.mark.xdist_group("cuda_on_host")
-
 NAN, INFINITY = float("nan"), float("inf")
 
 

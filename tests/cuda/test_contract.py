@@ -34,9 +34,6 @@ from tests.cuda.cases import (
     x_of,
 )
 
-pytestmark = pytest.mark.xdist_group("cuda_on_host")
-
-
 # Launches
 
 

@@ -23,8 +23,6 @@ from tests.cuda.cases import (
     vectors,
 )
 
-pytestmark = pytest.mark.xdist_group("cuda_on_host")
-
 TILES = (0, 1, 2)  # test_every_tile_is_tested says that there are no more
 
 # image, filters, kernel, and what is not (1, 1), (0, 0), (1, 1): why

@@ -31,8 +31,6 @@ from tests.cuda.cases import (
 )
 from tests.cuda.on_host import Host
 
-pytestmark = pytest.mark.xdist_group("cuda_on_host")
-
 ERRORS = {719: "cudaErrorLaunchFailure", 1: "cudaErrorInvalidValue", 9: "cudaErrorInvalidConfiguration"}
 
 

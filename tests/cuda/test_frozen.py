@@ -14,8 +14,6 @@ from fused_resnet.frozen.ends import FrozenAvgPool, FrozenStem
 from fused_resnet.ops.route import choose
 from tests.cuda.on_host import Host
 
-pytestmark = pytest.mark.xdist_group("cuda_on_host")
-
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 

@@ -11,7 +11,6 @@ from tests.cuda import host_build
 
 pytestmark = [
     pytest.mark.skipif(cpp.compiler() is None, reason="no C++ compiler"),
-    pytest.mark.xdist_group("host_execution"),
 ]
 
 CASES = [

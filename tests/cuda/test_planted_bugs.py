@@ -14,7 +14,6 @@ from tests.planted import Fault, copy_with_faults, numbered
 
 pytestmark = [
     pytest.mark.skipif(cpp.compiler() is None, reason="no C++ compiler"),
-    pytest.mark.xdist_group("cuda_sanitizers"),
 ]
 
 CUDA = cpp.CSRC / "cuda"

@@ -24,8 +24,6 @@ from tests.cuda.cases import (
     with_own_running,
 )
 
-pytestmark = pytest.mark.xdist_group("cuda_on_host")
-
 HALF = torch.float16
 NAMES = names_of_calls()
 every_name = pytest.mark.parametrize("name", NAMES)

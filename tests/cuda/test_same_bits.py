@@ -18,8 +18,6 @@ from tests.cuda.cases import (
     with_own_running,
 )
 
-pytestmark = pytest.mark.xdist_group("cuda_on_host")
-
 RUNS_ON_HOST, RUNS_ON_DEVICE = 100, 20
 NAMES = names_of_calls()
 

@@ -30,8 +30,6 @@ from tests.cuda.cases import (
     vectors,
 )
 
-pytestmark = pytest.mark.xdist_group("cuda_on_host")
-
 NAN, INFINITY = float("nan"), float("inf")
 FORMS = [(False, False), (True, False), (True, True)]  # ReLU, mask
 

@@ -15,8 +15,6 @@ from fused_resnet.ops import reference
 from tests.accuracy import assert_at_most_twice
 from tests.cuda.cases import HALVES, call, channels_last, check, same_bits, vectors
 
-pytestmark = pytest.mark.xdist_group("cuda_on_host")
-
 NAN, INFINITY = float("nan"), float("inf")
 
 # A tile is 7 x 8 pooled pixels, of about 28 x 32 pixels of the image.

@@ -19,8 +19,6 @@ from fused_resnet.ops import use_fusion_level
 from tests.modules.compare import assert_close, randomize, step, terms_of_gradients
 from tests.ranks import counted_collectives, on_ranks
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:

@@ -47,7 +47,6 @@ NUMBERS = numbered(FAULTS)
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(cpp.compiler() is None, reason="no C++ compiler"),
-    pytest.mark.xdist_group("conv_driver"),
 ]
 
 
