@@ -17,11 +17,13 @@ from fused_resnet.modules.bottleneck import Bottleneck
 from fused_resnet.modules.shortcut import why_not_split
 from fused_resnet.modules.stem import why_not_whole_stem, window
 from fused_resnet.modules.whole_block import why_not_whole
+from fused_resnet.ops.conv_settings import ConvSettings
 from fused_resnet.ops.layout import is_channels_last
 from fused_resnet.ops.route.choose import why_not
-from fused_resnet.ops.route.fusion_level import training_level_asked_for, why_not_fused_training
+from fused_resnet.ops.route.fusion_level import training_level_asked_for
 from fused_resnet.ops.route.reasons import unavailable
 from fused_resnet.ops.route.request import AUTO, requested_backend
+from fused_resnet.ops.route.routes import link_route
 from fused_resnet.ops.stem import why_not_pooled
 
 LINE_LENGTH = 120
@@ -165,10 +167,10 @@ def _why_level_0(module: nn.Module, conv_name: str | None, memory_format: torch.
     size = [dilation * (kernel - 1) + 1 for dilation, kernel in zip(conv.dilation, conv.kernel_size, strict=True)]
     shape = (2, conv.in_channels, *size)
     x = torch.empty(shape, dtype=conv.weight.dtype, device=conv.weight.device, memory_format=memory_format)
-    settings = (conv.stride, cast(tuple[int, int], conv.padding), conv.dilation, conv.groups)
     if isinstance(module, ResNet) and (reasons := why_not_pooled(x, conv.weight, window(module.maxpool))):
         return reasons
-    return why_not_fused_training(x, conv.weight.detach(), *settings)
+    settings = ConvSettings.of(conv.stride, cast(tuple[int, int], conv.padding), conv.dilation, conv.groups)
+    return list(link_route(x, conv.weight.detach(), settings).why_level_0)
 
 
 def _weight(module: nn.Module, conv_name: str) -> Tensor:
