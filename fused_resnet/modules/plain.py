@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
 from fused_resnet.ops.batch_norm import BatchNorm
@@ -43,7 +43,7 @@ class Snapshot:
             if "forward" in own or UNFUSED in own or own.get("_compiled_call_impl") is not None:
                 return False
         for part, settings, before in self._settings:
-            if settings(part) != before or (type(part) is nn.Conv2d and part._parameters["bias"] is not None):
+            if settings(part) != before or (type(part) is nn.Conv2d and part._parameters.get("bias") is not None):
                 return False
         return True
 
@@ -58,6 +58,13 @@ def has_global_hooks() -> bool:
     return any(_global_hooks())
 
 
+def weight_of(conv: nn.Conv2d) -> Tensor:
+    """``conv.weight``, past ``nn.Module.__getattr__``. FullyShardedDataParallel takes it from the parameters and leaves
+    a plain attribute."""
+    weight = conv._parameters.get("weight")
+    return conv.weight if weight is None else weight
+
+
 def batch_norm_arguments(norm: PlainNorm) -> BatchNorm:
     """What the norm's forward would give to ``F.batch_norm`` now; counts the batch where it would.
 
@@ -66,7 +73,7 @@ def batch_norm_arguments(norm: PlainNorm) -> BatchNorm:
     ``nn.SyncBatchNorm`` in training shares the statistics of its batch with the other ranks of its group.
     """
     # Past nn.Module.__getattr__, which costs as much for each tensor as all else here.
-    parameters, buffers, momentum, training = norm._parameters, norm._buffers, norm.momentum, norm.training
+    buffers, momentum, training = norm._buffers, norm.momentum, norm.training
     running_mean, running_var = buffers["running_mean"], buffers["running_var"]
     if not training:
         training = running_mean is None and running_var is None
@@ -82,15 +89,20 @@ def batch_norm_arguments(norm: PlainNorm) -> BatchNorm:
     if momentum is None:
         momentum = 0.0
     group = None if type(norm) is nn.BatchNorm2d else _process_group(norm)
-    vectors = (parameters["weight"], parameters["bias"], running_mean, running_var)
-    return BatchNorm(*vectors, training, momentum, norm.eps, group)
+    return BatchNorm(*_affine(norm), running_mean, running_var, training, momentum, norm.eps, group)
+
+
+def _affine(norm: PlainNorm) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias, as `weight_of`."""
+    parameters = norm._parameters
+    return (parameters["weight"], parameters["bias"]) if "weight" in parameters else (norm.weight, norm.bias)
 
 
 def vectors_fit(norm: PlainNorm, channels: int, device: torch.device) -> bool:
     """True if the ops take the norm's vectors beside an activation of so many channels on this device."""
     takes = (channels,), device, True
     buffers = norm._buffers
-    for vector in (*norm._parameters.values(), buffers["running_mean"], buffers["running_var"]):
+    for vector in (*_affine(norm), buffers["running_mean"], buffers["running_var"]):
         if vector is not None and (vector.shape, vector.device, vector.is_floating_point()) != takes:
             return False
     return True

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fused_resnet.modules.bn_act import why_not_fuse
 from fused_resnet.modules.conv_bn_act import why_not_plain_conv
-from fused_resnet.modules.plain import PlainNorm, Snapshot, batch_norm_arguments, vectors_fit
+from fused_resnet.modules.plain import PlainNorm, Snapshot, batch_norm_arguments, vectors_fit, weight_of
 from fused_resnet.modules.shortcut import why_not_split
 from fused_resnet.modules.site import Site
 from fused_resnet.ops.conv_norm import ConvNorm
@@ -46,39 +46,40 @@ class WholeBlock:
     def __init__(self, block: nn.Module) -> None:
         self._snapshot = Snapshot(block)
         self.holds = self._snapshot.holds
-        self._links: list[tuple[dict[str, Any], ConvSettings, PlainNorm]] = []
+        self._convs: list[nn.Conv2d] = []
+        self._norms: list[PlainNorm] = []
         self._has_shortcut = self._trains = False
         if any(_reasons(block)):
             return
-        convs_and_norms = [(getattr(block, site.conv), getattr(block, site.norm)) for site in _sites(block)]
+        pairs = [(getattr(block, site.conv), getattr(block, site.norm)) for site in _sites(block)]
         if (downsample := _shortcut(block)) is not None:
             self._has_shortcut = True
-            convs_and_norms.append((downsample[0], downsample[1]))
-        self._trains = any(norm.training for _, norm in convs_and_norms)
-        for conv, norm in convs_and_norms:
-            settings = ConvSettings(conv.stride, conv.padding, conv.dilation, conv.groups)
-            self._links.append((conv._parameters, settings, norm))
+            pairs.append((downsample[0], downsample[1]))
+        self._convs, self._norms = [conv for conv, _ in pairs], [norm for _, norm in pairs]
+        self._settings = [ConvSettings(c.stride, c.padding, c.dilation, c.groups) for c in self._convs]  # type: ignore[arg-type]
+        self._trains = any(norm.training for norm in self._norms)
 
     def __call__(self, memory: str, x: Tensor) -> Tensor | None:
         """`whole_block` of the block that this was made of."""
-        if not self._links or not (self._trains or torch.is_grad_enabled()):
+        if not self._convs or not (self._trains or torch.is_grad_enabled()):
             return None
         kind = x.device.type
         if kind not in ("cpu", "cuda"):
             return None
         if torch.is_autocast_enabled(kind) and x.dtype is not torch.float64:
             x = x.to(torch.get_autocast_dtype(kind))
-        chain = [(parameters["weight"], settings) for parameters, settings, _ in self._links]
+        weights = [weight_of(conv) for conv in self._convs]
+        chain = [*zip(weights, self._settings, strict=True)]
         shortcut = chain.pop() if self._has_shortcut else None
         route = block_route(x, chain, shortcut, memory)
         if route is None or route.fewest_values == 1:  # which the norms refuse, or share with other ranks
             return None
-        for parameters, _, norm in self._links:
-            if not vectors_fit(norm, len(parameters["weight"]), x.device):
+        for weight, norm in zip(weights, self._norms, strict=True):
+            if not vectors_fit(norm, len(weight), x.device):
                 return None
         links = [
-            ConvNorm(parameters["weight"], batch_norm_arguments(norm), *settings)
-            for parameters, settings, norm in self._links
+            ConvNorm(weight, batch_norm_arguments(norm), *settings)
+            for weight, settings, norm in zip(weights, self._settings, self._norms, strict=True)
         ]
         return run(route, x, links, links.pop() if self._has_shortcut else None)
 

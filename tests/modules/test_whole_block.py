@@ -460,3 +460,22 @@ def test_the_last_fuse_decides(owner, whole):
     bytes_of_training(model)
     assert whole == ["efficient"] * 2
     assert not any(MEMORY in module.__dict__ for module in model.modules())
+
+
+def test_parameters_that_somebody_made_plain_attributes(whole):
+    """As FullyShardedDataParallel does, which shards one flat parameter and leaves views of it."""
+    block, twin = pair("basic projection", torch.float64)
+    for module in block.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                del module._parameters[name]
+                setattr(module, name, parameter.detach().clone().requires_grad_())
+    x = torch.randn(4, 8, 6, 6, dtype=torch.float64)
+    with running(3, "reference"):
+        out, expected = block(x), twin(x)
+        out.sum().backward()
+    expected.sum().backward()
+    assert whole == ["default"]
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(block.conv1.weight.grad, twin.conv1.weight.grad)
+    torch.testing.assert_close(block.bn2.bias.grad, twin.bn2.bias.grad)

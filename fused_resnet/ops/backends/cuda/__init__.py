@@ -61,7 +61,8 @@ def why_unavailable() -> list[str]:
     """The reasons why no kernel of this backend can run in this process. Asks no device anything."""
     if not hasattr(cuda_launch.extension, "cuda"):
         return [
-            "fused_resnet._C was built without CUDA kernels (no nvcc was there, or FUSED_RESNET_BUILD did not ask for them; FUSED_RESNET_BUILD=cuda insists)"
+            "fused_resnet._C was built without CUDA kernels: there was no nvcc, or they were not asked for"
+            " (FUSED_RESNET_BUILD=cuda insists)"
         ]
     if cuda_launch.DEVICE_TYPE == "cpu" or torch.cuda.is_available():
         return []
