@@ -1,5 +1,5 @@
-// The table of contents of fused_resnet._C. Tensors are checked and allocated in fused_resnet/ops/backends; what arrives
-// here is addresses, sizes and numbers, so this file builds without PyTorch and works with every version.
+// The table of contents of fused_resnet._C. Tensors are checked and allocated in fused_resnet/ops/backends; what
+// arrives here is addresses, sizes and numbers, so this file builds without PyTorch and works with every version.
 #include <pybind11/pybind11.h>
 
 #include "address.h"

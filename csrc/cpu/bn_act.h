@@ -1,7 +1,7 @@
 // BatchNorm + residual add + ReLU on the CPU: what the kernels take and what they promise.
 //
-// Everything is raw addresses and sizes: the tensors were checked above, in fused_resnet/ops/backends/native/norm.py. An
-// activation is images x channels x pixels elements, dense, either NHWC (channels innermost) or NCHW (pixels
+// Everything is raw addresses and sizes: the tensors were checked above, in fused_resnet/ops/backends/native/norm.py.
+// An activation is images x channels x pixels elements, dense, either NHWC (channels innermost) or NCHW (pixels
 // innermost). Statistics and parameters are float32 vectors of `channels`. Sums are combined in an order that depends
 // on the shape alone, so a result is bitwise the same whatever the number of threads.
 #pragma once

@@ -1,10 +1,10 @@
 // Convolutions on the CPU with bias, add and ReLU in the epilogue, a batch norm and ReLU in front of them, and the
 // gradient of their weights: what the kernels take and promise.
 //
-// Everything is raw addresses and sizes, checked above in fused_resnet/ops/backends/native/conv.py and native_training.py.
-// Activations are dense NHWC of float32 or bfloat16, sums float32. Every output is a sum in an order that depends on
-// the convolution alone, so a result is bitwise the same whatever the number of threads, and an image's outputs
-// whatever else is in the batch.
+// Everything is raw addresses and sizes, checked above in fused_resnet/ops/backends/native/conv.py and
+// native_training.py. Activations are dense NHWC of float32 or bfloat16, sums float32. Every output is a sum in an
+// order that depends on the convolution alone, so a result is bitwise the same whatever the number of threads, and an
+// image's outputs whatever else is in the batch.
 #pragma once
 
 #include <cstdint>

@@ -4,21 +4,21 @@
 #include "conv.h"
 
 #define CPU_CAPABILITY baseline
-#include "cpu/norm/bn_act.h"
 #include "cpu/conv/conv.h"
+#include "cpu/norm/bn_act.h"
 #undef CPU_CAPABILITY
 #ifdef FUSED_RESNET_X86_DISPATCH
 #define CPU_CAPABILITY avx2
-#include "cpu/norm/bn_act.h"
 #include "cpu/conv/conv.h"
+#include "cpu/norm/bn_act.h"
 #undef CPU_CAPABILITY
 #define CPU_CAPABILITY avx512
-#include "cpu/norm/bn_act.h"
 #include "cpu/conv/conv.h"
+#include "cpu/norm/bn_act.h"
 #undef CPU_CAPABILITY
 #define CPU_CAPABILITY avx512_bf16
-#include "cpu/norm/bn_act.h"
 #include "cpu/conv/conv.h"
+#include "cpu/norm/bn_act.h"
 #undef CPU_CAPABILITY
 #endif
 

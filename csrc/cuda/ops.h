@@ -1,6 +1,7 @@
-// The CUDA kernels as functions on addresses: what each reads, writes and returns. fused_resnet/ops/backends/cuda/__init__.py checks and
-// allocates the tensors; here, sizes and the limits of the machine. Activations are NHWC; per-channel vectors float32.
-// T is the bytes of one activation. Every function throws std::runtime_error with the op and the shape in its message.
+// The CUDA kernels as functions on addresses: what each reads, writes and returns.
+// fused_resnet/ops/backends/cuda/__init__.py checks and allocates the tensors; here, sizes and the limits of the
+// machine. Activations are NHWC; per-channel vectors float32. T is the bytes of one activation. Every function throws
+// std::runtime_error with the op and the shape in its message.
 #pragma once
 
 #include <cstddef>

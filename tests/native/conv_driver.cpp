@@ -9,8 +9,8 @@
 #include <random>
 #include <vector>
 
-#include "cpu/conv_training.h"
 #include "cpu/conv/conv.h"
+#include "cpu/conv_training.h"
 #include "cpu/simd/element.h"
 
 using namespace fused_resnet;
