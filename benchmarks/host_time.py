@@ -25,6 +25,7 @@ from torch import nn
 
 import fused_resnet
 from fused_resnet.bench.machine import machine_facts
+from fused_resnet.bench.suite.torchvision_ops import missing_torchvision_ops
 
 RESULT = Path(__file__).parent / "results" / "launch" / "cpu_host_time_of_a_block.json"
 CHANNELS, SIZE, CALLS = 64, 4, 50
@@ -55,6 +56,7 @@ def main(words: list[str] | None = None) -> None:
 
 def blocks() -> dict[str, nn.Module]:
     """torchvision's."""
+    missing_torchvision_ops()
     from torchvision.models import resnet
 
     return {
