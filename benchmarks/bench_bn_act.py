@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.measure import DEVICE, DTYPES, ON_GPU, cases, device_time, measure, named
+from benchmarks.by_pytest import DEVICE, DTYPES, ON_GPU, cases, device_time, measure, named
 from fused_resnet.bench.passes import STATS_APPLY
 from fused_resnet.bench.result import TRAINING_STEP
 from fused_resnet.bench.suite.op_base import COMPILE, EAGER

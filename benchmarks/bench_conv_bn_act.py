@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import DEVICE, ON_GPU, cases, device_time, measure, named
+from benchmarks.by_pytest import DEVICE, ON_GPU, cases, device_time, measure, named
 from fused_resnet.bench.result import INFERENCE, TRAINING_STEP
 from fused_resnet.bench.suite.op_base import COMPILE, EAGER, SEPARATE
 from fused_resnet.bench.suite.op_conv_inference import FOLDED, NCHW, PACKED, ConvInferenceTask

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.measure import DEVICE, DTYPES, ON_GPU, cases, device_time, measure, named
+from benchmarks.by_pytest import DEVICE, DTYPES, ON_GPU, cases, device_time, measure, named
 from fused_resnet.bench.result import INFERENCE, TRAINING_STEP
 from fused_resnet.bench.suite.networks import model_tasks
 from fused_resnet.bench.suite.registry import contenders

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import DEVICE, ON_GPU, cases, device_time, measure, named
+from benchmarks.by_pytest import DEVICE, ON_GPU, cases, device_time, measure, named
 from fused_resnet.bench.suite.op_base import COMPILE, EAGER
 from fused_resnet.bench.suite.op_stem import DTYPES, LAYOUTS, StemTask
 from fused_resnet.bench.suite.op_task import op_contenders, ours

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.measure import DEVICE
+from benchmarks.by_pytest import DEVICE
 from fused_resnet.bench.machine import machine_facts
 from fused_resnet.bench.suite.torchvision_ops import import_or_none
 

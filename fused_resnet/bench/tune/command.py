@@ -18,7 +18,7 @@ from fused_resnet.bench import options
 from fused_resnet.bench.suite.rounds import ONCE
 from fused_resnet.bench.suite.subjects import builder_names
 from fused_resnet.bench.tune.compile import compile_all
-from fused_resnet.bench.tune.measure import METHOD, Found
+from fused_resnet.bench.tune.fastest import METHOD, Found
 from fused_resnet.bench.tune.run import Outcome, tune, unknown
 from fused_resnet.bench.tune.sites import MODES, Selection, subjects
 from fused_resnet.bench.tune.subject import Subject

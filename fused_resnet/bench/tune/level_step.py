@@ -42,6 +42,7 @@ class LevelStep:
         stride, padding, dilation, groups = inputs.settings
         sizes = ((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]))
         self._link = ConvNorm(inputs.weight.to(dtype), norm, *sizes, groups)
+        self._routes: dict[int, LinkRoute] = {}
 
     def run(self, level: int) -> Ran:
         """What forward left, the gradient of the weight, that of the input on its way on, and the two sums over it of
@@ -80,8 +81,11 @@ class LevelStep:
         return self._wide(first), self._wide(second)
 
     def _route(self, level: int) -> LinkRoute:
-        with asking(level=level):
-            return link_route(self._before.tensor, self._link.conv_weight, self._link.settings)
+        """Decided once, as a block's is: it is no part of what is timed."""
+        if level not in self._routes:
+            with asking(level=level):
+                self._routes[level] = link_route(self._before.tensor, self._link.conv_weight, self._link.settings)
+        return self._routes[level]
 
     def _masked(self, grad: Tensor) -> Tensor:
         if self._before.vectors is None:

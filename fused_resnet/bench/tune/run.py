@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fused_resnet.bench.suite.measure import last_line
 from fused_resnet.bench.suite.rounds import Method
-from fused_resnet.bench.tune.measure import METHOD, Found, NothingRan, find_fastest
+from fused_resnet.bench.tune.fastest import METHOD, Found, NothingRan, find_fastest
 from fused_resnet.bench.tune.subject import Subject
 from fused_resnet.ops.plan import measured_plan
 from fused_resnet.ops.plan.plan_file import Key

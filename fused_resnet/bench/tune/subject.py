@@ -17,7 +17,7 @@ from fused_resnet.bench.suite.op_base import OpTask, on_backend, without_gradien
 from fused_resnet.bench.suite.op_conv_inference import ConvInferenceInputs, ConvInferenceTask
 from fused_resnet.bench.suite.op_conv_training import ConvTrainingTask
 from fused_resnet.bench.suite.task import Prepared, Results
-from fused_resnet.bench.tune.measure import Found
+from fused_resnet.bench.tune.fastest import Found
 from fused_resnet.ops.backends.native.conv import NativeConv, why_not_native
 from fused_resnet.ops.conv_settings import ConvSettings
 from fused_resnet.ops.plan import measured_plan, plan_key

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import measure as measuring
-from benchmarks.measure import FEWEST_ROUNDS, MOST_ROUNDS, cases, measure, named, rounds_for
+from benchmarks import by_pytest as measuring
+from benchmarks.by_pytest import FEWEST_ROUNDS, MOST_ROUNDS, cases, measure, named, rounds_for
 from fused_resnet.bench.passes import PASSES
 from fused_resnet.bench.roofline import Ceilings
 from fused_resnet.bench.sites import RELU, NormSite

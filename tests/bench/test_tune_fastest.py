@@ -12,8 +12,8 @@ import torch
 from fused_resnet.bench.suite.rounds import Method
 from fused_resnet.bench.suite.task import Prepared
 from fused_resnet.bench.timer import Timing
-from fused_resnet.bench.tune import measure
-from fused_resnet.bench.tune.measure import NothingRan, find_fastest, is_faster
+from fused_resnet.bench.tune import fastest
+from fused_resnet.bench.tune.fastest import NothingRan, find_fastest, is_faster
 
 CPU = torch.device("cpu")
 METHOD = Method(rounds=9, min_seconds=0, most_rounds=9, sample_seconds=0, pause=0, warm_up=False)
@@ -78,8 +78,8 @@ def test_of_many_only_the_best_are_measured_in_full():
     candidates = {f"{i}": shop.candidate(f"{i}", 1.0 + i) for i in range(30)}
     found = shop.find(candidates, "29")
     assert found.winner == "0" and found.ratio == pytest.approx(30)
-    assert shop.ran.count("15") <= measure.BRIEF.rounds + 1 < shop.ran.count("1")
-    assert shop.ran.count("29") > measure.BRIEF.rounds + 1  # the heuristic's choice is
+    assert shop.ran.count("15") <= fastest.BRIEF.rounds + 1 < shop.ran.count("1")
+    assert shop.ran.count("29") > fastest.BRIEF.rounds + 1  # the heuristic's choice is
 
 
 def test_wrong_numbers_and_failures_are_dropped_with_their_reasons():
