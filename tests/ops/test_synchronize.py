@@ -26,8 +26,6 @@ from tests.ops.step import (
 )
 from tests.ranks import counted_collectives, on_ranks
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 CHANNELS = 5
 
 
