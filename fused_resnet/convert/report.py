@@ -14,6 +14,7 @@ from fused_resnet.convert.sites import fusion_sites, is_known
 from fused_resnet.models.resnet import ResNet
 from fused_resnet.modules.basic_block import BasicBlock
 from fused_resnet.modules.bottleneck import Bottleneck
+from fused_resnet.modules.plain import class_name
 from fused_resnet.modules.shortcut import why_not_split
 from fused_resnet.modules.stem import why_not_whole_stem, window
 from fused_resnet.modules.whole_block import why_not_whole
@@ -114,7 +115,7 @@ def fusion_report(model: nn.Module) -> FusionReport:
 def _why_unknown(named: dict[str, nn.Module], path: str) -> str:
     """Why no forward of ours hands this norm over, by the nearest module around it that is not a Sequential."""
     if not path:
-        return f"{_class_name(named[path])} is not in a block"
+        return f"{class_name(named[path])} is not in a block"
     child, parent = path, path.rpartition(".")[0]
     while type(named[parent]) is nn.Sequential and parent:
         child, parent = parent, parent.rpartition(".")[0]
@@ -122,10 +123,10 @@ def _why_unknown(named: dict[str, nn.Module], path: str) -> str:
     if is_known(block) and child.rpartition(".")[2] == "downsample":
         return "; ".join(why_not_split(named[child])) or "it is not the last norm of downsample"
     if "forward" in block.__dict__:
-        return f"the forward of its {_class_name(block)} was replaced"
+        return f"the forward of its {class_name(block)} was replaced"
     if type(block) in torchvision_classes():
         return "fused_resnet.fuse was not called, or before this block was there"
-    return f"its block, {_class_name(block)}, is not one that fuse knows"
+    return f"its block, {class_name(block)}, is not one that fuse knows"
 
 
 def _why_no_backend(norm: nn.Module, conv: nn.Module | None, memory_format: torch.memory_format) -> list[str]:
@@ -187,10 +188,6 @@ def _memory_format(model: nn.Module) -> torch.memory_format:
 
 def _is_norm(module: nn.Module) -> bool:
     return isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)) or "BatchNorm" in type(module).__name__
-
-
-def _class_name(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _join(path: str, name: str) -> str:

@@ -46,7 +46,7 @@ from fused_resnet.ops.layout import dense
 from fused_resnet.ops.residual_block_grad import block_gradients, differentiable_gradients
 from fused_resnet.ops.route import request, routes
 from fused_resnet.ops.route.fusion_level import needs_full_float32
-from fused_resnet.ops.route.listeners import hears_backward, is_listened_to, is_transformed
+from fused_resnet.ops.route.listeners import for_listeners, hears_backward
 from fused_resnet.ops.route.routes import BlockRoute
 from fused_resnet.ops.synchronize import group_to_share
 
@@ -125,15 +125,10 @@ def block_route(x: Tensor, chain: Sequence[Conv], shortcut: Conv | None, memory:
             for weight, settings in ([*chain, shortcut] if shortcut is not None else chain)
         ],
     )
-    route = routes.kept.get(key, _UNKNOWN)
-    if route is _UNKNOWN:
+    route = routes.kept.get(key, routes.UNKNOWN)
+    if route is routes.UNKNOWN:
         route = routes.keep(key, _decide(x, chain, shortcut, efficient))
-    if route is None or not is_listened_to():
-        return route
-    return None if is_transformed() else route.heard
-
-
-_UNKNOWN = object()
+    return for_listeners(route)
 
 
 def _decide(x: Tensor, chain: Sequence[Conv], shortcut: Conv | None, efficient: bool) -> BlockRoute | None:

@@ -41,7 +41,7 @@ from fused_resnet.ops.residual_block import autocast_dtype, check_link
 from fused_resnet.ops.residual_block_grad import NO_SECOND_DERIVATIVE, of_views, plain_conv, plain_norm
 from fused_resnet.ops.route import request, routes
 from fused_resnet.ops.route.fusion_level import needs_full_float32, why_not_fused_pool
-from fused_resnet.ops.route.listeners import hears_backward, is_listened_to, is_transformed
+from fused_resnet.ops.route.listeners import for_listeners, hears_backward
 from fused_resnet.ops.route.routes import StemRoute
 
 Window = tuple[list[int], list[int], list[int]]
@@ -107,20 +107,15 @@ def stem_route(x: Tensor, conv_weight: Tensor, settings: ConvSettings, window: W
         *(of_weight, settings, *map(tuple, window)),
         torch.get_num_threads() if x.is_cpu else x.dtype is torch.float32 and needs_full_float32(x),
     )
-    route = routes.kept.get(key, _UNKNOWN)
-    if route is _UNKNOWN:
+    route = routes.kept.get(key, routes.UNKNOWN)
+    if route is routes.UNKNOWN:
         route = None
         if routes.kept_pass_route(x) is not None and not why_not_pooled(x, conv_weight, window):
             weight = like_x(conv_weight, x)
             y = routes.output_like(x, weight, settings)
             route = StemRoute.of(routes.link_route(x, weight, settings), routes.pool_passes(y))
         routes.keep(key, route)
-    if route is None or not is_listened_to():
-        return route
-    return None if is_transformed() else route.heard
-
-
-_UNKNOWN = object()
+    return for_listeners(route)
 
 
 def why_not_pooled(x: Tensor, conv_weight: Tensor, window: Window) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Protocol, TypeVar
+
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -19,6 +21,25 @@ def is_transformed() -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+class Route(Protocol):
+    """Any of ``ops/route/routes.py``."""
+
+    @property
+    def heard(self) -> Any:
+        """The same by way of PyTorch's dispatcher."""
+
+
+R = TypeVar("R", bound=Route)
+
+
+def for_listeners(route: R | None) -> R | None:
+    """The route itself where nobody listens; where somebody does, the same by way of PyTorch's dispatcher; and None for
+    those that take PyTorch's own ops only."""
+    if route is None or not is_listened_to():
+        return route
+    return None if is_transformed() else route.heard
 
 
 def hears_backward(grad: Tensor) -> bool:

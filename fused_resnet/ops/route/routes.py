@@ -18,7 +18,7 @@ from fused_resnet.ops.conv_settings import ConvSettings
 from fused_resnet.ops.layout import conv_memory_format, is_channels_last_once_dense
 from fused_resnet.ops.plan import measured_plan
 from fused_resnet.ops.route import fusion_level, request
-from fused_resnet.ops.route.listeners import is_listened_to, is_transformed
+from fused_resnet.ops.route.listeners import for_listeners
 from fused_resnet.ops.route.reasons import FUSED_DTYPES, module, reasons_against, why_not_device
 from fused_resnet.ops.route.request import AUTO
 from fused_resnet.ops.route.signatures import (
@@ -38,6 +38,10 @@ MOST_KEPT = 4096
 kept: dict[tuple[Any, ...], Any] = {}
 """Every route of the process; none once the measured plan has changed."""
 measured_plan.forget_answers.append(lambda: kept.clear())
+
+
+UNKNOWN = object()
+"""In the place of what is not kept: None is an answer."""
 
 
 def keep(key: tuple[Any, ...], route: Any) -> Any:
@@ -151,17 +155,14 @@ def pass_route(x: Tensor) -> PassRoute | None:
     if torch._C._get_tracing_state() is not None:  # sizes are no plain numbers, and not to be kept
         route = _decide_passes(x)
         return None if route is None else route.heard
-    route = kept_pass_route(x)
-    if route is None or not is_listened_to():
-        return route
-    return None if is_transformed() else route.heard
+    return for_listeners(kept_pass_route(x))
 
 
 def kept_pass_route(x: Tensor) -> PassRoute | None:
     """`pass_route` where nobody listens at the dispatcher and nothing is compiled."""
     key = (type(x), x.shape, x.stride(), x.dtype, x.device, request.current)
-    route = kept.get(key, _UNKNOWN)
-    return keep(key, _decide_passes(x)) if route is _UNKNOWN else route
+    route = kept.get(key, UNKNOWN)
+    return keep(key, _decide_passes(x)) if route is UNKNOWN else route
 
 
 def link_route(x: Tensor, conv_weight: Tensor, settings: ConvSettings) -> LinkRoute:
@@ -258,6 +259,5 @@ def _compiles(x: Tensor) -> bool:
     return x.device.type == "cpu" and _works("native", x.device)
 
 
-_UNKNOWN = object()
 DISPATCHED = PassRoute(dispatched(Passes))
 """What torch.compile's graphs hold."""
