@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_resnet.ops.layout import is_negated, resolved_or_none
 from fused_resnet.ops.reference import statistics_dtype
 
 
@@ -23,6 +24,16 @@ class BatchNorm(NamedTuple):
     process_group: Any = None
     """The ranks, a ``torch.distributed.ProcessGroup``, that share their statistics when training, as in
     ``nn.SyncBatchNorm``; None for this process alone."""
+
+    def resolved(self) -> BatchNorm:
+        """The same; no lazily negated view among what is only read."""
+        if not any(vector is not None and is_negated(vector) for vector in self[:4]):
+            return self
+        weight, bias = resolved_or_none(self.weight), resolved_or_none(self.bias)
+        if self.training:  # in which the running statistics are written to
+            return self._replace(weight=weight, bias=bias)
+        running_mean, running_var = resolved_or_none(self.running_mean), resolved_or_none(self.running_var)
+        return self._replace(weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
 
 
 def batch_norm(x: Tensor, norm: BatchNorm) -> Tensor:

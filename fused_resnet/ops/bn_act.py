@@ -27,6 +27,7 @@ from torch import Tensor
 from fused_resnet.ops import checks
 from fused_resnet.ops.batch_norm import BatchNorm, batch_norm
 from fused_resnet.ops.bn_act_autograd import BNAct, BNActDual
+from fused_resnet.ops.layout import resolved, resolved_or_none
 from fused_resnet.ops.reference import statistics_dtype
 from fused_resnet.ops.route.routes import DISPATCHED, PassRoute, pass_route
 from fused_resnet.ops.synchronize import group_to_share, statistics_over_ranks
@@ -78,6 +79,7 @@ def bn_act(
     norm = BatchNorm(weight, bias, running_mean, running_var, training, momentum, eps, process_group)
     norm = _checked_batch_norm(x, norm)
     checks.check_residual("residual", residual, x, x.shape)
+    x, residual = resolved(x), resolved_or_none(residual)
     if residual is None or residual.dtype == x.dtype:
         return normalize(x, norm, residual, relu)
     z = normalize(x, norm, None, False) + residual
@@ -105,7 +107,8 @@ def bn_act_dual(x: Tensor, norm: BatchNorm, x2: Tensor, norm2: BatchNorm, *, act
     for name, value in (("norm", norm), ("norm2", norm2)):
         if not isinstance(value, BatchNorm):
             raise TypeError(f"{name} must be a BatchNorm; got {type(value).__name__}")
-    return normalize_dual(x, _checked_batch_norm(x, norm), x2, _checked_batch_norm(x2, norm2, "2"), relu)
+    norm, norm2 = _checked_batch_norm(x, norm), _checked_batch_norm(x2, norm2, "2")
+    return normalize_dual(resolved(x), norm, resolved(x2), norm2, relu)
 
 
 def normalize_dual(x: Tensor, norm: BatchNorm, x2: Tensor, norm2: BatchNorm, relu: bool) -> Tensor:
@@ -133,8 +136,9 @@ def normalize_dual(x: Tensor, norm: BatchNorm, x2: Tensor, norm2: BatchNorm, rel
 
 
 def _checked_batch_norm(x: Tensor, norm: BatchNorm, suffix: str = "") -> BatchNorm:
-    """``norm`` itself, its ``process_group`` None where there is nothing to share."""
+    """``norm`` itself, its ``process_group`` None where there is nothing to share, its parameters as they are."""
     checks.check_batch_norm(x, *norm[:-1], channels=x.shape[1], suffix=suffix)
+    norm = norm.resolved()
     checks.check_process_group("process_group" + suffix, norm.process_group)
     if norm.process_group is not None:
         norm = norm._replace(process_group=group_to_share(norm))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fused_resnet.ops import checks
 from fused_resnet.ops.bn_act import bn_act, wants_gradient
-from fused_resnet.ops.layout import conv_output_size
+from fused_resnet.ops.layout import conv_output_size, resolved, resolved_or_none
 from fused_resnet.ops.reference import statistics_dtype
 from fused_resnet.ops.route.choose import function_for
 from fused_resnet.ops.route.listeners import is_transformed
@@ -80,8 +80,14 @@ def conv_bn_act(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, conv_weight = x.to(dtype), conv_weight.to(dtype)
     checks.check_same_dtype("conv_weight", conv_weight, x.dtype)
+    x, conv_weight, residual = resolved(x), resolved(conv_weight), resolved_or_none(residual)
 
-    if x.shape[0] == 0 or is_transformed() or wants_gradient(x, conv_weight, weight, bias, residual):
+    if (
+        torch.compiler.is_exporting()
+        or x.shape[0] == 0
+        or is_transformed()
+        or wants_gradient(x, conv_weight, weight, bias, residual)
+    ):
         out = F.conv2d(x, conv_weight, None, stride, padding, dilation, groups)
         return bn_act(out, weight, bias, running_mean, running_var, residual, eps=eps, activation=activation)
     scale, shift = fold(weight, bias, running_mean, running_var, eps, statistics_dtype(x))
@@ -106,7 +112,7 @@ def fold(
 
     Computed in float64 and rounded once, to ``dtype``.
     """
-    scale = torch.rsqrt(running_var.double() + eps)
+    scale = torch.rsqrt(running_var.double() + eps)  # sums, products and casts resolve lazily negated views
     scale = scale if weight is None else scale * weight.double()
     shift = -running_mean.double() * scale
     shift = shift if bias is None else shift + bias.double()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fused_resnet.ops.batch_norm import BatchNorm
 from fused_resnet.ops.conv_settings import ConvSettings
+from fused_resnet.ops.layout import resolved
 from fused_resnet.ops.reference import statistics_dtype
 from fused_resnet.ops.route.routes import LinkRoute
 from fused_resnet.ops.route.signatures import Passes, Vector, Vectors
@@ -37,6 +38,10 @@ class ConvNorm(NamedTuple):
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
+
+    def resolved(self) -> ConvNorm:
+        """The same; no lazily negated view among what is only read."""
+        return self._replace(conv_weight=resolved(self.conv_weight), norm=self.norm.resolved())
 
     @property
     def settings(self) -> ConvSettings:

@@ -6,6 +6,20 @@ import torch
 from torch import Tensor
 
 
+def is_negated(tensor: Tensor) -> bool:
+    """True of a lazily negated view (``conj().imag``): other numbers lie in memory. Whoever compiles sees to it."""
+    return not torch.compiler.is_compiling() and tensor.is_neg()
+
+
+def resolved(tensor: Tensor) -> Tensor:
+    """The tensor with its numbers in memory as they are."""
+    return tensor.resolve_neg() if is_negated(tensor) else tensor
+
+
+def resolved_or_none(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else resolved(tensor)
+
+
 def is_channels_last(x: Tensor) -> bool:
     """True if x lies densely as NHWC (also true of shapes that are both NHWC and NCHW, such as 1x1 images)."""
     return x.is_contiguous(memory_format=torch.channels_last)

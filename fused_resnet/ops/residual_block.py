@@ -42,7 +42,7 @@ from fused_resnet.ops.conv_norm import (
     values_per_channel,
 )
 from fused_resnet.ops.conv_settings import ConvSettings
-from fused_resnet.ops.layout import dense
+from fused_resnet.ops.layout import dense, resolved
 from fused_resnet.ops.residual_block_grad import block_gradients, differentiable_gradients
 from fused_resnet.ops.route import request, routes
 from fused_resnet.ops.route.fusion_level import needs_full_float32
@@ -85,8 +85,9 @@ def residual_block(
     """
     checks.check_image("x", x)
     check_memory(memory)
-    x = x.to(autocast_dtype(x) or x.dtype)
+    x = resolved(x).to(autocast_dtype(x) or x.dtype)
     _check_links(x, chain, shortcut)
+    chain, shortcut = [link.resolved() for link in chain], None if shortcut is None else shortcut.resolved()
     route = None
     if not torch.compiler.is_compiling() and x.device.type in ("cpu", "cuda"):
         route = block_route(x, [link.conv for link in chain], None if shortcut is None else shortcut.conv, memory)

@@ -36,7 +36,7 @@ from fused_resnet.ops.conv_norm import (
     sums_for_convolution,
 )
 from fused_resnet.ops.conv_settings import ConvSettings
-from fused_resnet.ops.layout import conv_memory_format, conv_output_size, dense
+from fused_resnet.ops.layout import conv_memory_format, conv_output_size, dense, resolved
 from fused_resnet.ops.residual_block import autocast_dtype, check_link
 from fused_resnet.ops.residual_block_grad import NO_SECOND_DERIVATIVE, of_views, plain_conv, plain_norm
 from fused_resnet.ops.route import request, routes
@@ -80,8 +80,9 @@ def conv_bn_act_pool(
         checks.check_pair("stride", stride, minimum=1),
         checks.check_pair("padding", padding, minimum=0),
     )
-    x = x.to(autocast_dtype(x) or x.dtype)
+    x = resolved(x).to(autocast_dtype(x) or x.dtype)
     shape = check_link(x, tuple(x.shape), link, "link")
+    link = link.resolved()
     _check_window(shape, *window)
     route = stem_route(x, *link.conv, window)
     if route is None:

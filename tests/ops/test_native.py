@@ -208,5 +208,5 @@ def test_a_tensor_that_only_wraps_others_is_no_none():
         def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
             raise NotImplementedError(func)
 
-    with pytest.raises(TypeError, match="memory of their own; got Wrapper"):
+    with pytest.raises(RuntimeError, match="memory of their own; got a Wrapper"):
         native.bn_apply(Wrapper(torch.rand(1, 4, 2, 2)), torch.zeros(4), torch.ones(4), None, None, None, True)

@@ -238,7 +238,7 @@ def test_the_extension_takes_tensors_with_memory_alone():
     conv = built.Conv(16, 16, [3, 3], [1, 1], [1, 1], [1, 1], 1, built.DType.float32)
     ready = built.TrainingConv(conv, 1, 8, 8, 1, *[built.ConvMethod.gemm] * 3)
     x, weight = laid_out(torch.randn(1, 16, 8, 8)), torch.randn(16, 16, 3, 3)
-    with pytest.raises(TypeError, match="memory of their own"):
+    with pytest.raises(RuntimeError, match="memory of their own"):
         ready.forward(x.to("meta"), None, weight, weight.stride(), torch.empty_like(x))
     for nonsense in ("x", 1.5, object()):
         with pytest.raises(TypeError, match="incompatible function arguments"):

@@ -43,8 +43,8 @@ def for_listeners(route: R | None) -> R | None:
 
 
 def hears_backward(grad: Tensor) -> bool:
-    """`is_listened_to` for a gradient on its way back: also True of those of ``is_grads_batched=True`` and ``vmap``,
-    and of subclasses of Tensor."""
+    """`is_listened_to` for a gradient on its way back: also True of those of ``is_grads_batched=True`` and ``vmap``, of
+    subclasses of Tensor, and of lazily negated ones, which the dispatcher resolves."""
     if torch.compiler.is_compiling():
         return False
     functorch = torch._C._functorch
@@ -53,6 +53,7 @@ def hears_backward(grad: Tensor) -> bool:
         or type(grad) is not Tensor
         or functorch.is_batchedtensor(grad)
         or functorch.is_legacy_batchedtensor(grad)
+        or grad.is_neg()
     )
 
 

@@ -254,7 +254,10 @@ _works._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _compiles(x: Tensor) -> bool:
-    """``pass_route(x) is not None``, as torch.compile can trace it."""
+    """``pass_route(x) is not None``, as torch.compile can trace it. An exported program has PyTorch's own ops, which
+    the tools for it know."""
+    if torch.compiler.is_exporting():
+        return False
     if request.current.backend != AUTO:
         return True
     if x.dtype not in FUSED_DTYPES or x.numel() == 0:
