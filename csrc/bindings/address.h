@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <stdexcept>
 
 #include "norm.h"
 
@@ -42,10 +43,10 @@ struct type_caster<fused_resnet::Address> {
     }
     value.value = PyLong_AsUnsignedLongLong(found.ptr());
     if (failed()) return false;
-    // A subclass that wraps others has none, and would be taken for None.
+    // A subclass that wraps others has none, nor has a tensor whose storage was freed: neither is None.
     if (value.value == 0 && source.attr("numel")().cast<int64_t>() > 0) {
-      throw type_error("the native backend takes tensors with memory of their own; got " +
-                       std::string(Py_TYPE(source.ptr())->tp_name));
+      throw std::runtime_error("the native backend takes tensors with memory of their own; got a " +
+                               std::string(Py_TYPE(source.ptr())->tp_name) + " that has none, or whose was freed");
     }
     return true;
   }

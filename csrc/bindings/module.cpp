@@ -9,6 +9,7 @@
 #include "cpu/dispatch.h"
 #include "cuda.h"
 #include "types.h"
+#include "unchanged.h"
 
 #ifndef FUSED_RESNET_VERSION
 #define FUSED_RESNET_VERSION "unknown"
@@ -90,6 +91,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &fr::build_info, "How this extension was built, and the CPU kernels it runs here.");
 
   fr::define_types(m);
+  fr::define_unchanged(m);
   py::class_<fr::Activation>(m, "Activation")
       .def(py::init<int64_t, int64_t, int64_t, bool, fr::DType, int>(), py::arg("images"), py::arg("channels"),
            py::arg("pixels"), py::arg("channels_last"), py::arg("dtype"), py::arg("threads"));

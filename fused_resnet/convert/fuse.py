@@ -13,7 +13,7 @@ from torch import nn
 from fused_resnet.convert.sites import fusion_sites
 from fused_resnet.modules.basic_block import BasicBlock
 from fused_resnet.modules.bottleneck import Bottleneck
-from fused_resnet.modules.plain import UNFUSED
+from fused_resnet.modules.plain import METHODS, UNFUSED, has_own_methods
 from fused_resnet.modules.whole_block import MEMORY, WHOLE
 from fused_resnet.ops.residual_block import check_memory
 
@@ -47,7 +47,7 @@ def fuse(model: Model, *, memory: str = "default") -> Model:
     check_memory(memory)
     fused_class = torchvision_classes()
     for module in model.modules():
-        if type(module) in fused_class and "forward" not in module.__dict__:
+        if type(module) in fused_class and has_own_methods(type(module)) and METHODS.isdisjoint(module.__dict__):
             module.__class__ = fused_class[type(module)]
         module.__dict__.pop(UNFUSED, None)
         module.__dict__.pop(MEMORY, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -14,8 +15,10 @@ from fused_resnet.convert.sites import fusion_sites, is_known
 from fused_resnet.models.resnet import ResNet
 from fused_resnet.modules.basic_block import BasicBlock
 from fused_resnet.modules.bottleneck import Bottleneck
-from fused_resnet.modules.plain import class_name
+from fused_resnet.modules.conv_bn_act import why_not_constant
+from fused_resnet.modules.plain import FROZEN, class_name, is_intercepted
 from fused_resnet.modules.shortcut import why_not_split
+from fused_resnet.modules.site import sites_of
 from fused_resnet.modules.stem import why_not_whole_stem, window
 from fused_resnet.modules.whole_block import why_not_whole
 from fused_resnet.ops.conv_settings import ConvSettings
@@ -43,7 +46,9 @@ class FusionSite:
     level_reasons: tuple[str, ...] = ()
     """Why training keeps the convolution in front of it a pass of its own; empty if not."""
     level: int | None = None
-    """How far training fuses it with that convolution, 0 to 3; None if it runs the ordinary way."""
+    """How far training fuses it with that convolution, 0 to 3; None if it runs the ordinary way, or is folded."""
+    folded: bool = False
+    """Whether it is part of the convolution's weight, in a frozen model."""
 
     @property
     def fused(self) -> bool:
@@ -58,11 +63,13 @@ class FusionReport:
 
     def __str__(self) -> str:
         fused = sum(site.fused for site in self.sites)
-        whole = sum(bool(site.level) for site in self.sites)
-        lines = [f"{fused} of {len(self.sites)} sites fused, {whole} of them with their convolution in training"]
+        whole, folded = sum(bool(site.level) for site in self.sites), sum(site.folded for site in self.sites)
+        how = f"{folded} of them folded" if folded else f"{whole} of them with their convolution in training"
+        lines = [f"{fused} of {len(self.sites)} sites fused, {how}"]
         width = max((len(site.name) for site in self.sites), default=0)
         for site in self.sites:
-            start = f"  {site.name:<{width}}  {f'level {site.level}' if site.fused else 'ordinary':<8}"
+            way = "folded" if site.folded else f"level {site.level}" if site.fused else "ordinary"
+            start = f"  {site.name:<{width}}  {way:<8}"
             reasons = "; ".join(site.reasons or site.level_reasons)
             wrapped = textwrap.wrap(reasons, max(LINE_LENGTH - len(start) - 2, 40)) or [""]
             lines.append(f"{start}  {wrapped[0]}".rstrip())
@@ -90,7 +97,13 @@ def fusion_report(model: nn.Module) -> FusionReport:
     sites: list[FusionSite] = []
     covered: set[nn.Module] = set()
     for path, module in named.items():
-        for site in fusion_sites(module):
+        frozen = FROZEN in module.__dict__
+        for norm_name, reasons in _folds(module) if frozen else ():
+            if (norm := module.get_submodule(norm_name)) not in covered:
+                covered.add(norm)
+                name = _join(path, norm_name)
+                sites.append(FusionSite(name, (name,), tuple(reasons), folded=not reasons))
+        for site in () if frozen else fusion_sites(module):
             norms = [module.get_submodule(norm) for norm in site.norms]
             if not covered.issuperset(norms) and type(norms[0]) is not nn.Identity:
                 covered.update(norms)
@@ -112,6 +125,21 @@ def fusion_report(model: nn.Module) -> FusionReport:
     return FusionReport(tuple(sites))
 
 
+def _folds(module: nn.Module) -> Iterator[tuple[str, list[str]]]:
+    """The norms of a frozen module, by name, and the reasons why it does not fold them: none of a chain, or all."""
+    sites = sites_of(module)
+    chain = [(getattr(module, site.conv), getattr(module, site.norm), getattr(module, site.act)) for site in sites]
+    reasons = [reason for conv, norm, act in chain for reason in why_not_constant(conv, norm, act)]
+    for site in sites:
+        yield site.norm, list(dict.fromkeys(reasons))
+    shortcut = next((site.residual for site in sites if site.residual is not None), None)
+    downsample = None if shortcut is None else getattr(module, shortcut)
+    if type(downsample) is nn.Sequential and len(downsample) == 2 and _is_norm(downsample[1]):
+        watched = ["its shortcut has hooks, or a forward of its own"] if is_intercepted(downsample) else []
+        why_not = why_not_constant(downsample[0], downsample[1], None)
+        yield f"{shortcut}.{[*downsample._modules][1]}", reasons + watched + why_not
+
+
 def _why_unknown(named: dict[str, nn.Module], path: str) -> str:
     """Why no forward of ours hands this norm over, by the nearest module around it that is not a Sequential."""
     if not path:
@@ -120,6 +148,8 @@ def _why_unknown(named: dict[str, nn.Module], path: str) -> str:
     while type(named[parent]) is nn.Sequential and parent:
         child, parent = parent, parent.rpartition(".")[0]
     block = named[parent]
+    if FROZEN in block.__dict__:
+        return "it is in a shortcut that is more than a convolution and a norm"
     if is_known(block) and child.rpartition(".")[2] == "downsample":
         return "; ".join(why_not_split(named[child])) or "it is not the last norm of downsample"
     if "forward" in block.__dict__:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from fused_resnet.models.resnet import initialize
 from fused_resnet.modules.basic_block import BasicBlock
 from fused_resnet.modules.bn_act import norm_act
-from fused_resnet.modules.site import Site
+from fused_resnet.modules.plain import frozen_forward
+from fused_resnet.modules.site import Body, Site
 
 STAGE_PLANES = (16, 32, 64)
 STAGE_STRIDES = (1, 2, 2)
@@ -53,6 +54,8 @@ class PlainBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(planes)
 
     def forward(self, x: Tensor) -> Tensor:
+        if (out := frozen_forward(self, x)) is not None:
+            return out
         x = norm_act(self.bn1, self.relu, self.conv1(x))
         return norm_act(self.bn2, self.relu, self.conv2(x))
 
@@ -73,6 +76,7 @@ class CIFARResNet(nn.Module):
     """
 
     sites: ClassVar = (Site("conv1", "bn1", "relu"),)
+    body: ClassVar = Body(("layer1", "layer2", "layer3"), "avgpool", "fc")
 
     def __init__(self, depth: int, num_classes: int = 10, shortcut: bool = True) -> None:
         super().__init__()
@@ -98,6 +102,8 @@ class CIFARResNet(nn.Module):
         initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        if (out := frozen_forward(self, x)) is not None:
+            return out
         x = norm_act(self.bn1, self.relu, self.conv1(x))
 
         x = self.layer1(x)

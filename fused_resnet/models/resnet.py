@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from fused_resnet.models.weights import WeightsArgument, read_state_dict, resolve_weights, with_num_classes
 from fused_resnet.modules.basic_block import BasicBlock
 from fused_resnet.modules.bottleneck import Bottleneck
-from fused_resnet.modules.site import Site
+from fused_resnet.modules.plain import frozen_forward
+from fused_resnet.modules.site import Body, Site
 from fused_resnet.modules.stem import conv_norm_act_pool
 
 P = ParamSpec("P")
@@ -55,6 +56,7 @@ class ResNet(nn.Module):
     """
 
     sites: ClassVar = (Site("conv1", "bn1", "relu", pool="maxpool"),)
+    body: ClassVar = Body(("layer1", "layer2", "layer3", "layer4"), "avgpool", "fc")
 
     def __init__(
         self,
@@ -102,6 +104,11 @@ class ResNet(nn.Module):
             zero_last_norms(stages)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._forward_impl(x)
+
+    def _forward_impl(self, x: Tensor) -> Tensor:  # which torchvision's users replace
+        if (out := frozen_forward(self, x)) is not None:
+            return out
         x = conv_norm_act_pool(self.conv1, self.bn1, self.relu, self.maxpool, x)
 
         x = self.layer1(x)

@@ -19,10 +19,12 @@ from fused_resnet.modules.plain import (
     class_name,
     has_global_hooks,
     is_intercepted,
+    is_patched,
     vectors_fit,
 )
 from fused_resnet.ops.bn_act import bn_act, bn_act_dual, normalize
 from fused_resnet.ops.checks import check_activation
+from fused_resnet.ops.layout import is_negated
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
@@ -136,6 +138,8 @@ def why_not_fuse(norm: nn.Module, act: nn.Module | None) -> list[str]:
         reasons.append("the activation has hooks, or a forward of its own")
     if has_global_hooks():
         reasons.append("a hook is registered on all modules")
+    if is_patched():
+        reasons.append("a function of torch.nn.functional was replaced")
     return reasons
 
 
@@ -145,7 +149,7 @@ def _normalize(norm: PlainNorm, activation: str | None, x: Tensor, residual: Ten
         residual = residual.to(x.dtype)
     channels = x.shape[1]
     several = x.numel() > channels and x.is_floating_point() and arguments.process_group is None
-    if several and vectors_fit(norm, channels, x.device):
+    if several and not torch.compiler.is_compiling() and vectors_fit(norm, channels, x.device):
         return normalize(x, arguments, residual, activation is not None)
     weight, bias, running_mean, running_var, training, momentum, eps, group = arguments
     return bn_act(
@@ -164,5 +168,6 @@ def _add(out: Tensor, residual: Tensor | None) -> Tensor:
 
 
 def is_image(x: object) -> TypeGuard[Tensor]:
-    """False for what only the modules themselves can answer: fx proxies, jit traces, and shapes that they refuse."""
-    return isinstance(x, Tensor) and x.dim() == 4 and not torch.jit.is_tracing()
+    """False for what only the modules themselves can answer: fx proxies, jit traces, lazily negated views, and shapes
+    that they refuse."""
+    return isinstance(x, Tensor) and x.dim() == 4 and not is_negated(x) and not torch.jit.is_tracing()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_resnet.modules.bn_act import is_image, norm_act, why_not_fuse
-from fused_resnet.modules.plain import is_intercepted
+from fused_resnet.modules.plain import frozen_forward, has_memory, is_intercepted, vectors_fit
 from fused_resnet.modules.site import Site
 from fused_resnet.ops.checks import check_activation
 from fused_resnet.ops.conv_bn_act import conv_bn_act
@@ -78,6 +78,8 @@ class ConvBNAct2d(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``act(bn(conv(x)) + residual)``; residual, of the result's shape, is added in its dtype."""
+        if residual is None and (out := frozen_forward(self, x)) is not None:
+            return out
         conv, bn = self.conv, self.bn
         if not is_image(x) or bn.training or why_not_fold(conv, bn, self.act):
             return norm_act(bn, self.act, conv(x), residual)
@@ -106,6 +108,23 @@ def why_not_fold(conv: nn.Module, norm: nn.Module, act: nn.Module | None) -> lis
     if not reasons and (norm.running_mean is None or norm.running_var is None):
         reasons.append("the norm has no running statistics")
     return reasons + why_not_plain_conv(conv)
+
+
+def why_not_constant(conv: nn.Module, norm: nn.Module, act: nn.Module | None) -> list[str]:
+    """The reasons why the norm cannot be folded into the convolution's weight once for many calls (``freeze``)."""
+    if reasons := why_not_fold(conv, norm, act):
+        return reasons
+    weight = conv._parameters.get("weight")
+    if weight is None or weight.dim() != 4 or not weight.is_floating_point() or weight.numel() == 0:
+        return ["the convolution's weight is no parameter of four dimensions and floating point"]
+    if norm.training:
+        return ["the norm is in training"]
+    tensors = (weight, *norm._parameters.values(), *norm._buffers.values())
+    if not all(tensor is None or has_memory(tensor) for tensor in tensors):
+        return ["the storage of a weight was freed"]
+    if not vectors_fit(cast(nn.BatchNorm2d, norm), len(weight), weight.device):
+        return ["the norm's vectors do not fit the convolution"]
+    return []
 
 
 def why_not_plain_conv(conv: nn.Module) -> list[str]:

@@ -1,61 +1,188 @@
-"""Plain modules: whether calling one does what its class does and nothing else; what a plain norm gives to the ops."""
+"""Plain modules: whether calling one does what its class does and nothing else, and whether it is as it was; what a
+plain norm gives to the ops."""
 
 from __future__ import annotations
 
 import operator
+import sys
+import weakref
+from collections.abc import Sequence
+from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as global_hooks
+from torch.nn.modules import module as torch_module
 
+from fused_resnet.ops.backends.extension import extension
 from fused_resnet.ops.batch_norm import BatchNorm
 
 UNFUSED = "_fused_resnet_unfused"
 """``fused_resnet.unfuse`` gives a norm an attribute of this name to have its site run the ordinary way."""
+
+FROZEN = "_fused_resnet_frozen"
+"""``fused_resnet.freeze`` gives a module of its copy an attribute of this name, which runs its forward if it can."""
+
+METHODS = frozenset(
+    (
+        "forward",
+        "_forward_impl",
+        "_conv_forward",
+        "_check_input_dim",
+        "_call_impl",
+        "_slow_forward",
+        "__call__",
+        "_wrapped_call_impl",
+    )
+)
+"""What calling a module runs: another one, in its class or set on the module itself, may do anything."""
+FUNCTIONS = {name: getattr(F, name) for name in ("conv2d", "batch_norm", "relu", "max_pool2d", "linear")}
+"""What the forwards of PyTorch's modules call, as it was when this was imported."""
 
 PlainNorm = nn.BatchNorm2d | nn.SyncBatchNorm
 """What the fused ops can stand for."""
 
 
 class Snapshot:
-    """What is inside a module; `holds` is False once a part was replaced, hooked, compiled or set otherwise. Of tensors
-    nothing is known, nor of what was done to the module itself: whoever does not call it asks `is_intercepted`."""
+    """What is inside a module; `holds` is False once a part was replaced, hooked, compiled, patched or set otherwise.
+    Of what was done to the module itself nothing is known: whoever does not call it asks `is_intercepted`.
 
-    def __init__(self, module: nn.Module) -> None:
+    Args:
+        module: any.
+        tensors: whether its parameters and buffers count too: which they are, where they lie, and what was written to
+            them, as far as PyTorch counts that (not through ``.data``). Nobody counts what is written to an inference
+            tensor, or knows what a subclass of Tensor means: then nothing holds.
+    """
+
+    def __init__(self, module: nn.Module, tensors: bool = False) -> None:
         everything = list(module.modules())
-        self._children = [(inner._modules, tuple(inner._modules.values())) for inner in everything if inner._modules]
         self._parts = everything[1:]  # without the module, in whose __dict__ this may lie
-        self._types = [type(part) for part in self._parts]
-        self._own = [part.__dict__ for part in self._parts]
-        self._hooks = [hooks for part in self._parts for hooks in _hooks_of(part)] + _global_hooks()
-        found = [(part, settings) for part in self._parts if (settings := _settings_of(part)) is not None]
-        self._settings = [(part, settings, settings(part)) for part, settings in found]
+        self._types = [*map(type, self._parts)]
+        self._methods = [found for kind in dict.fromkeys(map(type, everything)) for found in methods_of(kind)]
+        own = [part.__dict__ for part in self._parts]
+        tables = [table for inner in everything for table in (inner._parameters, inner._buffers)] if tensors else []
+        hooks = [hooks for part in self._parts for hooks in hooks_of(part)] + global_hooks()
+        self._unchanged = Unchanged([*own, *hooks, *tables, *(inner._modules for inner in everything)])
+        self._convs = [part for part in self._parts if type(part) is nn.Conv2d and part._parameters.get("bias") is None]
+        self._marks = Marks([tensor for table in tables for tensor in table.values() if tensor is not None])
 
     def holds(self) -> bool:
-        if any(self._hooks) or [*map(type, self._parts)] != self._types:
+        if not self._unchanged.holds() or [*map(type, self._parts)] != self._types:
             return False
-        for children, before in self._children:
-            if tuple(children.values()) != before:
+        for kind, methods, before in self._methods:
+            if methods(kind) != before:
                 return False
-        for own in self._own:
-            if "forward" in own or UNFUSED in own or own.get("_compiled_call_impl") is not None:
-                return False
-        for part, settings, before in self._settings:
-            if settings(part) != before or (type(part) is nn.Conv2d and part._parameters.get("bias") is not None):
+        if any([conv._parameters.get("bias") is not None for conv in self._convs]) or is_patched():
+            return False
+        return self._marks.hold()
+
+
+class Marks:
+    """Of tensors, by which one sees that they were moved or written to."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = tensors
+        self._counted = all(type(each) in (Tensor, nn.Parameter) and not each.is_inference() for each in tensors)
+        self._matrices = [each for each in tensors if each.dim() > 1]
+        self._before = self._now() if self._counted else ()
+
+    def hold(self) -> bool:
+        return self._counted and self._now() == self._before
+
+    def hold_for(self, tensors: Sequence[Tensor]) -> bool:
+        """True if these are the same tensors, and `hold`."""
+        same = len(tensors) == len(self._tensors) and all(map(operator.is_, tensors, self._tensors))
+        return same and self.hold()
+
+    def _now(self) -> tuple[list[Any], ...]:
+        return (
+            [each._version for each in self._tensors],
+            [each.data_ptr() for each in self._tensors],
+            [each.stride() for each in self._matrices],
+        )
+
+
+class _Unchanged:
+    """Whether dicts still hold the very values that they held, in the same order."""
+
+    def __init__(self, dicts: list[dict[Any, Any]]) -> None:
+        self._values = [(each, list(each.values())) for each in dicts]
+
+    def holds(self) -> bool:
+        for each, before in self._values:
+            if len(each) != len(before) or any(
+                now is not then for now, then in zip(each.values(), before, strict=True)
+            ):
                 return False
         return True
 
 
+Unchanged = _Unchanged if extension is None else extension.Unchanged
+
+
+def frozen_forward(module: nn.Module, x: Tensor) -> Tensor | None:
+    """The module's forward as ``fused_resnet.freeze`` has it run; None where it runs itself."""
+    frozen = None if torch.compiler.is_compiling() else module.__dict__.get(FROZEN)
+    return None if frozen is None else frozen(module, x)
+
+
 def is_intercepted(module: nn.Module) -> bool:
-    """True if calling this module does more, or other, than its class's forward: hooks, a replaced or compiled one."""
-    return any(_hooks_of(module)) or module._compiled_call_impl is not None or "forward" in module.__dict__
+    """True if calling this module does more, or other, than its class's forward as it was written: hooks, a method that
+    was replaced, in the module or in its class, or a compiled one."""
+    if any(hooks_of(module)) or module._compiled_call_impl is not None:
+        return True
+    own = module.__dict__
+    if torch.compiler.is_compiling():  # which traces what the methods are now
+        return "forward" in own or "_conv_forward" in own
+    return not own.keys().isdisjoint(METHODS) or not has_own_methods(type(module))
+
+
+def has_own_methods(kind: type[nn.Module]) -> bool:
+    """True if a module of this class is called by the methods that stand in the file of the class, or of its bases."""
+    found = _own_methods.get(kind)
+    if found is None:
+        found = methods_of(kind)
+        if not all(_is_own(cls, name) for cls, _, _ in found for name in METHODS):
+            return False
+        _own_methods[kind] = found
+    return all(methods(cls) == before for cls, methods, before in found)
+
+
+def is_patched() -> bool:
+    """True if somebody has put a function of their own in the place of one that PyTorch's modules call."""
+    if torch.compiler.is_compiling():
+        return False
+    names = vars(F)
+    return any(names.get(name) is not function for name, function in FUNCTIONS.items())
+
+
+def methods_of(kind: type[nn.Module]) -> list[tuple[type, operator.attrgetter, Any]]:
+    """What calling a module of this class runs, or would run but for a class in front: each class, how to ask it for
+    its methods, and what it answers now."""
+    classes = [kind] + [
+        cls for cls in kind.__mro__[1:] if cls is not nn.Module and vars(cls).get("forward") not in (None, kind.forward)
+    ]
+    getters = [(cls, operator.attrgetter(*[name for name in sorted(METHODS) if hasattr(cls, name)])) for cls in classes]
+    return [(cls, methods, methods(cls)) for cls, methods in getters]
+
+
+def _is_own(kind: type, name: str) -> bool:
+    cls = next((cls for cls in kind.__mro__ if name in vars(cls)), None)
+    if cls is None:
+        return True
+    module = sys.modules.get(cls.__module__)
+    return module is not None and getattr(vars(cls)[name], "__globals__", None) is vars(module)
+
+
+_own_methods: weakref.WeakKeyDictionary[type[nn.Module], list[tuple[type, operator.attrgetter, Any]]]
+_own_methods = weakref.WeakKeyDictionary()
 
 
 def has_global_hooks() -> bool:
     """True if torch.nn.modules.module has hooks that run for every module."""
-    return any(_global_hooks())
+    return any(global_hooks())
 
 
 def weight_of(conv: nn.Conv2d) -> Tensor:
@@ -77,11 +204,8 @@ def batch_norm_arguments(norm: PlainNorm) -> BatchNorm:
     running_mean, running_var = buffers["running_mean"], buffers["running_var"]
     if not training:
         training = running_mean is None and running_var is None
-    elif not norm.track_running_stats:
+    elif not norm.track_running_stats or _is_recomputation():
         running_mean = running_var = None
-    elif _is_recomputation():
-        running_mean = None if running_mean is None else running_mean.clone()
-        running_var = None if running_var is None else running_var.clone()
     elif (counted := buffers["num_batches_tracked"]) is not None:
         counted.add_(1)
         if momentum is None:
@@ -99,11 +223,14 @@ def _affine(norm: PlainNorm) -> tuple[Tensor | None, Tensor | None]:
 
 
 def vectors_fit(norm: PlainNorm, channels: int, device: torch.device) -> bool:
-    """True if the ops take the norm's vectors beside an activation of so many channels on this device."""
-    takes = (channels,), device, True
+    """True if the ops take the norm's vectors beside an activation of so many channels on this device. Not to be
+    compiled."""
+    takes = (channels,), device, True, False
     buffers = norm._buffers
     for vector in (*_affine(norm), buffers["running_mean"], buffers["running_var"]):
-        if vector is not None and (vector.shape, vector.device, vector.is_floating_point()) != takes:
+        if vector is None:
+            continue
+        if (vector.shape, vector.device, vector.is_floating_point(), vector.is_neg()) != takes:
             return False
     return True
 
@@ -117,32 +244,44 @@ def _process_group(norm: PlainNorm) -> Any:
 
 
 def _is_recomputation() -> bool:
-    """True while autograd is in a backward pass, where ``torch.utils.checkpoint`` runs the forward a second time."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    """True inside a forward that autograd's backward runs a second time: by ``torch.utils.checkpoint``, or by any
+    ``autograd.Function``'s backward. Not inside a hook that happens to run a forward of its own."""
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        return False
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        function = frame.f_code
+        if function is _FUNCTION:
+            return True
+        if function.co_name == "unpack_hook" and frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            return True
+        if function is _ENGINE:
+            return False
+        frame = frame.f_back
+    return False
+
+
+_ENGINE = torch.autograd.graph._engine_run_backward.__code__
+_FUNCTION = torch.autograd.function.BackwardCFunction.apply.__code__
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """False of a tensor whose storage was freed, as sharding and offloading do: PyTorch refuses to compute with it."""
+    return tensor.data_ptr() != 0 or tensor.numel() == 0
 
 
 def class_name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def _hooks_of(part: nn.Module) -> list[dict[int, Any]]:
+def hooks_of(part: nn.Module) -> list[dict[int, Any]]:
     return [part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks]
 
 
-def _global_hooks() -> list[dict[int, Any]]:
+def global_hooks() -> list[dict[int, Any]]:
     return [
-        global_hooks._global_forward_hooks,
-        global_hooks._global_forward_pre_hooks,
-        global_hooks._global_backward_hooks,
-        global_hooks._global_backward_pre_hooks,
+        torch_module._global_forward_hooks,
+        torch_module._global_forward_pre_hooks,
+        torch_module._global_backward_hooks,
+        torch_module._global_backward_pre_hooks,
     ]
-
-
-def _settings_of(part: nn.Module) -> operator.attrgetter | None:
-    """What a user may set on a part."""
-    if isinstance(part, nn.Conv2d):
-        return operator.attrgetter("stride", "padding", "dilation", "groups", "padding_mode")
-    if isinstance(part, nn.modules.batchnorm._BatchNorm):
-        names = ("training", "momentum", "eps", "track_running_stats", *(["activation"] * hasattr(part, "activation")))
-        return operator.attrgetter(*names)
-    return None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fused_resnet.modules.bn_act import why_not_fuse
 from fused_resnet.modules.conv_bn_act import why_not_plain_conv
-from fused_resnet.modules.plain import PlainNorm, Snapshot, batch_norm_arguments, vectors_fit, weight_of
+from fused_resnet.modules.plain import PlainNorm, Snapshot, batch_norm_arguments, frozen_forward, vectors_fit, weight_of
 from fused_resnet.modules.shortcut import why_not_split
 from fused_resnet.modules.site import Site
 from fused_resnet.ops.conv_norm import ConvNorm
@@ -24,15 +24,23 @@ WHOLE = "_fused_resnet_whole"
 
 
 def whole_block(block: nn.Module, x: Tensor) -> Tensor | None:
-    """``block(x)`` as one step of autograd (``ops/residual_block.py``); None where it is better run part by part: in
-    eval without gradients, where ``why_not_whole`` has a reason, and where no kernel here gains from it.
+    """``block(x)`` as one step of autograd (``ops/residual_block.py``), or as ``freeze`` has it run; None where it is
+    better run part by part: in eval without gradients, where ``why_not_whole`` has a reason, and where no kernel here
+    gains from it.
 
     Args:
         block: its ``sites`` say what it is made of.
         x: (N, inplanes, H, W), any floating dtype and memory format.
     """
-    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or torch._C._get_tracing_state() is not None:
+    if (
+        torch.compiler.is_compiling()
+        or not isinstance(x, Tensor)
+        or x.is_neg()
+        or torch._C._get_tracing_state() is not None
+    ):
         return None
+    if (out := frozen_forward(block, x)) is not None:
+        return out
     known = block.__dict__.get(WHOLE)
     if known is None or not known.holds():
         known = block.__dict__[WHOLE] = WholeBlock(block)
@@ -75,7 +83,7 @@ class WholeBlock:
         if route is None or route.fewest_values == 1:  # which the norms refuse, or share with other ranks
             return None
         for weight, norm in zip(weights, self._norms, strict=True):
-            if not vectors_fit(norm, len(weight), x.device):
+            if weight.is_neg() or not vectors_fit(norm, len(weight), x.device):
                 return None
         links = [
             ConvNorm(weight, batch_norm_arguments(norm), *settings)

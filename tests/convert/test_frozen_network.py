@@ -16,7 +16,9 @@ import fused_resnet
 from fused_resnet import freeze
 from fused_resnet.bench.dry_run import DryRun
 from fused_resnet.frozen.model import FrozenModel
-from fused_resnet.ops.backends.native.conv import takes_dtype
+from fused_resnet.modules.plain import FROZEN
+from fused_resnet.ops.backends.native.conv import average, takes_dtype
+from fused_resnet.ops.route.listeners import runs_unseen
 
 pytestmark = pytest.mark.skipif(not takes_dtype(torch.float32), reason="no C++ convolutions for this processor")
 
@@ -28,38 +30,54 @@ def frozen(request: pytest.FixtureRequest) -> FrozenModel:
     return freeze(model, torch.randn(2, 3, 64, 64))
 
 
+@torch.no_grad()
 def chain_of(frozen: FrozenModel, x: Tensor) -> Tensor | None:
-    return frozen._chains(frozen.module, frozen._as_module_takes(x))
+    """By one call of C++; None where that is not how the network runs."""
+    frozen(x)
+    kept = frozen.module.__dict__[FROZEN]._kept
+    plan = None if kept is None or not kept.snapshot.holds() else kept.plan
+    chain = None if plan is None or not runs_unseen(x) else plan._chain(x)
+    return None if chain is None else chain(x)
 
 
 @torch.no_grad()
+def by_parts(frozen: FrozenModel, x: Tensor) -> Tensor:
+    """Every block and every end called alone, each a frozen module itself."""
+    plan = frozen.module.__dict__[FROZEN]._kept.plan
+    x = plan.stem(x)
+    for stage in plan.stages:
+        for block in stage.blocks:
+            x = block(x)
+    return plan.last(average(x).flatten(1))
+
+
 @pytest.mark.parametrize("shape", [(2, 3, 64, 64), (1, 3, 97, 33), (3, 3, 224, 224)], ids=str)
 def test_the_same_bits_as_part_by_part(frozen: FrozenModel, shape: tuple[int, ...]):
     x = torch.randn(shape)
     out = chain_of(frozen, x)
     assert out is not None and out.shape == (shape[0], 10) and out.is_contiguous()
-    assert torch.equal(out, frozen.module(x))
+    assert torch.equal(out, by_parts(frozen, x)) and torch.equal(out, frozen(x))
     assert torch.equal(out, frozen(x.contiguous(memory_format=torch.channels_last)))
 
 
-@torch.no_grad()
 def test_whoever_watches_or_replaces_a_part_is_heard(frozen: FrozenModel):
     frozen = copy.deepcopy(frozen)
     x = torch.randn(2, 3, 64, 64)
     before = frozen(x)
     seen: list[Tensor] = []
-    conv = frozen.module.layer3[1].convs[0]
+    conv = frozen.module.layer3[1].conv1
     hook = conv.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    assert torch.equal(frozen(x), before) and len(seen) == 1
+    torch.testing.assert_close(frozen(x), before, rtol=1e-4, atol=1e-5)
+    assert len(seen) == 1
     hook.remove()
     assert torch.equal(frozen(x), before) and len(seen) == 1 and chain_of(frozen, x) is not None
     everywhere = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: seen.append(output))
     frozen(x)
     everywhere.remove()
     assert len(seen) > 20
-    conv.load_state_dict({name: buffer * 0 for name, buffer in conv.state_dict().items()})
+    conv.load_state_dict({name: tensor * 0 for name, tensor in conv.state_dict().items()})
     changed = frozen(x)
-    assert not torch.equal(changed, before) and torch.equal(changed, frozen.module(x))
+    assert not torch.equal(changed, before) and torch.equal(changed, by_parts(frozen, x))
     frozen.module.fc.load_state_dict({name: tensor * 2 for name, tensor in frozen.module.fc.state_dict().items()})
     torch.testing.assert_close(frozen(x), changed * 2)
     frozen.module.fc = nn.Identity()
@@ -102,18 +120,19 @@ def test_a_network_that_is_not_all_ours_runs_part_by_part(frozen: FrozenModel):
 @torch.no_grad()
 def test_a_stage_alone_hears_of_what_happens_inside_and_is_copied(frozen: FrozenModel):
     stage = copy.deepcopy(frozen.module.layer2)
-    x = torch.randn(2, stage[0].convs[0].weight.shape[1] * stage[0].convs[0].groups, 16, 16)
+    x = torch.randn(2, stage[0].conv1.in_channels, 16, 16)
     before = stage(x)
-    assert stage._chains(stage, x) is not None
+    kept = stage.__dict__[FROZEN]._kept
+    assert [chain is not None for chain in kept.plan._chains.values()] == [True]
     for twin in (copy.deepcopy(stage), pickle.loads(pickle.dumps(stage))):
-        assert torch.equal(twin(x), before) and twin._chains is not stage._chains
+        assert torch.equal(twin(x), before) and twin.__dict__[FROZEN]._kept is not kept
     seen: list[Tensor] = []
     stage.register_forward_hook(lambda module, inputs, output: seen.append(output))
     assert torch.equal(stage(x), before) and len(seen) == 1
-    assert stage._chains(stage, x) is not None  # its own hooks are around it
+    assert stage.__dict__[FROZEN]._kept is kept  # its own hooks are around it
     block = copy.deepcopy(stage[1])
-    for conv in block.convs:
-        conv.load_state_dict({name: buffer * 2 for name, buffer in conv.state_dict().items()})
+    for conv in (block.conv1, block.conv2):
+        conv.load_state_dict({name: tensor * 2 for name, tensor in conv.state_dict().items()})
     stage[1] = block
     after, by_parts = stage(x), x
     for part in stage:
@@ -124,7 +143,7 @@ def test_a_stage_alone_hears_of_what_happens_inside_and_is_copied(frozen: Frozen
 @torch.no_grad()
 def test_stages_go_with_their_last_name(frozen: FrozenModel):
     stage = copy.deepcopy(frozen.module.layer2)
-    stage(torch.randn(1, stage[0].convs[0].weight.shape[1] * stage[0].convs[0].groups, 8, 8))
+    stage(torch.randn(1, stage[0].conv1.in_channels, 8, 8))
     gone = weakref.ref(stage)
     gc.disable()  # no collector is needed
     try:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import fused_resnet
 from fused_resnet import use_backend
-from fused_resnet.frozen.ends import FrozenAvgPool, FrozenStem
+from fused_resnet.frozen.fold import folded_conv
+from fused_resnet.modules.plain import FROZEN
 from fused_resnet.ops.route import choose
 from tests.cuda.on_host import Host
 
@@ -69,17 +70,14 @@ def test_images_of_bytes(host: Host):
         frozen(torch.zeros(1, 4, 8, 8, dtype=torch.uint8))
 
 
-def test_which_ends_are_replaced():
-    frozen = fused_resnet.freeze(trained("resnet18"), torch.randn(1, 3, 32, 32)).module
-    assert type(frozen.conv1) is FrozenStem and type(frozen.maxpool) is nn.Identity
-    assert type(frozen.avgpool) is FrozenAvgPool
-    other = fused_resnet.resnet18()
-    other.maxpool = nn.MaxPool2d(2)
-    other.avgpool = nn.AdaptiveAvgPool2d((2, 2))
-    other.fc = nn.Linear(4 * 512, 10)
-    frozen = fused_resnet.freeze(other.eval(), torch.randn(1, 3, 64, 64)).module
-    assert type(frozen.conv1) is not FrozenStem and type(frozen.maxpool) is nn.MaxPool2d
-    assert type(frozen.avgpool) is nn.AdaptiveAvgPool2d
+def test_which_ends_are_kernels_of_ours():
+    plain = trained("resnet18")
+    other = copy.deepcopy(plain)
+    other.maxpool, other.avgpool, other.fc = nn.MaxPool2d(2), nn.AdaptiveAvgPool2d((2, 2)), nn.Linear(4 * 512, 10)
+    for model, expected in ((plain, True), (other, False)):
+        frozen = fused_resnet.freeze(model, torch.randn(1, 3, 64, 64))
+        plan = frozen.module.__dict__[FROZEN]._kept.plan
+        assert (plan.stem.is_kernels, plan.average is None) == (expected, expected)
 
 
 @torch.no_grad()
@@ -89,7 +87,8 @@ def test_the_choice_of_a_frozen_convolution_is_remembered(host: Host, monkeypatc
     once = choose.choose
     monkeypatch.setattr(choose, "choose", lambda op, args: asked.append(op) or once(op, args))
     frozen = fused_resnet.freeze(trained("resnet18"), torch.randn(1, 3, 32, 32), dtype=torch.float16)
-    conv = frozen.module.layer1[0].convs[0]
+    block = frozen.module.layer1[0]
+    conv = folded_conv(block.conv1, block.bn1, True, torch.float16)
     x = torch.randn(1, 64, 8, 8).half().to(memory_format=torch.channels_last)
     asked.clear()
     with use_backend("cuda"):
