@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fused_resnet.arguments import ConvSettings
 from fused_resnet.kernels.device import INTERPRETED
 
 OLDEST_CAPABILITY = (8, 0)  # bfloat16 and TF32 matrix instructions, cp.async
@@ -32,9 +33,7 @@ class ConvShape:
     """Some tap may lie outside the image."""
 
     @classmethod
-    def of(
-        cls, x: Tensor, conv_weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
-    ) -> ConvShape:
+    def of(cls, x: Tensor, conv_weight: Tensor, settings: ConvSettings) -> ConvShape:
         batch, channels, height, width = x.shape
         filters, _, kernel_height, kernel_width = conv_weight.shape
         taps = kernel_height * kernel_width
@@ -46,9 +45,9 @@ class ConvShape:
             filters,
             kernel_height,
             kernel_width,
-            *output_size(x, conv_weight, stride, padding, dilation),
-            pointwise=taps == 1 and (*stride, *padding) == (1, 1, 0, 0),
-            padded=max(padding) > 0,
+            *settings.output_size(x.shape, conv_weight.shape),
+            pointwise=taps == 1 and settings[:2] == ((1, 1), (0, 0)),
+            padded=max(settings.padding) > 0,
         )
 
     @property
@@ -66,33 +65,19 @@ class ConvShape:
         return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def output_size(
-    x: Tensor, conv_weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
-) -> tuple[int, int]:
-    """(height, width) of conv2d's result."""
-    height, width = (
-        (x.shape[axis + 2] + 2 * padding[axis] - dilation[axis] * (conv_weight.shape[axis + 2] - 1) - 1) // stride[axis]
-        + 1
-        for axis in (0, 1)
-    )
-    return height, width
-
-
 def is_full_precision(x: Tensor) -> bool:
     """True for float32 that torch's flag does not allow to be rounded to TF32."""
     return x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision != "tf32"  # type: ignore[attr-defined]
 
 
-def why_not_train_conv(
-    x: Tensor, conv_weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
-) -> list[str]:
+def why_not_train_conv(x: Tensor, conv_weight: Tensor, settings: ConvSettings) -> list[str]:
     """The reasons why ``conv_stats``, ``conv_grad_input`` and ``conv_grad_weight``, as every convolution here, cannot
     take these, beyond those that hold for every op on x."""
     if x.dim() != 4 or conv_weight.dim() != 4:
         return [f"x has {x.dim()} dimensions and conv_weight {conv_weight.dim()}; it takes 4 and 4"]
     reasons = []
-    if groups != 1:
-        reasons.append(f"groups is {groups}; it takes 1")
+    if settings.groups != 1:
+        reasons.append(f"groups is {settings.groups}; it takes 1")
     elif conv_weight.shape[1] != x.shape[1]:
         reasons.append(f"conv_weight takes {conv_weight.shape[1]} channels; x has {x.shape[1]}")
     if conv_weight.numel() == 0:
@@ -101,7 +86,7 @@ def why_not_train_conv(
         reasons.append(f"conv_weight is {conv_weight.dtype}; it takes x's dtype, {x.dtype}")
     if conv_weight.device != x.device:
         reasons.append(f"conv_weight is on {conv_weight.device}; it takes x's device, {x.device}")
-    height, width = output_size(x, conv_weight, stride, padding, dilation)
+    height, width = settings.output_size(x.shape, conv_weight.shape)
     if min(height, width) < 1:
         reasons.append(f"the output would be {height} x {width}; it takes at least one pixel")
     if INTERPRETED and x.dtype == torch.bfloat16:

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fused_resnet.arguments import ConvSettings
 from fused_resnet.frozen.chains import Chains, weights_changed
 from fused_resnet.modules.plain import has_global_hooks, is_intercepted
 from fused_resnet.ops.backends.native.chain import Block, NativeChain
@@ -50,8 +51,7 @@ class FrozenConvAct(nn.Module):
         self.register_buffer("weight", weight.contiguous(memory_format=torch.channels_last))
         self.register_buffer("bias", shift.detach().to(self._bias_dtype()))
         padding = [int(pixels) for pixels in conv.padding]
-        self.stride, self.padding, self.dilation = list(conv.stride), padding, list(conv.dilation)
-        self.groups = conv.groups
+        self.settings = ConvSettings.of(conv.stride, padding, conv.dilation, conv.groups)
         self.relu = relu
         self._forget()
 
@@ -67,33 +67,29 @@ class FrozenConvAct(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None, overwrite: bool = False) -> Tensor:
         """x: (N, C, H, W), channels_last for speed; residual: of the result's shape and dtype, or None, and with
         ``overwrite`` its memory may become the result's."""
-        settings = (self.stride, self.padding, self.dilation, self.groups)
         if runs_unseen(x) and (native := self.native_for(x)) is not None:
             return native(x, residual, overwrite)
         if torch.compiler.is_compiling() or requested_backend() != AUTO or why_not_packed(x):
-            arguments = (x, self.weight, None, self.bias, residual, *settings, self.relu)
+            arguments = (x, self.weight, None, self.bias, residual, self.settings, self.relu)
             return function_for("conv_bn_act", arguments)(*arguments)
         packed = self._packed.get(x.shape)
         if packed is None:
-            if x.shape[1] != self.weight.shape[1] * self.groups:
-                raise ValueError(
-                    f"x must have {self.weight.shape[1] * self.groups} channels; got shape {tuple(x.shape)}"
-                )
+            if x.shape[1] != (channels := self.weight.shape[1] * self.settings.groups):
+                raise ValueError(f"x must have {channels} channels; got shape {tuple(x.shape)}")
             if len(self._packed) == PACKED_SIZES:
                 self._packed.pop(next(iter(self._packed)), None)
-            weight = pack_conv_weight(self.weight, list(x.shape), *settings)
+            weight = pack_conv_weight(self.weight, list(x.shape), self.settings)
             packed = self._packed[x.shape] = (weight, self.bias.to(self.weight.dtype))  # oneDNN takes one dtype
         weight, bias = packed
-        return packed_conv_act(x, weight, bias, residual, *settings, self.relu, overwrite)
+        return packed_conv_act(x, weight, bias, residual, self.settings, self.relu, overwrite)
 
     def native_for(self, x: Tensor) -> NativeConv | None:
         """Our own C++ for this weight, if it can take x."""
         if x.device.type != "cpu" or x.dtype != self.weight.dtype:
             return None
         if self._native is None:
-            settings = (self.stride, self.padding, self.dilation, self.groups)
-            refused = why_not_native(x, self.weight, self.stride, self.dilation, self.groups)
-            self._native = (None if refused else NativeConv(self.weight, self.bias, *settings, self.relu),)
+            refused = why_not_native(x, self.weight, self.settings)
+            self._native = (None if refused else NativeConv(self.weight, self.bias, self.settings, self.relu),)
         return self._native[0]
 
     def _apply(self, fn: Any, recurse: bool = True) -> FrozenConvAct:
@@ -113,10 +109,9 @@ class FrozenConvAct(nn.Module):
 
     def extra_repr(self) -> str:
         outputs, inputs, *kernel_size = self.weight.shape
-        return (
-            f"{inputs * self.groups}, {outputs}, kernel_size={tuple(kernel_size)}, stride={tuple(self.stride)}, "
-            f"padding={tuple(self.padding)}, dilation={tuple(self.dilation)}, groups={self.groups}, relu={self.relu}"
-        )
+        settings = ", ".join(f"{name}={value}" for name, value in self.settings._asdict().items())
+        channels = inputs * self.settings.groups
+        return f"{channels}, {outputs}, kernel_size={tuple(kernel_size)}, {settings}, relu={self.relu}"
 
 
 class FrozenBlock(nn.Module):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_resnet.arguments import ConvSettings, PoolSettings
 from fused_resnet.frozen.block import FrozenConvAct
 from fused_resnet.frozen.chains import weights_changed
 from fused_resnet.modules.plain import is_intercepted
@@ -17,8 +18,9 @@ from fused_resnet.ops.route.listeners import runs_unseen
 
 _ops = torch.ops.fused_resnet
 
-STEM_KERNEL = {"kernel_size": (7, 7), "stride": [2, 2], "padding": [3, 3], "dilation": [1, 1], "groups": 1}
-POOL = ([3, 3], [2, 2], [1, 1])  # kernel size, stride, padding
+STEM = ConvSettings((2, 2), (3, 3))
+STEM_KERNEL = (3, 7, 7)  # channels, height, width
+POOL = PoolSettings((3, 3), (2, 2), (1, 1))
 BYTE = 255.0
 
 
@@ -54,7 +56,7 @@ class FrozenStem(nn.Module):
             x = normalized(x, self.pixel_scale, self.pixel_shift, self.conv.weight.dtype)
         y = self.conv(x.to(memory_format=torch.channels_last))
         if runs_unseen(y) and self.conv.native_for(y) is not None and not is_intercepted(self.pool):
-            return max_pool(y, *POOL)
+            return max_pool(y, POOL)
         return self.pool(y)
 
 
@@ -88,8 +90,7 @@ class FrozenLinear(nn.Linear):
         """Our own C++ for this weight."""
         if self._native is None:
             bias = self.weight.new_zeros(self.out_features) if self.bias is None else self.bias
-            pixel = ([1, 1], [0, 0], [1, 1])
-            self._native = NativeConv(self.weight[:, :, None, None], bias, *pixel, groups=1, relu=False)
+            self._native = NativeConv(self.weight[:, :, None, None], bias, ConvSettings(), relu=False)
         return self._native
 
     def _forget(self) -> None:
@@ -113,9 +114,9 @@ def is_stem(conv: nn.Module, pool: nn.Module) -> bool:
     """True if ``FrozenStem`` can stand for both."""
     if type(conv) is not FrozenConvAct or not conv.relu or type(pool) is not nn.MaxPool2d:
         return False
-    found = {name: getattr(conv, name, None) for name in STEM_KERNEL} | {"kernel_size": tuple(conv.weight.shape[2:])}
     window = (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode, pool.return_indices)
-    return found == STEM_KERNEL and conv.weight.shape[1] == 3 and window == (3, 2, 1, 1, False, False)
+    fits = conv.settings == STEM and tuple(conv.weight.shape[1:]) == STEM_KERNEL
+    return fits and window == (3, 2, 1, 1, False, False)
 
 
 def pixel_scale_and_shift(mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:
