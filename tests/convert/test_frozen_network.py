@@ -102,7 +102,7 @@ def test_a_network_that_is_not_all_ours_runs_part_by_part(frozen: FrozenModel):
 @torch.no_grad()
 def test_a_stage_alone_hears_of_what_happens_inside_and_is_copied(frozen: FrozenModel):
     stage = copy.deepcopy(frozen.module.layer2)
-    x = torch.randn(2, stage[0].convs[0].weight.shape[1] * stage[0].convs[0].groups, 16, 16)
+    x = torch.randn(2, stage[0].convs[0].weight.shape[1] * stage[0].convs[0].settings.groups, 16, 16)
     before = stage(x)
     assert stage._chains(stage, x) is not None
     for twin in (copy.deepcopy(stage), pickle.loads(pickle.dumps(stage))):
@@ -124,7 +124,7 @@ def test_a_stage_alone_hears_of_what_happens_inside_and_is_copied(frozen: Frozen
 @torch.no_grad()
 def test_stages_go_with_their_last_name(frozen: FrozenModel):
     stage = copy.deepcopy(frozen.module.layer2)
-    stage(torch.randn(1, stage[0].convs[0].weight.shape[1] * stage[0].convs[0].groups, 8, 8))
+    stage(torch.randn(1, stage[0].convs[0].weight.shape[1] * stage[0].convs[0].settings.groups, 8, 8))
     gone = weakref.ref(stage)
     gc.disable()  # no collector is needed
     try:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fused_resnet.arguments import ConvSettings
 from fused_resnet.bench.sites import Convolution, convolutions
 from fused_resnet.bench.suite.subjects import builder_names
 from fused_resnet.kernels.conv_grad_input import grad_input_product
@@ -24,11 +25,11 @@ NAMED = {kind: CHIPS[kind] for kind in ((8, 0), (8, 9), (9, 0))}
 
 def products(conv: Convolution, batch: int, chip: Chip, element_bytes: int = 2) -> dict[str, Product]:
     x, weight = (torch.empty(shape, device="meta") for shape in (conv.input_shape(batch), conv.weight_shape))
-    stride, padding, dilation, _ = conv.settings
-    shape = ConvShape.of(x, weight, stride, padding, dilation)
+    settings = ConvSettings.of(*conv.settings)
+    shape = ConvShape.of(x, weight, settings)
     return {
         "forward": forward_product(shape, element_bytes),
-        "grad_input": grad_input_product(shape, element_bytes, stride, operands=2, epilogue=2),
+        "grad_input": grad_input_product(shape, element_bytes, settings.stride, operands=2, epilogue=2),
         "grad_weight": grad_weight_product(shape, element_bytes, operands=2, chip=chip),
     }
 
