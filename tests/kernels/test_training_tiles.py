@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fused_resnet.arguments import ConvSettings
 from fused_resnet.bench.sites import Convolution, convolutions
 from fused_resnet.bench.suite.subjects import builder_names
 from fused_resnet.kernels.conv_grad_input import grad_input_product
@@ -25,7 +24,7 @@ NAMED = {kind: CHIPS[kind] for kind in ((8, 0), (8, 9), (9, 0))}
 
 def products(conv: Convolution, batch: int, chip: Chip, element_bytes: int = 2) -> dict[str, Product]:
     x, weight = (torch.empty(shape, device="meta") for shape in (conv.input_shape(batch), conv.weight_shape))
-    settings = ConvSettings.of(*conv.settings)
+    settings = conv.settings
     shape = ConvShape.of(x, weight, settings)
     return {
         "forward": forward_product(shape, element_bytes),

@@ -44,7 +44,7 @@ def argument_names(op: str) -> tuple[str, ...]:
     return tuple(argument.name for argument in getattr(torch.ops.fused_resnet, op).default._schema.arguments)
 
 
-def packed(op: str, arguments: tuple[Any, ...]) -> list[Any]:
+def packed(op: str, arguments: Sequence[Any]) -> list[Any]:
     """The arguments of the op's function, from those of its schema."""
     found, first = list[Any](), 0
     for size, make in _parts(op):
