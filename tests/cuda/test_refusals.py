@@ -12,6 +12,7 @@ from fused_resnet.ops import BackendError, reference, use_backend
 from fused_resnet.ops.route import choose, reasons
 from tests.cuda.cases import (
     DTYPES,
+    by_reference,
     call,
     convolution,
     every_call,
@@ -46,7 +47,7 @@ def test_nothing_is_refused_by_name_or_done_elsewhere(name: str, device) -> None
         return
     with use_backend("auto"):
         found = call(op, *with_own_running(op, tuple(empty)))
-    for a, b in zip(outputs(found), outputs(getattr(reference, op)(*with_own_running(op, tuple(empty)))), strict=True):
+    for a, b in zip(outputs(found), outputs(by_reference(op, *with_own_running(op, tuple(empty)))), strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
         assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
 
@@ -59,7 +60,7 @@ def test_smallest_shapes(name: str, shape: tuple[int, ...], device) -> None:
         pytest.skip("takes no such image")
     op, args = every_call(torch.float32, device, shape)[name]
     found = call(op, *with_own_running(op, tuple(args)))
-    baseline = getattr(reference, op)(*with_own_running(op, tuple(args)))
+    baseline = by_reference(op, *with_own_running(op, tuple(args)))
     for a, b in zip(outputs(found), outputs(baseline), strict=True):
         if a.dtype == torch.uint8 and a.numel():
             a, b = (reference.unpack_mask(mask, x_of(op, args)).float() for mask in (a, b))
