@@ -55,7 +55,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
-    """The same numbers for every test, and no route that an earlier one, which had replaced a function, has kept."""
+def seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers for every test, and no route that an earlier one, which had replaced a function, has kept; the
+    tests' activations are small, and run as large ones do."""
     torch.manual_seed(0)
+    monkeypatch.setattr(routes, "FEWEST_ELEMENTS", 0)
     routes.kept.clear()

@@ -15,7 +15,7 @@ from fused_resnet.ops import bn_act
 from fused_resnet.ops.backends import cuda
 from fused_resnet.ops.backends.cuda import launch as cuda_launch
 from fused_resnet.ops.plan import measured_plan, plan_file, plan_key
-from fused_resnet.ops.route import choose, preference, reasons, routes
+from fused_resnet.ops.route import choose, preference, reasons, request, routes
 from fused_resnet.ops.route.packing import BY_DISPATCHER
 from fused_resnet.ops.route.routes import pass_route
 from fused_resnet.ops.schemas import SCHEMAS
@@ -266,3 +266,15 @@ def test_passes_that_are_faster_elsewhere_are_known_by_shape(no_plan):
     assert measured_plan.other_backend_for_passes(args[0], "native")
     assert not measured_plan.other_backend_for_passes(args[0], "reference")
     assert not measured_plan.other_backend_for_passes(bn_apply_arguments(16)[0], "native")
+
+
+@NEEDS_NATIVE
+def test_passes_over_a_small_activation_are_pytorchs_own_unless_ours_are_asked_for(monkeypatch):
+    monkeypatch.setattr(routes, "FEWEST_ELEMENTS", 1 << 15)
+    small, large = torch.ones(1, 8, 64, 63), torch.ones(1, 8, 64, 64)
+    assert pass_route(small) is None and pass_route(large) is not None
+    assert pass_route(small.bfloat16()) is not None  # which PyTorch rounds three times
+    assert routes.kept_pass_route(small) is not None  # as part of a block, which is one step anyway
+    for asked in ({"backend": "native"}, {"masks": True}):
+        with request.asking(**asked):
+            assert pass_route(small) is not None

@@ -29,6 +29,11 @@ class Request(NamedTuple):
     masks: bool = False
     """Whether the ReLU that ends a block keeps a bit of each element, on a backend that would keep its output."""
 
+    @property
+    def is_open(self) -> bool:
+        """True if nothing was asked for that only ops of ours can do."""
+        return self.backend == AUTO and not self.masks
+
 
 class BackendError(RuntimeError):
     """A backend was asked for by name and cannot run this op on these tensors; the message lists every reason."""

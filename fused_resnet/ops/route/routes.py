@@ -34,6 +34,9 @@ from fused_resnet.ops.route.signatures import (
 )
 
 MOST_KEPT = 4096
+FEWEST_ELEMENTS = 1 << 15
+"""Of a float32 activation on a CPU: with fewer, batch_norm, add and relu of PyTorch take less time than one step of
+autograd in Python, forward and backward (they meet between 25 and 65 thousand, with one thread and with two)."""
 
 kept: dict[tuple[Any, ...], Any] = {}
 """Every route of the process; none once the measured plan has changed."""
@@ -143,7 +146,7 @@ class StemRoute:
 
 
 def pass_route(x: Tensor) -> PassRoute | None:
-    """Who runs the passes over x; None where PyTorch's own batch_norm, add and relu are faster.
+    """Who runs the passes over x, by themselves; None where PyTorch's own batch_norm, add and relu are faster.
 
     A backend asked for by name, the reference included, always runs them (or raises). Inside ``torch.func`` and
     forward-mode differentiation, and for subclasses of Tensor (DTensor), which take PyTorch's own ops only, nobody.
@@ -153,11 +156,13 @@ def pass_route(x: Tensor) -> PassRoute | None:
     if torch._C._get_tracing_state() is not None:  # sizes are no plain numbers, and not to be kept
         route = _decide_passes(x)
         return None if route is None else route.heard
+    if x.is_cpu and x.dtype is torch.float32 and x.numel() < FEWEST_ELEMENTS and request.current.is_open:
+        return None
     return for_listeners(kept_pass_route(x))
 
 
 def kept_pass_route(x: Tensor) -> PassRoute | None:
-    """`pass_route` where nobody listens at the dispatcher and nothing is compiled."""
+    """`pass_route`, however small x is, where nobody listens at the dispatcher and nothing is compiled."""
     key = (type(x), x.shape, x.stride(), x.dtype, x.device, request.current)
     route = kept.get(key, UNKNOWN)
     return keep(key, _decide_passes(x)) if route is UNKNOWN else route
