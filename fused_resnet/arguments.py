@@ -41,6 +41,11 @@ class ConvSettings(NamedTuple):
         """The settings from lists, as the dispatcher gives them to an op."""
         return cls((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups)
 
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Of stride, padding and dilation, one by one."""
+        return *self.stride, *self.padding, *self.dilation
+
     def output_size(self, x_shape: Sequence[int], weight_shape: Sequence[int]) -> tuple[int, int]:
         """Height and width of the result for x of (N, C, H, W) and a weight of (K, C / groups, R, S)."""
         return _output_size(x_shape, weight_shape[2:], self.stride, self.padding, self.dilation)

@@ -59,6 +59,21 @@ class ConvShape:
         """Pixels of the output."""
         return self.batch * self.out_height * self.out_width
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Arguments of every kernel."""
+        return self.height, self.width, self.channels, self.out_height, self.out_width, self.filters
+
+    def constants(self, flat: bool) -> dict[str, int]:
+        """Of a kernel that reads patches, ``flat`` or by taps (``patches.py``)."""
+        return {
+            "KERNEL_WIDTH": self.kernel_width,
+            "TAPS": self.taps,
+            "FLAT_CHANNELS": self.channels if flat else 0,
+            "POINTWISE": self.pointwise,
+            "PADDED": self.padded,
+        }
+
     def empty_output(self, x: Tensor) -> Tensor:
         """An uninitialised result in x's dtype, channels_last."""
         shape = (self.batch, self.filters, self.out_height, self.out_width)
