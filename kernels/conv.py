@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fused_resnet.arguments import ConvSettings
 from fused_resnet.kernels.channels_last import channels_last, dense_vector, optional_channels_last
-from fused_resnet.kernels.conv_shape import ConvShape, is_full_precision, why_not_train_conv
+from fused_resnet.kernels.conv_shape import ConvShape, is_full_precision
 from fused_resnet.kernels.conv_tiles import GROUP_ROWS, conv_tiles
 from fused_resnet.kernels.device import multiprocessors
 from fused_resnet.kernels.patches import WIDE_ELEMENTS, patch_product, program_block
@@ -30,7 +30,7 @@ def conv_bn_act(
     """``relu(conv2d(x, conv_weight, None, *settings) * scale + shift + residual)``, channels_last.
 
     Sums in float32. float32 data is multiplied in TF32 if ``torch.backends.cudnn.conv.fp32_precision`` says so; the
-    matrix unit cuts it off there, where cuDNN rounds first. The caller has asked ``why_not_conv``.
+    matrix unit cuts it off there, where cuDNN rounds first. The caller has asked ``why_not_train_conv``.
 
     Args:
         x: (N, C, H, W), channels_last; float32, float16 or bfloat16.
@@ -80,38 +80,6 @@ def conv_bn_act(
             num_stages=tiles.stages,
         )
     return out
-
-
-def why_not_conv(
-    x: Tensor,
-    conv_weight: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    settings: ConvSettings,
-    relu: bool,
-) -> list[str]:
-    """The reasons why ``conv_bn_act`` cannot take these arguments, beyond those that hold for every op on x."""
-    reasons = why_not_train_conv(x, conv_weight, settings)
-    if x.dim() != 4 or conv_weight.dim() != 4:
-        return reasons
-    out_height, out_width = settings.output_size(x.shape, conv_weight.shape)
-    filters = conv_weight.shape[0]
-    expected = {"scale": (filters,), "shift": (filters,), "residual": (x.shape[0], filters, out_height, out_width)}
-    for name, tensor in (("scale", scale), ("shift", shift), ("residual", residual)):
-        if tensor is None:
-            continue
-        if tensor.device != x.device:
-            reasons.append(f"{name} is on {tensor.device}; it takes x's device, {x.device}")
-        if tensor.shape != expected[name]:
-            reasons.append(f"{name} is {tuple(tensor.shape)}; it takes {tuple(expected[name])}")
-    if out_height * out_width > 1 and filters > 1 and not (_clearly_nhwc(x) or _clearly_nhwc(conv_weight)):
-        reasons.append("conv2d's output would not be channels_last, as neither x nor conv_weight clearly lies so")
-    return reasons
-
-
-def _clearly_nhwc(tensor: Tensor) -> bool:
-    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
 
 @triton.jit

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fused_resnet.arguments import ConvSettings, Norm, PoolSettings
-from fused_resnet.ops.layout import is_channels_last_once_dense
+from fused_resnet.ops.layout import conv_memory_format, is_channels_last_once_dense
 from fused_resnet.ops.reference import mask_shape
-from fused_resnet.ops.route.packing import argument_names, packed
+from fused_resnet.ops.route.packing import argument_names
 
 MODULES = {
     "cuda": "fused_resnet.ops.backends.cuda",
@@ -105,7 +105,7 @@ _PLACE_OF_X = {
 }
 _VECTORS = ("mean", "invstd", "weight", "bias", "running_mean", "running_var", "sum_dz", "sum_dz_xhat")
 _WITH_MASK = ("bn_grad_stats_mask", "bn_grad_apply_mask")
-_TRAINING_CONVOLUTIONS = ("conv_stats", "conv_grad_input", "conv_grad_weight")
+_TRAINING = ("conv_stats", "conv_grad_input", "conv_grad_weight")
 
 
 def _why_not_cuda(op: str, args: tuple[Any, ...]) -> list[str]:
@@ -123,7 +123,7 @@ def _why_not_cuda(op: str, args: tuple[Any, ...]) -> list[str]:
     if not is_channels_last_once_dense(x):
         reasons.append("x is not channels_last")
     if op == "conv_bn_act":
-        return reasons + backend.why_not_conv(*packed(op, args))
+        return reasons + _conv_mismatches(op, args, backend.why_not_conv)
     if op == "bn_stats_apply" and not reasons and not backend.fits_on_chip(x):
         reasons.append(f"x, {tuple(x.shape)} {x.dtype}, does not fit in the shared memory of {x.device}")
     return reasons + _mismatches(x, args, _which_are_vectors(op), args[2] if op in _WITH_MASK else None)
@@ -143,10 +143,8 @@ def _why_not_triton(op: str, args: tuple[Any, ...]) -> list[str]:
         return reasons + _mismatches(x, args, _which_are_vectors(op))
     if not is_channels_last_once_dense(x):
         reasons.append("x is not channels_last")
-    if op == "conv_bn_act":
-        return reasons + module("triton").why_not_conv(*packed(op, args))
-    if op in _TRAINING_CONVOLUTIONS:
-        return reasons + _train_conv_mismatches("triton", op, args)
+    if op == "conv_bn_act" or op in _TRAINING:
+        return reasons + _conv_mismatches(op, args, module("triton").why_not_train_conv)
     if "pool" in op:
         return reasons + _pool_mismatches(op, args)
     return reasons + _mismatches(x, args, _which_are_vectors(op))
@@ -167,8 +165,8 @@ def _why_not_native(op: str, args: tuple[Any, ...]) -> list[str]:
         reasons.append(f"x is {x.dtype}; it takes float32, float16 and bfloat16")
     if x.numel() == 0:
         reasons.append("x is empty")
-    if op in _TRAINING_CONVOLUTIONS:
-        return reasons or _train_conv_mismatches("native", op, args) + _beyond_level_2(op, args)
+    if op in _TRAINING:
+        return reasons or _conv_mismatches(op, args, module("native").why_not_train_conv) + _beyond_level_2(op, args)
     return reasons + _mismatches(x, args, _which_are_vectors(op))
 
 
@@ -228,24 +226,29 @@ def _pool_mismatches(op: str, args: tuple[Any, ...]) -> list[str]:
     return reasons
 
 
-def _train_conv_mismatches(backend: str, op: str, args: tuple[Any, ...]) -> list[str]:
-    """What the training convolutions of a backend cannot take, beyond what holds for every op on x."""
+def _conv_mismatches(op: str, args: tuple[Any, ...], why_not_conv: Callable[..., list[str]]) -> list[str]:
+    """What a backend's convolutions cannot take, beyond what holds for every op on x; ``why_not_conv`` says it of x,
+    the weight and the settings."""
     named = dict(zip(argument_names(op), args, strict=True))
     x, conv_weight = named["x"], named["conv_weight"]
     settings = ConvSettings.of(*(named[name] for name in ConvSettings._fields))
-    if reasons := module(backend).why_not_train_conv(x, conv_weight, settings):
+    reasons = list(why_not_conv(x, conv_weight, settings))
+    if x.dim() != 4 or conv_weight.dim() != 4:
         return reasons
-    filters, channels = conv_weight.shape[0], (x.shape[1],)
-    output = (x.shape[0], filters, *settings.output_size(x.shape, conv_weight.shape))
-    expected = {"dz": output, "y": output, "coefficients": (4, filters), "residual": tuple(x.shape)}
-    expected |= dict.fromkeys(("running_mean", "running_var"), (filters,))
-    expected |= dict.fromkeys(("mean", "invstd", "weight", "bias"), channels)
+    filters, size, training = conv_weight.shape[0], settings.output_size(x.shape, conv_weight.shape), op in _TRAINING
+    output = (x.shape[0], filters, *size)
+    expected = {"dz": output, "y": output, "coefficients": (4, filters)}
+    expected |= {"residual": tuple(x.shape) if training else output}
+    expected |= dict.fromkeys(("running_mean", "running_var", "scale", "shift"), (filters,))
+    expected |= dict.fromkeys(("mean", "invstd", "weight", "bias"), (x.shape[1],))
     for name, shape in expected.items():
         tensor = named.get(name)
         if tensor is not None and (tuple(tensor.shape) != shape or tensor.device != x.device):
             reasons.append(f"{name} is {tuple(tensor.shape)} on {tensor.device}; it takes {shape} on {x.device}")
-        if name in ("dz", "y", "residual") and tensor is not None and tensor.dtype != x.dtype:
+        if training and name in ("dz", "y", "residual") and tensor is not None and tensor.dtype != x.dtype:
             reasons.append(f"{name} is {tensor.dtype}; it takes x's dtype, {x.dtype}")
+    if not training and size != (1, 1) and filters > 1 and conv_memory_format(x, conv_weight) != torch.channels_last:
+        reasons.append("conv2d's output would not be channels_last, as neither x nor conv_weight clearly lies so")
     return reasons
 
 

@@ -23,22 +23,13 @@ from fused_resnet.ops.backends.cuda.launch import (
     place_of,
     vector_of,
 )
-from fused_resnet.ops.layout import conv_memory_format
 from fused_resnet.ops.reference.stem import stem_output_shape
 
 _CONV_DTYPES = (torch.float16, torch.bfloat16)
 
 
-def why_not_conv(
-    x: Tensor,
-    conv_weight: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    settings: ConvSettings,
-    relu: bool,
-) -> list[str]:
-    """What ``conv_bn_act`` cannot take, beyond what holds for every op."""
+def why_not_conv(x: Tensor, conv_weight: Tensor, settings: ConvSettings) -> list[str]:
+    """The reasons why ``conv_bn_act`` cannot take these, beyond those that hold for every op on x."""
     reasons = []
     if x.dtype not in _CONV_DTYPES:
         reasons.append(f"x is {x.dtype}; its convolution takes float16 and bfloat16")
@@ -56,13 +47,6 @@ def why_not_conv(
         reasons.append(f"the output would be {size[0]} x {size[1]}; it takes at least one pixel")
     if x.shape[0] * size[0] * size[1] >= 2**31:
         reasons.append(f"the output would have {x.shape[0] * size[0] * size[1]} pixels; it takes less than 2^31")
-    expected = {"scale": (filters,), "shift": (filters,), "residual": (x.shape[0], filters, *size)}
-    for name, tensor in (("scale", scale), ("shift", shift), ("residual", residual)):
-        if tensor is not None and (tuple(tensor.shape) != expected[name] or tensor.device != x.device):
-            found = f"{tuple(tensor.shape)} on {tensor.device}"
-            reasons.append(f"{name} is {found}; it takes {expected[name]} on {x.device}")
-    if conv_memory_format(x, conv_weight) != torch.channels_last and size != (1, 1):
-        reasons.append("conv2d's output would not be channels_last, as neither x nor conv_weight clearly lies so")
     return reasons
 
 
