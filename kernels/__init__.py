@@ -18,7 +18,7 @@ from fused_resnet.kernels.bn_pool_grad import bn_pool_grad_apply, bn_pool_grad_s
 from fused_resnet.kernels.conv import conv_bn_act
 from fused_resnet.kernels.conv_grad_input import conv_grad_input
 from fused_resnet.kernels.conv_grad_weight import conv_grad_weight
-from fused_resnet.kernels.conv_shape import why_not_train_conv
+from fused_resnet.kernels.conv_shape import why_not_conv
 from fused_resnet.kernels.conv_stats import conv_stats
 from fused_resnet.kernels.device import INTERPRETED
 
@@ -37,5 +37,5 @@ __all__ = [
     "conv_grad_input",
     "conv_grad_weight",
     "conv_stats",
-    "why_not_train_conv",
+    "why_not_conv",
 ]

@@ -30,7 +30,7 @@ def conv_bn_act(
     """``relu(conv2d(x, conv_weight, None, *settings) * scale + shift + residual)``, channels_last.
 
     Sums in float32. float32 data is multiplied in TF32 if ``torch.backends.cudnn.conv.fp32_precision`` says so; the
-    matrix unit cuts it off there, where cuDNN rounds first. The caller has asked ``why_not_train_conv``.
+    matrix unit cuts it off there, where cuDNN rounds first. The caller has asked ``why_not_conv``.
 
     Args:
         x: (N, C, H, W), channels_last; float32, float16 or bfloat16.

@@ -85,25 +85,10 @@ def is_full_precision(x: Tensor) -> bool:
     return x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision != "tf32"  # type: ignore[attr-defined]
 
 
-def why_not_train_conv(x: Tensor, conv_weight: Tensor, settings: ConvSettings) -> list[str]:
-    """The reasons why ``conv_stats``, ``conv_grad_input`` and ``conv_grad_weight``, as every convolution here, cannot
-    take these, beyond those that hold for every op on x."""
-    if x.dim() != 4 or conv_weight.dim() != 4:
-        return [f"x has {x.dim()} dimensions and conv_weight {conv_weight.dim()}; it takes 4 and 4"]
+def why_not_conv(x: Tensor, conv_weight: Tensor, settings: ConvSettings) -> list[str]:
+    """The reasons why no convolution here can take x, weight and settings that fit together, beyond those that hold for
+    every op on x."""
     reasons = []
-    if settings.groups != 1:
-        reasons.append(f"groups is {settings.groups}; it takes 1")
-    elif conv_weight.shape[1] != x.shape[1]:
-        reasons.append(f"conv_weight takes {conv_weight.shape[1]} channels; x has {x.shape[1]}")
-    if conv_weight.numel() == 0:
-        reasons.append("conv_weight is empty")
-    if conv_weight.dtype != x.dtype:
-        reasons.append(f"conv_weight is {conv_weight.dtype}; it takes x's dtype, {x.dtype}")
-    if conv_weight.device != x.device:
-        reasons.append(f"conv_weight is on {conv_weight.device}; it takes x's device, {x.device}")
-    height, width = settings.output_size(x.shape, conv_weight.shape)
-    if min(height, width) < 1:
-        reasons.append(f"the output would be {height} x {width}; it takes at least one pixel")
     if INTERPRETED and x.dtype == torch.bfloat16:
         reasons.append("Triton's interpreter multiplies bfloat16 matrices wrongly")
     if x.is_cuda and torch.cuda.get_device_capability(x.device) < OLDEST_CAPABILITY:

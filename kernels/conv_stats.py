@@ -34,7 +34,7 @@ def conv_stats(
     The norm and ReLU in front are left out without a ``norm``, the statistics (then empty) if ``statistics`` is False.
     Sums in float32; float32 data is multiplied as ``torch.backends.cudnn.conv.fp32_precision`` says. The statistics are
     of y as written, each program's rows by themselves and then merged in a fixed order; the running ones move. Two
-    launches. The caller has asked ``why_not_train_conv``.
+    launches. The caller has asked ``why_not_conv``.
 
     Args:
         x: (N, C, H, W), channels_last; float32, float16 or bfloat16.

@@ -194,11 +194,14 @@ def test_what_a_convolution_refuses(device) -> None:
     refused: list[tuple[list[Any], str]] = [
         ([x[:, :12], weight[:, :12], scale, shift, residual, *rest], "12 channels and 24 filters; .* multiples of 8"),
         ([x, weight[:20], scale[:20], shift[:20], residual[:, :20], *rest], "16 channels and 20 filters"),
-        ([x, weight[:0], None, None, None, *rest], "0 filters"),
+        ([x, weight[:0], None, None, None, *rest], "conv_weight is empty"),
         ([x, weight[:, :8], scale, shift, residual, *rest[:3], 2, True], "groups is 2; it takes 1"),
         ([x, weight, scale, shift, residual, *rest[:2], [3, 3], 1, True], "the output would be 0 x 0"),
         ([x, weight, scale, shift, residual[:, :, :-1], *rest], r"residual is \(1, 24, 3, 4\)"),
-        ([x, weight[:, :8], scale, shift, residual, *rest], r"conv_weight is \(24, 8, 3, 3\) beside x"),
+        (
+            [x, weight[:, :8], scale, shift, residual, *rest],
+            r"\(24, 8, 3, 3\), takes 8 channels; x has 16",
+        ),
     ]
     for args, message in refused:
         with pytest.raises(BackendError, match=message):

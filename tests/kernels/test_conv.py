@@ -125,18 +125,18 @@ def test_reasons() -> None:
         args = {"x": x, "conv_weight": weight, "scale": None, "shift": None, "residual": None} | changed
         settings = args.pop("settings", ConvSettings())
         arguments = (*args.values(), *settings, True)
-        return "; ".join(route_reasons._conv_mismatches("conv_bn_act", arguments, kernels.why_not_train_conv))
+        return "; ".join(route_reasons._conv_mismatches("conv_bn_act", arguments, kernels.why_not_conv))
 
     assert reasons() == ""
     assert "groups is 2; it takes 1" in reasons(settings=ConvSettings(groups=2))
-    assert "conv_weight takes 15 channels; x has 16" in reasons(conv_weight=weight[:, :15])
+    assert "conv_weight, (8, 15, 3, 3), takes 15 channels; x has 16" in reasons(conv_weight=weight[:, :15])
     assert "conv_weight is torch.float16" in reasons(conv_weight=weight.half())
     assert "conv_weight is empty" in reasons(conv_weight=weight[:0])
     assert "scale is (7,) on cpu; it takes (8,) on cpu" in reasons(scale=torch.ones(7))
     assert "residual is (2, 8, 6, 6) on cpu; it takes (2, 8, 4, 4)" in reasons(residual=torch.ones(2, 8, 6, 6))
     assert "the output would be 0 x 0" in reasons(settings=ConvSettings(dilation=(3, 3)))
     assert "shift is (8,) on meta" in reasons(shift=torch.ones(8, device="meta"))
-    assert "3 dimensions" in reasons(x=x[0])
+    assert "it takes 4 dimensions each" in reasons(x=x[0])
     assert "neither x nor conv_weight" in reasons(x=x.contiguous(), conv_weight=weight.contiguous())
     assert "neither" not in reasons(x=x, conv_weight=weight.contiguous())
     bfloat16 = reasons(x=x.bfloat16(), conv_weight=weight.bfloat16())

@@ -186,10 +186,11 @@ def test_reasons():
         return choose.why_not("native", "conv_stats", x, weight, *norm, None, None, 0.1, 1e-5, *sizes, True)
 
     assert not forward()
-    assert forward(x=x.bfloat16()) == ["x is torch.bfloat16 and conv_weight torch.float32; its training convolutions "
-                                       "take torch.float32"]  # fmt: skip
+    both = {"x": x.bfloat16(), "weight": weight.bfloat16()}
+    assert forward(**both) == ["x is torch.bfloat16; its training convolutions take torch.float32"]
+    assert forward(x=x.bfloat16()) == ["conv_weight is torch.float32; it takes x's dtype, torch.bfloat16"]
     assert forward(x=x.contiguous()) == ["x is not channels_last"]
-    assert forward(weight=weight[:, :32]) == ["conv_weight takes 32 channels; x has 64"]
+    assert forward(weight=weight[:, :32]) == ["conv_weight, (64, 32, 3, 3), takes 32 channels; x has 64"]
     assert forward(weight=weight[:0]) == ["conv_weight is empty"]
     assert forward(sizes=(*sizes[:3], 2)) == ["groups is 2; it takes 1"]
     assert "padding that is less" in forward(sizes=([1, 1], [3, 3], [1, 1], 1))[0]

@@ -144,7 +144,7 @@ def _why_not_triton(op: str, args: tuple[Any, ...]) -> list[str]:
     if not is_channels_last_once_dense(x):
         reasons.append("x is not channels_last")
     if op == "conv_bn_act" or op in _TRAINING:
-        return reasons + _conv_mismatches(op, args, module("triton").why_not_train_conv)
+        return reasons + _conv_mismatches(op, args, module("triton").why_not_conv)
     if "pool" in op:
         return reasons + _pool_mismatches(op, args)
     return reasons + _mismatches(x, args, _which_are_vectors(op))
@@ -166,7 +166,7 @@ def _why_not_native(op: str, args: tuple[Any, ...]) -> list[str]:
     if x.numel() == 0:
         reasons.append("x is empty")
     if op in _TRAINING:
-        return reasons or _conv_mismatches(op, args, module("native").why_not_train_conv) + _beyond_level_2(op, args)
+        return reasons or _conv_mismatches(op, args, module("native").why_not_conv) + _beyond_level_2(op, args)
     return reasons + _mismatches(x, args, _which_are_vectors(op))
 
 
@@ -227,15 +227,29 @@ def _pool_mismatches(op: str, args: tuple[Any, ...]) -> list[str]:
 
 
 def _conv_mismatches(op: str, args: tuple[Any, ...], why_not_conv: Callable[..., list[str]]) -> list[str]:
-    """What a backend's convolutions cannot take, beyond what holds for every op on x; ``why_not_conv`` says it of x,
-    the weight and the settings."""
+    """What a backend's convolutions cannot take, beyond what holds for every op on x. ``why_not_conv``: what this
+    backend alone cannot, of x, weight and settings that fit together."""
     named = dict(zip(argument_names(op), args, strict=True))
     x, conv_weight = named["x"], named["conv_weight"]
     settings = ConvSettings.of(*(named[name] for name in ConvSettings._fields))
-    reasons = list(why_not_conv(x, conv_weight, settings))
     if x.dim() != 4 or conv_weight.dim() != 4:
-        return reasons
+        return [f"x is {tuple(x.shape)} and conv_weight {tuple(conv_weight.shape)}; it takes 4 dimensions each"]
     filters, size, training = conv_weight.shape[0], settings.output_size(x.shape, conv_weight.shape), op in _TRAINING
+    reasons = []
+    if settings.groups != 1:
+        reasons.append(f"groups is {settings.groups}; it takes 1")
+    elif conv_weight.shape[1] != x.shape[1]:
+        found = f"{tuple(conv_weight.shape)}, takes {conv_weight.shape[1]} channels"
+        reasons.append(f"conv_weight, {found}; x has {x.shape[1]}")
+    if conv_weight.numel() == 0:
+        reasons.append("conv_weight is empty")
+    if conv_weight.dtype != x.dtype:
+        reasons.append(f"conv_weight is {conv_weight.dtype}; it takes x's dtype, {x.dtype}")
+    if conv_weight.device != x.device:
+        reasons.append(f"conv_weight is on {conv_weight.device}; it takes x's device, {x.device}")
+    if min(size) < 1:
+        reasons.append(f"the output would be {size[0]} x {size[1]}; it takes at least one pixel")
+    reasons = reasons or list(why_not_conv(x, conv_weight, settings))
     output = (x.shape[0], filters, *size)
     expected = {"dz": output, "y": output, "coefficients": (4, filters)}
     expected |= {"residual": tuple(x.shape) if training else output}

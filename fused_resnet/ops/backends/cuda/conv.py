@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -29,24 +30,16 @@ _CONV_DTYPES = (torch.float16, torch.bfloat16)
 
 
 def why_not_conv(x: Tensor, conv_weight: Tensor, settings: ConvSettings) -> list[str]:
-    """The reasons why ``conv_bn_act`` cannot take these, beyond those that hold for every op on x."""
+    """What ``conv_bn_act`` cannot take of x, weight and settings that fit together."""
     reasons = []
     if x.dtype not in _CONV_DTYPES:
         reasons.append(f"x is {x.dtype}; its convolution takes float16 and bfloat16")
-    if conv_weight.dtype != x.dtype or conv_weight.device != x.device:
-        reasons.append(f"conv_weight is {conv_weight.dtype} on {conv_weight.device} beside x, {x.dtype} on {x.device}")
-    if settings.groups != 1:
-        reasons.append(f"groups is {settings.groups}; it takes 1")
-    if x.dim() != 4 or conv_weight.dim() != 4 or x.shape[1] != conv_weight.shape[1] * settings.groups:
-        return [*reasons, f"conv_weight is {tuple(conv_weight.shape)} beside x, {tuple(x.shape)}"]
     filters = conv_weight.shape[0]
-    if x.shape[1] % 8 or filters % 8 or filters == 0:
+    if x.shape[1] % 8 or filters % 8:
         reasons.append(f"there are {x.shape[1]} channels and {filters} filters; it takes multiples of 8")
-    size = settings.output_size(x.shape, conv_weight.shape)
-    if min(*size, *conv_weight.shape[2:]) < 1:
-        reasons.append(f"the output would be {size[0]} x {size[1]}; it takes at least one pixel")
-    if x.shape[0] * size[0] * size[1] >= 2**31:
-        reasons.append(f"the output would have {x.shape[0] * size[0] * size[1]} pixels; it takes less than 2^31")
+    pixels = x.shape[0] * math.prod(settings.output_size(x.shape, conv_weight.shape))
+    if pixels >= 2**31:
+        reasons.append(f"the output would have {pixels} pixels; it takes less than 2^31")
     return reasons
 
 
