@@ -1,6 +1,6 @@
 """The law of layers: every file's imports, read from its syntax tree, point downward.
 
-models -> modules -> ops -> kernels -> arguments;   ops -> _C
+models -> modules -> ops -> kernels, _C;   all of these but models -> arguments
     ops: public ops and autograd -> route -> (by name) backends -> reference, plan -> layout
 convert -> models, modules, ops;   frozen -> convert and below;   cuda_graph -> nothing;
 bench, training, info -> anything in the package;   nothing -> tests, benchmarks
