@@ -43,6 +43,7 @@ from fused_resnet.bench.timer import Timing, rotate
 from fused_resnet.ops import use_backend
 from fused_resnet.ops.backends.cuda import launch as cuda_launch
 from fused_resnet.ops.route import choose, reasons, routes
+from fused_resnet.ops.route.packing import packed
 from fused_resnet.ops.schemas import SCHEMAS
 
 SHAPE, DTYPE = (2, 64, 4, 4), torch.bfloat16
@@ -131,6 +132,7 @@ class Op:
 
     def __init__(self, name: str, arguments: tuple[Any, ...], eager: Callable[[], object]) -> None:
         self.name, self.arguments, self.eager = name, arguments, eager
+        self.packed = packed(name, arguments)
 
     def calls(self, device: str) -> Calls:
         """The ways to call it, by name; through Triton only where it can."""
@@ -139,14 +141,14 @@ class Op:
             DISPATCHER: through_dispatcher,
             NOTHING: functools.partial(op_that_does_nothing(self.name, through_dispatcher()), *self.arguments),
             CHOICE: functools.partial(choose.choose, self.name, self.arguments),
-            MODULE: functools.partial(getattr(reasons.module("cuda"), self.name), *self.arguments),
+            MODULE: functools.partial(getattr(reasons.module("cuda"), self.name), *self.packed),
             EXTENSION: recorded(self),
         }
         if device == "cuda":
             found[EAGER] = self.eager
             if not choose.why_not("triton", self.name, *self.arguments):
                 found[TRITON] = through_dispatcher
-                found[TRITON_MODULE] = functools.partial(getattr(reasons.module("triton"), self.name), *self.arguments)
+                found[TRITON_MODULE] = functools.partial(getattr(reasons.module("triton"), self.name), *self.packed)
         return found
 
 
@@ -210,7 +212,7 @@ def recorded(op: Op) -> Callable[[], object]:
     cuda_launch.extension = SimpleNamespace(**{**names, "cuda": Recorder()})
     try:
         with _Keep() as mode:
-            getattr(reasons.module("cuda"), op.name)(*op.arguments)
+            getattr(reasons.module("cuda"), op.name)(*op.packed)
     finally:
         cuda_launch.extension = real
     (launch,) = launches

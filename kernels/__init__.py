@@ -15,10 +15,10 @@ from fused_resnet.kernels.bn_act_grad import bn_grad_apply, bn_grad_stats
 from fused_resnet.kernels.bn_grad_coefficients import bn_grad_coefficients
 from fused_resnet.kernels.bn_pool import bn_apply_pool
 from fused_resnet.kernels.bn_pool_grad import bn_pool_grad_apply, bn_pool_grad_stats
-from fused_resnet.kernels.conv import conv_bn_act, why_not_conv
+from fused_resnet.kernels.conv import conv_bn_act
 from fused_resnet.kernels.conv_grad_input import conv_grad_input
 from fused_resnet.kernels.conv_grad_weight import conv_grad_weight
-from fused_resnet.kernels.conv_shape import why_not_train_conv
+from fused_resnet.kernels.conv_shape import why_not_conv
 from fused_resnet.kernels.conv_stats import conv_stats
 from fused_resnet.kernels.device import INTERPRETED
 
@@ -38,5 +38,4 @@ __all__ = [
     "conv_grad_weight",
     "conv_stats",
     "why_not_conv",
-    "why_not_train_conv",
 ]

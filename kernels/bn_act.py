@@ -10,7 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_resnet.kernels.channels_last import channels_last, dense_vector, matrix_shape, optional_channels_last
+from fused_resnet.arguments import Norm, RunningStatistics
+from fused_resnet.kernels.channels_last import (
+    NO_NORM,
+    channels_last,
+    dense_vector,
+    matrix_shape,
+    optional_channels_last,
+)
 from fused_resnet.kernels.device import multiprocessors
 from fused_resnet.kernels.row_tiles import (
     ELEMENTWISE_WARPS,
@@ -22,13 +29,7 @@ from fused_resnet.kernels.row_tiles import (
 from fused_resnet.kernels.welford import finalize_statistics, merge_lanes
 
 
-def bn_stats(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+def bn_stats(x: Tensor, running: RunningStatistics) -> tuple[Tensor, Tensor]:
     """Mean and 1/sqrt(biased variance + eps) of each channel, in float32; moves the running statistics in place.
 
     Equals ``torch.var_mean(x.float(), (0, 2, 3), correction=0)`` and ``nn.BatchNorm2d``'s update. Two launches: the
@@ -56,49 +57,25 @@ def bn_stats(
             STAGES=REDUCTION_STAGES[x.element_size()],
             num_warps=REDUCTION_WARPS,
         )
-    return finalize_statistics(counts, means, m2s, running_mean, running_var, momentum, eps)
+    return finalize_statistics(counts, means, m2s, running)
 
 
-def bn_apply(
-    x: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    relu: bool,
-) -> Tensor:
+def bn_apply(x: Tensor, norm: Norm, residual: Tensor | None, relu: bool) -> Tensor:
     """``relu((x - mean) * invstd * weight + bias + residual)``, in x's dtype and strides.
 
     The vectors are (C,) of any float dtype, weight and bias may be None; the residual may be None. Reads 1T (2T with
     a residual), writes 1T.
     """
-    return _apply(x, (mean, invstd, weight, bias), residual, (None, None, None, None), relu)
+    return _apply(x, norm, residual, NO_NORM, relu)
 
 
-def bn_apply_dual(
-    x: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    x2: Tensor,
-    mean2: Tensor,
-    invstd2: Tensor,
-    weight2: Tensor | None,
-    bias2: Tensor | None,
-    relu: bool,
-) -> Tensor:
+def bn_apply_dual(x: Tensor, norm: Norm, x2: Tensor, norm2: Norm, relu: bool) -> Tensor:
     """``bn_apply`` whose residual is itself normalised: the end of a projection block. Reads 2T, writes 1T."""
-    return _apply(x, (mean, invstd, weight, bias), x2, (mean2, invstd2, weight2, bias2), relu)
+    return _apply(x, norm, x2, norm2, relu)
 
 
 def _apply(
-    x: Tensor,
-    norm: tuple[Tensor | None, ...],
-    residual: Tensor | None,
-    residual_norm: tuple[Tensor | None, ...],
-    relu: bool,
+    x: Tensor, norm: Norm, residual: Tensor | None, residual_norm: tuple[Tensor | None, ...], relu: bool
 ) -> Tensor:
     x = channels_last(x)
     rows, channels = matrix_shape(x)

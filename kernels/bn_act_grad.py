@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fused_resnet.arguments import Norm, Sums
 from fused_resnet.kernels.bn_act import load_normalization, normalize, program_tile
 from fused_resnet.kernels.channels_last import channels_last, dense_vector, matrix_shape, optional_channels_last
 from fused_resnet.kernels.device import multiprocessors
@@ -26,14 +27,7 @@ from fused_resnet.kernels.welford import finalize_sums
 
 
 def bn_grad_stats(
-    grad_out: Tensor,
-    x: Tensor,
-    out: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    relu: bool,
+    grad_out: Tensor, x: Tensor, out: Tensor | None, norm: Norm, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(sum of dz, sum of dz * xhat, dz): the first two, of each channel and in float32, are the gradients of bias and
     weight; the last, the gradient of the residual, is written in x's dtype and strides with ``out``, else empty.
@@ -54,7 +48,7 @@ def bn_grad_stats(
             channels_last(grad_out),
             x,
             optional_channels_last(out),
-            *map(dense_vector, (mean, invstd, weight, bias)),
+            *map(dense_vector, norm),
             None if out is None else dz,
             partial_sums,
             rows,
@@ -71,25 +65,13 @@ def bn_grad_stats(
     return sum_dz, sum_dz_xhat, dz
 
 
-def bn_grad_apply(
-    grad_out: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    sum_dz: Tensor | None,
-    sum_dz_xhat: Tensor | None,
-    relu: bool,
-) -> Tensor:
+def bn_grad_apply(grad_out: Tensor, x: Tensor, norm: Norm, sums: Sums | None, relu: bool) -> Tensor:
     """The gradient of x, in its dtype and strides: ``weight * invstd * (dz - sum_dz / count - xhat * sum_dz_xhat /
-    count)``, or ``weight * invstd * dz`` with a sum None, for statistics that are constants.
+    count)``, or ``weight * invstd * dz`` without sums, for statistics that are constants.
 
     With ``relu``, dz is grad_out masked by the recomputed ``xhat * weight + bias``; else it is grad_out. Reads 2T (1T
     for constant statistics without ReLU), writes 1T.
     """
-    if sum_dz is None or sum_dz_xhat is None:
-        sum_dz = sum_dz_xhat = None
     x = channels_last(x)
     rows, channels = matrix_shape(x)
     tiles = elementwise_tiles(rows, channels, multiprocessors(x.device))
@@ -98,7 +80,7 @@ def bn_grad_apply(
         bn_grad_apply_kernel[tiles.grid](
             channels_last(grad_out),
             x,
-            *map(dense_vector, (mean, invstd, weight, bias, sum_dz, sum_dz_xhat)),
+            *map(dense_vector, (*norm, *(sums or (None, None)))),
             grad_x,
             rows,
             channels,

@@ -7,32 +7,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fused_resnet.arguments import Norm, Sums
 from fused_resnet.kernels.bn_act import load_normalization
 from fused_resnet.kernels.channels_last import dense_vector
 
 MAX_BLOCK_CHANNELS = 512
 
 
-def bn_grad_coefficients(
-    sum_dz: Tensor | None,
-    sum_dz_xhat: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    count: float,
-) -> Tensor:
+def bn_grad_coefficients(sums: Sums | None, norm: Norm, count: float) -> Tensor:
     """(4, C) float32: A, B, C and mean, with which ``bn_grad_apply``'s gradient is ``A * dz + B * (y - mean) + C``.
 
-    With a sum None (constant statistics) B = C = 0. Vectors only; one launch.
+    Without sums (constant statistics) B = C = 0. Vectors only; one launch.
     """
-    if sum_dz is None or sum_dz_xhat is None:
-        sum_dz = sum_dz_xhat = None
+    mean, invstd, weight, _ = norm
     channels = mean.shape[0]
     coefficients = torch.empty((4, channels), dtype=torch.float32, device=mean.device)
     block = min(triton.next_power_of_2(channels), MAX_BLOCK_CHANNELS)
     with torch.cuda.device_of(mean):
         bn_grad_coefficients_kernel[(triton.cdiv(channels, block),)](
-            *map(dense_vector, (sum_dz, sum_dz_xhat, mean, invstd, weight)),
+            *map(dense_vector, (*(sums or (None, None)), mean, invstd, weight)),
             coefficients,
             channels,
             float(count),

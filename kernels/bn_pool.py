@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fused_resnet.arguments import Norm, PoolSettings
 from fused_resnet.kernels.bn_act import load_normalization, normalize, program_tile
 from fused_resnet.kernels.channels_last import channels_last, dense_vector
 from fused_resnet.kernels.device import multiprocessors
@@ -21,24 +22,15 @@ from fused_resnet.kernels.row_tiles import elementwise_tiles
 POOL_WARPS = 8
 
 
-def bn_apply_pool(
-    x: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-) -> tuple[Tensor, Tensor]:
+def bn_apply_pool(x: Tensor, norm: Norm, settings: PoolSettings) -> tuple[Tensor, Tensor]:
     """(``max_pool2d(relu((x - mean) * invstd * weight + bias))``, the place of each maximum in its window).
 
     The activation is rounded to x's dtype before it is compared, and the first of equal ones is taken, as by PyTorch.
 
     Args:
         x: (N, C, H, W), channels_last; float32, float16 or bfloat16.
-        mean, invstd, weight, bias: (C,) of any float dtype; weight and bias may be None.
-        kernel_size, stride, padding: [vertical, horizontal]; a window has at most 256 pixels.
+        norm: vectors of any float dtype.
+        settings: a window has at most 256 pixels.
 
     Returns:
         (N, C, OH, OW) in x's dtype, and the same in uint8: row * kernel width + column. Both channels_last.
@@ -47,7 +39,7 @@ def bn_apply_pool(
     """
     x = channels_last(x)
     batch, channels, height, width = x.shape
-    out_height, out_width = pooled_size(x, kernel_size, stride, padding)
+    out_height, out_width = settings.output_size(x.shape)
     out, place = (
         torch.empty(
             (batch, channels, out_height, out_width), dtype=dtype, device=x.device, memory_format=torch.channels_last
@@ -59,7 +51,7 @@ def bn_apply_pool(
     with torch.cuda.device_of(x):
         bn_apply_pool_kernel[tiles.grid](
             x,
-            *map(dense_vector, (mean, invstd, weight, bias)),
+            *map(dense_vector, norm),
             out,
             place,
             rows,
@@ -69,7 +61,7 @@ def bn_apply_pool(
             out_height,
             out_width,
             tiles.chunk_rows,
-            **window(kernel_size, stride, padding),
+            **window(settings),
             BLOCK_ROWS=tiles.block_rows,
             BLOCK_CHANNELS=tiles.block_channels,
             num_warps=POOL_WARPS,
@@ -77,15 +69,10 @@ def bn_apply_pool(
     return out, place
 
 
-def window(kernel_size: list[int], stride: list[int], padding: list[int]) -> dict[str, int]:
+def window(settings: PoolSettings) -> dict[str, int]:
     """The sizes of a pooling as the kernels' constants."""
-    sizes = {"KERNEL": kernel_size, "STRIDE": stride, "PADDING": padding}
-    return {f"{name}_{axis}": pair[i] for name, pair in sizes.items() for i, axis in enumerate(("HEIGHT", "WIDTH"))}
-
-
-def pooled_size(x: Tensor, kernel_size: list[int], stride: list[int], padding: list[int]) -> tuple[int, int]:
-    height, width = ((x.shape[i + 2] + 2 * padding[i] - kernel_size[i]) // stride[i] + 1 for i in (0, 1))
-    return height, width
+    sizes = zip(("KERNEL", "STRIDE", "PADDING"), settings, strict=True)
+    return {f"{name}_{axis}": pair[i] for name, pair in sizes for i, axis in enumerate(("HEIGHT", "WIDTH"))}
 
 
 @triton.jit

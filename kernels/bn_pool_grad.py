@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fused_resnet.arguments import Norm, PoolSettings, Sums
 from fused_resnet.kernels.bn_act import load_normalization, normalize, program_tile
 from fused_resnet.kernels.bn_act_grad import relu_grad
 from fused_resnet.kernels.bn_pool import POOL_WARPS, window
@@ -19,16 +20,7 @@ from fused_resnet.kernels.welford import finalize_sums
 
 
 def bn_pool_grad_stats(
-    grad_out: Tensor,
-    place: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
+    grad_out: Tensor, place: Tensor, x: Tensor, norm: Norm, settings: PoolSettings
 ) -> tuple[Tensor, Tensor]:
     """(sum of dz, sum of dz * xhat) of each channel, float32: the gradients of bias and weight.
 
@@ -45,7 +37,7 @@ def bn_pool_grad_stats(
             grad_out,
             place,
             x,
-            *map(dense_vector, (mean, invstd, weight, bias)),
+            *map(dense_vector, norm),
             partial_sums,
             rows,
             *x.shape[2:],
@@ -53,7 +45,7 @@ def bn_pool_grad_stats(
             *grad_out.shape[2:],
             tiles.chunk_rows,
             tiles.chunks,
-            **window(kernel_size, stride, padding),
+            **window(settings),
             BLOCK_ROWS=tiles.block_rows,
             BLOCK_CHANNELS=tiles.block_channels,
             num_warps=REDUCTION_WARPS,
@@ -63,23 +55,10 @@ def bn_pool_grad_stats(
 
 
 def bn_pool_grad_apply(
-    grad_out: Tensor,
-    place: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    sum_dz: Tensor | None,
-    sum_dz_xhat: Tensor | None,
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
+    grad_out: Tensor, place: Tensor, x: Tensor, norm: Norm, sums: Sums | None, settings: PoolSettings
 ) -> Tensor:
     """The gradient of ``bn_apply_pool``'s x, in its dtype and strides; dz as in ``bn_pool_grad_stats``, the rest as in
     ``bn_grad_apply``. Reads 1T, and grad_out and place; writes 1T."""
-    if sum_dz is None or sum_dz_xhat is None:
-        sum_dz = sum_dz_xhat = None
     x, grad_out, place = channels_last(x), channels_last(grad_out), channels_last(place)
     rows, channels = matrix_shape(x)
     tiles = elementwise_tiles(rows, channels, multiprocessors(x.device))
@@ -89,14 +68,14 @@ def bn_pool_grad_apply(
             grad_out,
             place,
             x,
-            *map(dense_vector, (mean, invstd, weight, bias, sum_dz, sum_dz_xhat)),
+            *map(dense_vector, (*norm, *(sums or (None, None)))),
             grad_x,
             rows,
             *x.shape[2:],
             channels,
             *grad_out.shape[2:],
             tiles.chunk_rows,
-            **window(kernel_size, stride, padding),
+            **window(settings),
             BLOCK_ROWS=tiles.block_rows,
             BLOCK_CHANNELS=tiles.block_channels,
             num_warps=POOL_WARPS,

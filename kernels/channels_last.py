@@ -7,6 +7,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 ALIGNMENT_BYTES = 16
+NO_NORM = (None, None, None, None)
+"""What a kernel gets for the vectors of a norm that is not there."""
 
 
 def channels_last(x: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fused_resnet.arguments import ConvSettings
 from fused_resnet.kernels.channels_last import channels_last, dense_vector, optional_channels_last
-from fused_resnet.kernels.conv_shape import ConvShape, is_full_precision, output_size, why_not_train_conv
+from fused_resnet.kernels.conv_shape import ConvShape, is_full_precision
 from fused_resnet.kernels.conv_tiles import GROUP_ROWS, conv_tiles
 from fused_resnet.kernels.device import multiprocessors
 from fused_resnet.kernels.patches import WIDE_ELEMENTS, patch_product, program_block
@@ -23,13 +24,10 @@ def conv_bn_act(
     scale: Tensor | None,
     shift: Tensor | None,
     residual: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    settings: ConvSettings,
     relu: bool,
 ) -> Tensor:
-    """``relu(conv2d(x, conv_weight, None, stride, padding, dilation) * scale + shift + residual)``, channels_last.
+    """``relu(conv2d(x, conv_weight, None, *settings) * scale + shift + residual)``, channels_last.
 
     Sums in float32. float32 data is multiplied in TF32 if ``torch.backends.cudnn.conv.fp32_precision`` says so; the
     matrix unit cuts it off there, where cuDNN rounds first. The caller has asked ``why_not_conv``.
@@ -44,7 +42,7 @@ def conv_bn_act(
     output once: bytes(x) + bytes(conv_weight) + [bytes(out)] read, bytes(out) written.
     """
     x, conv_weight, residual = channels_last(x), channels_last(conv_weight), optional_channels_last(residual)
-    shape = ConvShape.of(x, conv_weight, stride, padding, dilation)
+    shape = ConvShape.of(x, conv_weight, settings)
     full_precision = is_full_precision(x)
     tiles = conv_tiles(
         shape.rows,
@@ -67,20 +65,9 @@ def conv_bn_act(
             residual,
             out,
             shape.rows,
-            shape.height,
-            shape.width,
-            shape.channels,
-            shape.out_height,
-            shape.out_width,
-            shape.filters,
-            *stride,
-            *padding,
-            *dilation,
-            KERNEL_WIDTH=shape.kernel_width,
-            TAPS=shape.taps,
-            FLAT_CHANNELS=shape.channels if tiles.flat else 0,
-            POINTWISE=shape.pointwise,
-            PADDED=shape.padded,
+            *shape.sizes,
+            *settings.numbers,
+            **shape.constants(tiles.flat),
             EVEN_DEPTH=(shape.taps * shape.channels if tiles.flat else shape.channels) % tiles.depth == 0,
             WIDE=max(x.numel(), conv_weight.numel(), out.numel()) >= WIDE_ELEMENTS,
             RELU=relu,
@@ -93,41 +80,6 @@ def conv_bn_act(
             num_stages=tiles.stages,
         )
     return out
-
-
-def why_not_conv(
-    x: Tensor,
-    conv_weight: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    relu: bool,
-) -> list[str]:
-    """The reasons why ``conv_bn_act`` cannot take these arguments, beyond those that hold for every op on x."""
-    reasons = why_not_train_conv(x, conv_weight, stride, padding, dilation, groups)
-    if x.dim() != 4 or conv_weight.dim() != 4:
-        return reasons
-    out_height, out_width = output_size(x, conv_weight, stride, padding, dilation)
-    filters = conv_weight.shape[0]
-    expected = {"scale": (filters,), "shift": (filters,), "residual": (x.shape[0], filters, out_height, out_width)}
-    for name, tensor in (("scale", scale), ("shift", shift), ("residual", residual)):
-        if tensor is None:
-            continue
-        if tensor.device != x.device:
-            reasons.append(f"{name} is on {tensor.device}; it takes x's device, {x.device}")
-        if tensor.shape != expected[name]:
-            reasons.append(f"{name} is {tuple(tensor.shape)}; it takes {tuple(expected[name])}")
-    if out_height * out_width > 1 and filters > 1 and not (_clearly_nhwc(x) or _clearly_nhwc(conv_weight)):
-        reasons.append("conv2d's output would not be channels_last, as neither x nor conv_weight clearly lies so")
-    return reasons
-
-
-def _clearly_nhwc(tensor: Tensor) -> bool:
-    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
 
 @triton.jit

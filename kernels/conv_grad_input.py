@@ -16,10 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fused_resnet.arguments import ConvSettings, Norm
 from fused_resnet.kernels.bn_act import load_normalization, normalize
 from fused_resnet.kernels.bn_act_grad import relu_grad
 from fused_resnet.kernels.bn_grad_coefficients import load_coefficients, output_grad
 from fused_resnet.kernels.channels_last import (
+    NO_NORM,
     can_describe,
     channels_last,
     dense_vector,
@@ -40,37 +42,32 @@ def conv_grad_input(
     coefficients: Tensor | None,
     conv_weight: Tensor,
     x: Tensor,
-    mean: Tensor | None,
-    invstd: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    norm: Norm | None,
     residual: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    settings: ConvSettings,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(gradient, sum of it, sum of it * xhat), the last two of each channel and in float32.
 
     ``dy = A * dz + B * (y - mean_y) + C`` with the rows A, B, C, mean_y of ``coefficients``; ``A * dz`` without y; dz
     without coefficients. The gradient of conv2d's input for dy, plus ``residual``, is masked where the recomputed
-    ``xhat * weight + bias`` is <= 0 if ``mean`` is given; else x says the shape only, and the sums are empty.
+    ``xhat * weight + bias`` is <= 0 if a ``norm`` is given; else x says the shape only, and the sums are empty.
 
     Args:
         dz, y: (N, K, OH, OW), x's dtype; copied if not channels_last.
         coefficients: (4, K) float32.
         conv_weight: (K, C, R, S) of x's dtype; copied if not channels_last.
         x: (N, C, H, W), channels_last; float32, float16 or bfloat16.
-        mean, invstd, weight, bias: (C,) of any float dtype; weight and bias may be None.
+        norm: vectors of any float dtype.
         residual: x's shape and dtype, or None.
 
     Reads bytes(dz) [+ bytes(y)] + bytes(conv_weight) [+ bytes(x)] [+ bytes(residual)], dz and y up to R*S times from
     L2; writes bytes(x), and 8*P*C bytes of P partial sums, which a second launch adds in a fixed order.
     """
     x, conv_weight, dz = channels_last(x), channels_last(conv_weight), channels_last(dz)
-    shape = ConvShape.of(x, conv_weight, stride, padding, dilation)
+    shape = ConvShape.of(x, conv_weight, settings)
+    stride, padding, dilation, _ = settings
     full_precision = is_full_precision(x)
-    operands, epilogue = 1 if y is None else 2, (mean is not None) + (residual is not None)
+    operands, epilogue = 1 if y is None else 2, (norm is not None) + (residual is not None)
     product = grad_input_product(shape, x.element_size(), stride, operands, epilogue)
     phases = product.phases
     chip = chip_of(x.device)
@@ -80,7 +77,7 @@ def conv_grad_input(
     grad = torch.empty_like(x)
     chunks = triton.cdiv(product.rows, tiles.rows * tiles.row_tiles)
     partial_sums = None
-    if mean is not None:
+    if norm is not None:
         partial_sums = torch.empty((2, phases * chunks, shape.channels), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         conv_grad_input_kernel[(chunks * triton.cdiv(shape.channels, tiles.columns), phases)](
@@ -88,18 +85,13 @@ def conv_grad_input(
             describe_rows(y, tiles.rows, tiles.depth) if descriptors and y is not None else y,
             dense_vector(coefficients),
             describe_rows(conv_weight, tiles.depth, tiles.columns) if descriptors else conv_weight,
-            None if mean is None else x,
-            *map(dense_vector, (mean, invstd, weight, bias)),
+            None if norm is None else x,
+            *map(dense_vector, norm or NO_NORM),
             optional_channels_last(residual),
             grad,
             partial_sums,
             shape.batch,
-            shape.height,
-            shape.width,
-            shape.channels,
-            shape.out_height,
-            shape.out_width,
-            shape.filters,
+            *shape.sizes,
             *padding,
             chunks,
             tiles.row_tiles,
@@ -133,7 +125,7 @@ def conv_grad_input(
 
 
 def grad_input_product(
-    shape: ConvShape, element_bytes: int, stride: list[int], operands: int, epilogue: int
+    shape: ConvShape, element_bytes: int, stride: tuple[int, int], operands: int, epilogue: int
 ) -> Product:
     """``operands``: 2 with y, else 1; ``epilogue``: how many of x and the residual are read at the end."""
     phases = stride[0] * stride[1]

@@ -13,9 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fused_resnet.arguments import ConvSettings, Norm
 from fused_resnet.kernels.bn_act import load_normalization
 from fused_resnet.kernels.bn_grad_coefficients import load_coefficients, output_grad
 from fused_resnet.kernels.channels_last import (
+    NO_NORM,
     can_describe,
     channels_last,
     dense_vector,
@@ -36,26 +38,20 @@ def conv_grad_weight(
     y: Tensor | None,
     coefficients: Tensor | None,
     x: Tensor,
-    mean: Tensor | None,
-    invstd: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    norm: Norm | None,
     conv_weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    settings: ConvSettings,
 ) -> Tensor:
     """The gradient of conv_weight, of which only the shape is read: (K, C, R, S) float32, channels_last.
 
-    dy is made of dz, y and ``coefficients`` as in ``conv_grad_input``, and the activation of x and the norm's vectors
-    as in ``conv_stats``; arguments as there. Two launches where the rows are split.
+    dy is made of dz, y and ``coefficients`` as in ``conv_grad_input``, and the activation of x and the norm as
+    in ``conv_stats``; arguments as there. Two launches where the rows are split.
 
     Reads bytes(dz) [+ bytes(y)] + bytes(x), each once for every tile of the result, mostly from L2; writes 4*K*R*S*C
     bytes, and 4*splits*K*R*S*C of partial results, which the second launch reads.
     """
     x, dz = channels_last(x), channels_last(dz)
-    shape = ConvShape.of(x, conv_weight, stride, padding, dilation)
+    shape = ConvShape.of(x, conv_weight, settings)
     full_precision = is_full_precision(x)
     chip = chip_of(x.device)
     product = grad_weight_product(shape, x.element_size(), 1 if y is None else 2, chip)
@@ -72,24 +68,13 @@ def conv_grad_weight(
             describe_rows(y, tiles.depth, tiles.rows) if descriptors and y is not None else y,
             dense_vector(coefficients),
             describe_rows(x, tiles.depth, tiles.columns) if descriptors else x,
-            *map(dense_vector, (mean, invstd, weight, bias)),
+            *map(dense_vector, norm or NO_NORM),
             partials,
             shape.rows,
-            shape.height,
-            shape.width,
-            shape.channels,
-            shape.out_height,
-            shape.out_width,
-            shape.filters,
-            *stride,
-            *padding,
-            *dilation,
+            *shape.sizes,
+            *settings.numbers,
             triton.cdiv(triton.cdiv(shape.rows, tiles.depth), tiles.splits) * tiles.depth,
-            KERNEL_WIDTH=shape.kernel_width,
-            TAPS=shape.taps,
-            FLAT_CHANNELS=shape.channels if tiles.flat else 0,
-            POINTWISE=shape.pointwise,
-            PADDED=shape.padded,
+            **shape.constants(tiles.flat),
             WIDE=max(x.numel(), dz.numel()) >= WIDE_ELEMENTS,
             PRECISION="ieee" if full_precision else "tf32",
             BLOCK_FILTERS=tiles.rows,

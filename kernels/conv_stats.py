@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_resnet.kernels.channels_last import can_describe, channels_last, dense_vector, describe_rows
+from fused_resnet.arguments import ConvSettings, Norm, RunningStatistics
+from fused_resnet.kernels.channels_last import NO_NORM, can_describe, channels_last, dense_vector, describe_rows
 from fused_resnet.kernels.conv_shape import ConvShape, is_full_precision
 from fused_resnet.kernels.conv_tiles import GROUP_ROWS
 from fused_resnet.kernels.device import chip_of
@@ -23,38 +24,29 @@ from fused_resnet.kernels.welford import finalize_statistics
 def conv_stats(
     x: Tensor,
     conv_weight: Tensor,
-    mean: Tensor | None,
-    invstd: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-    eps: float,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    norm: Norm | None,
+    running: RunningStatistics,
+    settings: ConvSettings,
     statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, mean of y, 1/sqrt(variance of y + eps)) with ``y = conv2d(relu(batch_norm(x)), conv_weight)``, channels_last.
 
-    The norm and ReLU in front are left out if ``mean`` is None, the statistics (then empty) if ``statistics`` is False.
+    The norm and ReLU in front are left out without a ``norm``, the statistics (then empty) if ``statistics`` is False.
     Sums in float32; float32 data is multiplied as ``torch.backends.cudnn.conv.fp32_precision`` says. The statistics are
     of y as written, each program's rows by themselves and then merged in a fixed order; the running ones move. Two
-    launches. The caller has asked ``why_not_train_conv``.
+    launches. The caller has asked ``why_not_conv``.
 
     Args:
         x: (N, C, H, W), channels_last; float32, float16 or bfloat16.
         conv_weight: (K, C, R, S) of x's dtype; copied if not channels_last.
-        mean, invstd, weight, bias: (C,) of any float dtype; weight and bias may be None.
-        running_mean, running_var: (K,), moved in place as in ``bn_stats``; or None.
+        norm: vectors of any float dtype.
+        running: moved as in ``bn_stats``.
 
     Reads bytes(x) + bytes(conv_weight) (the image up to R*S times from L2), writes bytes(y), and 12*P*K bytes of P
     partial statistics, about ``training_tiles.CHUNK_WAVES`` waves of programs, which the second launch reads.
     """
     x, conv_weight = channels_last(x), channels_last(conv_weight)
-    shape = ConvShape.of(x, conv_weight, stride, padding, dilation)
+    shape = ConvShape.of(x, conv_weight, settings)
     full_precision = is_full_precision(x)
     wide = max(x.numel(), conv_weight.numel(), shape.rows * shape.filters) >= WIDE_ELEMENTS
     product = forward_product(shape, x.element_size(), wide)
@@ -72,27 +64,16 @@ def conv_stats(
         conv_stats_kernel[(chunks * triton.cdiv(shape.filters, tiles.columns),)](
             describe_rows(x, tiles.rows, tiles.depth) if descriptors else x,
             describe_rows(conv_weight, tiles.columns, tiles.depth) if descriptors else conv_weight,
-            *map(dense_vector, (mean, invstd, weight, bias)),
+            *map(dense_vector, norm or NO_NORM),
             y,
             counts,
             means,
             m2s,
             shape.rows,
-            shape.height,
-            shape.width,
-            shape.channels,
-            shape.out_height,
-            shape.out_width,
-            shape.filters,
-            *stride,
-            *padding,
-            *dilation,
+            *shape.sizes,
+            *settings.numbers,
             tiles.row_tiles,
-            KERNEL_WIDTH=shape.kernel_width,
-            TAPS=shape.taps,
-            FLAT_CHANNELS=shape.channels if tiles.flat else 0,
-            POINTWISE=shape.pointwise,
-            PADDED=shape.padded,
+            **shape.constants(tiles.flat),
             EVEN_DEPTH=(shape.taps * shape.channels if tiles.flat else shape.channels) % tiles.depth == 0,
             WIDE=wide,
             PRECISION="ieee" if full_precision else "tf32",
@@ -106,7 +87,7 @@ def conv_stats(
         )
     if counts is None or means is None or m2s is None:
         return y, *(torch.empty(0, dtype=torch.float32, device=x.device) for _ in range(2))
-    return (y, *finalize_statistics(counts, means, m2s, running_mean, running_var, momentum, eps))
+    return (y, *finalize_statistics(counts, means, m2s, running))
 
 
 def forward_product(shape: ConvShape, element_bytes: int, wide: bool = False) -> Product:

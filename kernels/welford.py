@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fused_resnet.arguments import RunningStatistics
 from fused_resnet.kernels.channels_last import dense_vector
 
 # The partials of 8 channels (a 32-byte sector of float32) are merged by 256 threads, 8 partials each at a time: the
@@ -22,13 +23,7 @@ MERGE_WARPS = 8
 
 
 def finalize_statistics(
-    counts: Tensor,
-    means: Tensor,
-    m2s: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-    eps: float,
+    counts: Tensor, means: Tensor, m2s: Tensor, running: RunningStatistics
 ) -> tuple[Tensor, Tensor]:
     """Merges partial statistics and moves the running ones, in one launch.
 
@@ -36,14 +31,15 @@ def finalize_statistics(
         counts: (P,) int64, the number of values behind each partial result; 0 is allowed.
         means, m2s: (P, C), dense, float32 or float64. Give means in float64: where |mean| >> std, float32 ones are
             rounded by more than the differences between them can bear.
-        running_mean, running_var: (C,) of any float dtype, moved in place; or None.
-        momentum: running = (1 - momentum) * running + momentum * new. The variance that moves is the unbiased one.
+        running: the first two (C,) of any float dtype, moved in place, or None: (1 - momentum) * running + momentum *
+            new. The variance that moves is the unbiased one.
 
     Returns:
         mean and 1/sqrt(biased variance + eps): two (C,) float32 vectors.
 
     Reads 12*P*C + 8*P bytes (means in float64) and writes 8*C, beside the running statistics, read and written.
     """
+    running_mean, running_var, momentum, eps = running
     partials, channels = means.shape
     mean, invstd = (torch.empty(channels, dtype=torch.float32, device=means.device) for _ in range(2))
     new_running_mean, new_running_var = dense_vector(running_mean), dense_vector(running_var)
@@ -64,9 +60,9 @@ def finalize_statistics(
             BLOCK_CHANNELS=MERGE_CHANNELS,
             num_warps=MERGE_WARPS,
         )
-    for running, moved in ((running_mean, new_running_mean), (running_var, new_running_var)):
-        if running is not None and moved is not running:
-            running.copy_(moved)
+    for vector, moved in ((running_mean, new_running_mean), (running_var, new_running_var)):
+        if vector is not None and moved is not vector:
+            vector.copy_(moved)
     return mean, invstd
 
 

@@ -1,6 +1,6 @@
 """The law of layers: every file's imports, read from its syntax tree, point downward.
 
-models -> modules -> ops -> kernels, _C
+models -> modules -> ops -> kernels, _C;   all of these but models -> arguments
     ops: public ops and autograd -> route -> (by name) backends -> reference, plan -> layout
 convert -> models, modules, ops;   frozen -> convert and below;   cuda_graph -> nothing;
 bench, training, info -> anything in the package;   nothing -> tests, benchmarks
@@ -20,14 +20,18 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "fused_resnet"
 
-ANYTHING = {"models", "modules", "ops", "convert", "frozen", "cuda_graph", "bench", "training", "info", "version"}
+ANYTHING = {
+    *("arguments", "models", "modules", "ops", "convert", "frozen"),
+    *("cuda_graph", "bench", "training", "info", "version"),
+}
 MAY_IMPORT = {
-    "kernels": set(),
-    "ops": {"kernels", "_C"},
-    "modules": {"ops"},
+    "arguments": set(),
+    "kernels": {"arguments"},
+    "ops": {"arguments", "kernels", "_C"},
+    "modules": {"arguments", "ops"},
     "models": {"modules"},
-    "convert": {"models", "modules", "ops"},
-    "frozen": {"models", "modules", "ops", "convert"},
+    "convert": {"arguments", "models", "modules", "ops"},
+    "frozen": {"arguments", "models", "modules", "ops", "convert"},
     "cuda_graph": set(),
     "bench": ANYTHING,
     "training": ANYTHING,
@@ -38,13 +42,12 @@ MAY_IMPORT = {
 }
 MAY_IMPORT_IN_OPS = {
     "layout": set(),
-    "conv_settings": {"layout"},
     "checks": set(),
     "reference": {"layout"},
     "schemas": {"layout", "reference"},
-    "plan": {"layout", "conv_settings"},
-    "backends": {"layout", "conv_settings", "reference", "plan"},
-    "route": {"layout", "conv_settings", "reference", "plan", "schemas"},
+    "plan": {"layout"},
+    "backends": {"layout", "reference", "plan"},
+    "route": {"layout", "reference", "plan", "schemas"},
 }
 """Inside ops; every other file there holds public ops, autograd or what those share, and may not import backends."""
 NEVER = {"tests", "benchmarks", "kernels"}  # as top-level names

@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fused_resnet import arguments
 from fused_resnet.ops import reference
 from fused_resnet.ops.reference.mask import pack_mask
 from fused_resnet.ops.reference.norm import normalize
@@ -37,13 +38,16 @@ class Norm:
 
     @cached_property
     def statistics(self) -> tuple[Tensor, Tensor]:
-        mean, invstd = reference.bn_stats(self.x.double(), None, None, 0.0, EPS)
+        mean, invstd = reference.bn_stats(self.x.double(), (None, None, 0.0, EPS))
         return mean.float(), invstd.float()
 
     @property
-    def norm(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """mean, invstd, weight, bias."""
-        return (*self.statistics, self.weight, self.bias)
+    def norm(self) -> arguments.Norm:
+        return arguments.Norm(*self.statistics, self.weight, self.bias)
+
+    def norm_in(self, dtype: torch.dtype) -> arguments.Norm:
+        """The same in another dtype."""
+        return arguments.Norm(*(vector.to(dtype) for vector in (*self.statistics, self.weight, self.bias)))
 
     @cached_property
     def running(self) -> tuple[Tensor, Tensor]:
@@ -54,20 +58,20 @@ class Norm:
     @cached_property
     def activation_alone(self) -> Tensor:
         """After norm and ReLU, with no residual."""
-        return reference.bn_apply(self.x, *self.norm, None, True)
+        return reference.bn_apply(self.x, self.norm, None, True)
 
     @cached_property
     def out(self) -> Tensor:
         """After norm, residual and ReLU."""
-        return reference.bn_apply(self.x, *self.norm, self.residual, True)
+        return reference.bn_apply(self.x, self.norm, self.residual, True)
 
     @cached_property
     def mask(self) -> Tensor:
-        return pack_mask(normalize(self.x, *self.norm) + self.residual)
+        return pack_mask(normalize(self.x, self.norm) + self.residual)
 
     @cached_property
     def grad_out(self) -> Tensor:
-        z = normalize(self.x, *self.norm)
+        z = normalize(self.x, self.norm)
         near = (z.abs() < NEAR_ZERO) | ((z + self.residual).abs() < NEAR_ZERO)
         return self._activation().masked_fill_(near, 0)
 
@@ -99,8 +103,7 @@ class Norm:
         return {name: (first, second / self.statistics[1], count) for name, (first, second) in sums.items()}
 
     def _sums(self, grad: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
-        mean, invstd, weight, bias = (vector.double() for vector in self.norm)
-        found = reference.bn_grad_stats(grad.double(), self.x.double(), None, mean, invstd, weight, bias, relu)
+        found = reference.bn_grad_stats(grad.double(), self.x.double(), None, self.norm_in(torch.float64), relu)
         return found[0].float(), found[1].float()
 
     def _activation(self) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from fused_resnet.bench.norm_inputs import EPS, Norm
 from fused_resnet.bench.sites import ENDINGS, PROJECTION, RELU, RESIDUAL
 from fused_resnet.ops import reference
+from fused_resnet.ops.route.packing import packed
 
 WRONG_BITS = 1e-5
 """The part of a mask's bits that rounding may turn over."""
@@ -73,7 +74,7 @@ class NormPass:
             magnitude = norm.x.abs().max().item() if index == self.mean else None
             return why_wrong(ours, theirs, right, norm.values if index in self.sums else 1, magnitude)
 
-        exact = listed(getattr(reference, self.op)(*doubled(self.arguments(norm))))
+        exact = listed(getattr(reference, self.op)(*packed(self.op, doubled(self.arguments(norm)))))
         return first_wrong(actual, self.eager(norm), exact, judge)
 
 

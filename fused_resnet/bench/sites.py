@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_resnet import models
+from fused_resnet.arguments import ConvSettings
 from fused_resnet.bench.suite.subjects import is_residual_block
 
 RELU, RESIDUAL, PROJECTION = "relu", "residual", "projection"
@@ -46,9 +47,8 @@ class Convolution:
         return f"{s.channels}x{s.height}x{s.width} {'x'.join(map(str, s.kernel))}{stride} to {s.filters}{groups}"
 
     @property
-    def settings(self) -> tuple[list[int], list[int], list[int], int]:
-        """stride, padding, dilation and groups, as the ops take them."""
-        return [*self.sizes.stride], [*self.sizes.padding], [*self.sizes.dilation], self.sizes.groups
+    def settings(self) -> ConvSettings:
+        return ConvSettings.of(self.sizes.stride, self.sizes.padding, self.sizes.dilation, self.sizes.groups)
 
     def input_shape(self, batch: int) -> tuple[int, int, int, int]:
         return batch, self.sizes.channels, self.sizes.height, self.sizes.width

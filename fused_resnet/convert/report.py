@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from fused_resnet.arguments import ConvSettings
 from fused_resnet.convert.fuse import torchvision_classes
 from fused_resnet.convert.sites import fusion_sites, is_known
 from fused_resnet.models.resnet import ResNet
@@ -21,7 +22,6 @@ from fused_resnet.modules.shortcut import why_not_split
 from fused_resnet.modules.site import sites_of
 from fused_resnet.modules.stem import why_not_whole_stem, window
 from fused_resnet.modules.whole_block import why_not_whole
-from fused_resnet.ops.conv_settings import ConvSettings
 from fused_resnet.ops.layout import is_channels_last
 from fused_resnet.ops.route.choose import why_not
 from fused_resnet.ops.route.fusion_level import training_level_asked_for

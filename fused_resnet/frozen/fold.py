@@ -11,6 +11,7 @@ import weakref
 import torch
 from torch import Tensor, nn
 
+from fused_resnet.arguments import ConvSettings
 from fused_resnet.modules.plain import Marks
 from fused_resnet.ops.backends.native.conv import NativeConv, takes_dtype, why_not_native
 from fused_resnet.ops.backends.onednn import pack_conv_weight, packed_conv_act, why_not_packed
@@ -46,7 +47,7 @@ class FoldedConv:
             self.weight = weight.contiguous(memory_format=torch.channels_last)
             self.bias = shift.to(torch.float64 if dtype == torch.float64 else torch.float32)
         padding = [int(pixels) for pixels in conv.padding]
-        self.settings = [*conv.stride], padding, [*conv.dilation], conv.groups
+        self.settings = ConvSettings.of(conv.stride, padding, conv.dilation, conv.groups)
         self.relu = relu
         self._packed: dict[torch.Size, tuple[Tensor, Tensor]] = {}
         self._native: tuple[NativeConv | None] | None = None
@@ -61,25 +62,24 @@ class FoldedConv:
         if runs_unseen(x) and (native := self.native_for(x)) is not None:
             return native(x, residual, overwrite)
         if requested_backend() != AUTO or is_listened_to() or why_not_packed(x):
-            arguments = (x, self.weight, None, self.bias, residual, *self.settings, self.relu)
+            arguments = (x, self.weight, None, self.bias, residual, self.settings, self.relu)
             return function_for("conv_bn_act", arguments)(*arguments)
         packed = self._packed.get(x.shape)
         if packed is None:
             if len(self._packed) >= PACKED_SIZES:
                 self._packed.clear()
-            weight = pack_conv_weight(self.weight, list(x.shape), *self.settings)
+            weight = pack_conv_weight(self.weight, list(x.shape), self.settings)
             packed = self._packed[x.shape] = (weight, self.bias.to(self.weight.dtype))  # oneDNN takes one dtype
         weight, bias = packed
-        return packed_conv_act(x, weight, bias, residual, *self.settings, self.relu, overwrite)
+        return packed_conv_act(x, weight, bias, residual, self.settings, self.relu, overwrite)
 
     def native_for(self, x: Tensor) -> NativeConv | None:
         """Our own C++ for this weight, if it can take x."""
         if x.device.type != "cpu" or x.dtype != self.weight.dtype:
             return None
         if self._native is None:
-            stride, _, dilation, groups = self.settings
-            refused = why_not_native(x, self.weight, stride, dilation, groups)
-            self._native = (None if refused else NativeConv(self.weight, self.bias, *self.settings, self.relu),)
+            refused = why_not_native(x, self.weight, self.settings)
+            self._native = (None if refused else NativeConv(self.weight, self.bias, self.settings, self.relu),)
         return self._native[0]
 
 
@@ -108,8 +108,7 @@ class FoldedLinear:
         """Our own C++ for this weight."""
         if self._native is None:
             bias = self.weight.new_zeros(len(self.weight)) if self.bias is None else self.bias
-            pixel = ([1, 1], [0, 0], [1, 1])
-            self._native = NativeConv(self.weight[:, :, None, None], bias, *pixel, groups=1, relu=False)
+            self._native = NativeConv(self.weight[:, :, None, None], bias, ConvSettings(), relu=False)
         return self._native
 
 

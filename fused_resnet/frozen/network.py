@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fused_resnet.arguments import ConvSettings, PoolSettings
 from fused_resnet.frozen.block import BlocksInARow, Chains, OrdinaryPart, foldable_blocks, foldable_conv, kept_chain
 from fused_resnet.frozen.fold import FoldedConv, FoldedLinear, folded_linear
 from fused_resnet.modules.plain import has_memory, is_intercepted
@@ -18,10 +19,11 @@ from fused_resnet.ops.backends.native.conv import average, max_pool, takes_dtype
 from fused_resnet.ops.route.choose import runs_in_cuda
 from fused_resnet.ops.route.listeners import runs_unseen
 
-STEM = ((64, 3, 7, 7), ([2, 2], [3, 3], [1, 1], 1))
-"""Shape of the weight, but for its filters, and settings, of the convolution that the CUDA C++ stem runs."""
-POOL = ([3, 3], [2, 2], [1, 1])
-"""Kernel size, stride and padding of its pooling."""
+STEM_KERNEL = (3, 7, 7)
+"""Channels and kernel size of the convolution that the CUDA C++ stem runs."""
+STEM = ConvSettings(stride=(2, 2), padding=(3, 3))
+POOL = PoolSettings((3, 3), (2, 2), (1, 1))
+"""Of what it pools."""
 BYTE = 255.0
 
 
@@ -50,8 +52,8 @@ class FoldedStem:
         self.pool = pool
         self._pixels = pixels
         self.pools_by_three = pool is not None and _window(pool) == (3, 2, 1, 1, False, False)
-        shape, settings = tuple(conv.weight.shape), conv.settings
-        self.is_kernels = self.pools_by_three and conv.relu and (shape[1:], settings) == (STEM[0][1:], STEM[1])
+        fits = conv.settings == STEM and tuple(conv.weight.shape[1:]) == STEM_KERNEL
+        self.is_kernels = fits and conv.relu and self.pools_by_three
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: (N, C, H, W) of the weight's dtype, or uint8."""
@@ -66,7 +68,7 @@ class FoldedStem:
         if self.pool is None:
             return y
         if self.pools_by_three and runs_unseen(y) and self.conv.native_for(y) is not None:
-            return max_pool(y, *POOL)
+            return max_pool(y, POOL)
         return self.pool(y)
 
 

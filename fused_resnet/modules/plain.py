@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fused_resnet.ops.backends.extension import extension
 from fused_resnet.ops.batch_norm import BatchNorm
@@ -204,8 +205,12 @@ def batch_norm_arguments(norm: PlainNorm) -> BatchNorm:
     running_mean, running_var = buffers["running_mean"], buffers["running_var"]
     if not training:
         training = running_mean is None and running_var is None
-    elif not norm.track_running_stats or _is_recomputation():
+    elif not norm.track_running_stats:
         running_mean = running_var = None
+    elif _is_recomputation():
+        with _disable_current_modes():  # selective checkpointing counts the ops of a forward
+            running_mean = None if running_mean is None else running_mean.clone()
+            running_var = None if running_var is None else running_var.clone()
     elif (counted := buffers["num_batches_tracked"]) is not None:
         counted.add_(1)
         if momentum is None:

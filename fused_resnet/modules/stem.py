@@ -7,11 +7,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from fused_resnet.arguments import ConvSettings, PoolSettings
 from fused_resnet.modules.bn_act import is_image, norm_act, why_not_fuse
 from fused_resnet.modules.conv_bn_act import why_not_plain_conv
 from fused_resnet.modules.plain import batch_norm_arguments, has_global_hooks, is_intercepted
 from fused_resnet.ops.conv_norm import ConvNorm
-from fused_resnet.ops.conv_settings import ConvSettings
 from fused_resnet.ops.residual_block import autocast_dtype
 from fused_resnet.ops.stem import conv_bn_act_pool, stem_route
 
@@ -31,9 +31,8 @@ def conv_norm_act_pool(conv: nn.Module, norm: nn.Module, act: nn.Module, pool: n
         takes = x.shape[1] == conv.in_channels and (dtype is not None or x.dtype == conv.weight.dtype)
         like = x if dtype in (None, x.dtype) else torch.empty_like(x, dtype=dtype)
         if takes and stem_route(like, conv.weight, settings, window(pool)) is not None:
-            kernel_size, stride, padding = window(pool)
             link = ConvNorm(conv.weight, batch_norm_arguments(norm), *settings)
-            return conv_bn_act_pool(x, link, kernel_size=kernel_size, stride=stride, padding=padding)
+            return conv_bn_act_pool(x, link, **window(pool)._asdict())
     return pool(norm_act(norm, act, conv(x)))
 
 
@@ -48,13 +47,13 @@ def why_not_whole_stem(conv: nn.Module, norm: nn.Module, act: nn.Module, pool: n
         reasons.append("the pooling has ceil_mode, return_indices or a dilation")
     kernel_size, _, _ = window(pool)
     if kernel_size[0] * kernel_size[1] > 256:
-        reasons.append(f"the pooling's window is {kernel_size}; one byte tells 256 places apart")
+        reasons.append(f"the pooling's window is {[*kernel_size]}; one byte tells 256 places apart")
     return reasons
 
 
-def window(pool: nn.MaxPool2d) -> tuple[list[int], list[int], list[int]]:
-    """kernel size, stride and padding, each [vertical, horizontal]."""
-    return _pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding)
+def window(pool: nn.MaxPool2d) -> PoolSettings:
+    """The module's settings."""
+    return PoolSettings.of(_pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding))
 
 
 def _pair(value: int | tuple[int, ...]) -> list[int]:

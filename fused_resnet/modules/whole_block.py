@@ -8,13 +8,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fused_resnet.arguments import ConvSettings
 from fused_resnet.modules.bn_act import why_not_fuse
 from fused_resnet.modules.conv_bn_act import why_not_plain_conv
 from fused_resnet.modules.plain import PlainNorm, Snapshot, batch_norm_arguments, frozen_forward, vectors_fit, weight_of
 from fused_resnet.modules.shortcut import why_not_split
 from fused_resnet.modules.site import Site
 from fused_resnet.ops.conv_norm import ConvNorm
-from fused_resnet.ops.conv_settings import ConvSettings
 from fused_resnet.ops.residual_block import block_route, run
 
 MEMORY = "_fused_resnet_memory"

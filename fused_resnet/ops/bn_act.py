@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_resnet.arguments import NO_RUNNING_STATISTICS, Norm
 from fused_resnet.ops import checks
 from fused_resnet.ops.batch_norm import BatchNorm, batch_norm
 from fused_resnet.ops.bn_act_autograd import BNAct, BNActDual
@@ -124,8 +125,8 @@ def normalize_dual(x: Tensor, norm: BatchNorm, x2: Tensor, norm2: BatchNorm, rel
     mean, invstd, share = _statistics(x, norm, route)
     mean2, invstd2, share2 = _statistics(x2, norm2, route)
     if not wants_gradient(x, norm.weight, norm.bias, x2, norm2.weight, norm2.bias):
-        first, second = (x, mean, invstd, norm.weight, norm.bias), (x2, mean2, invstd2, norm2.weight, norm2.bias)
-        return route.passes.bn_apply_dual(*first, *second, relu)
+        vectors, vectors2 = Norm(mean, invstd, *norm[:2]), Norm(mean2, invstd2, *norm2[:2])
+        return route.passes.bn_apply_dual(x, vectors, x2, vectors2, relu)
     return BNActDual.apply(
         *(x, norm.weight, norm.bias, mean, invstd, share),
         *(x2, norm2.weight, norm2.bias, mean2, invstd2, share2),
@@ -159,9 +160,9 @@ def normalize(x: Tensor, norm: BatchNorm, residual: Tensor | None, relu: bool) -
     differentiable = wants_gradient(x, norm.weight, norm.bias, residual)
     if norm.training and norm.process_group is None and route.one_launch is not None:
         with_mask = differentiable and relu and residual is not None
-        moved = (norm.running_mean, norm.running_var, norm.momentum, norm.eps)
+        running = (norm.running_mean, norm.running_var, norm.momentum, norm.eps)
         with torch.no_grad():
-            made = route.one_launch.bn_stats_apply(x, *moved, norm.weight, norm.bias, residual, relu, with_mask)
+            made = route.one_launch.bn_stats_apply(x, running, norm.weight, norm.bias, residual, relu, with_mask)
         out, mask, mean, invstd = made
         if not differentiable:
             return out
@@ -169,7 +170,7 @@ def normalize(x: Tensor, norm: BatchNorm, residual: Tensor | None, relu: bool) -
         return BNAct.apply(x, norm.weight, norm.bias, residual, mean, invstd, None, settings, relu, done, route)
     mean, invstd, share = _statistics(x, norm, route)
     if not differentiable:
-        return route.passes.bn_apply(x, mean, invstd, norm.weight, norm.bias, residual, relu)
+        return route.passes.bn_apply(x, Norm(mean, invstd, *norm[:2]), residual, relu)
     return BNAct.apply(x, norm.weight, norm.bias, residual, mean, invstd, share, settings, relu, None, route)
 
 
@@ -181,12 +182,12 @@ def _statistics(x: Tensor, norm: BatchNorm, route: PassRoute) -> tuple[Tensor, T
     x = x.detach()
     if norm.process_group is not None:
         if x.numel() > 0:
-            mean, invstd = route.passes.bn_stats(x, None, None, 0.0, 0.0)
+            mean, invstd = route.passes.bn_stats(x, NO_RUNNING_STATISTICS)
         else:
             mean = invstd = x.new_zeros(x.shape[1], dtype=statistics_dtype(x))
         return statistics_over_ranks(mean, invstd, x.numel() // x.shape[1], norm)
     if norm.training:
-        return (*route.passes.bn_stats(x, norm.running_mean, norm.running_var, norm.momentum, norm.eps), None)
+        return (*route.passes.bn_stats(x, (norm.running_mean, norm.running_var, norm.momentum, norm.eps)), None)
     assert norm.running_mean is not None and norm.running_var is not None
     dtype = statistics_dtype(x)
     mean = norm.running_mean.detach().to(dtype, copy=torch.is_grad_enabled())  # backward needs it as it is now

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fused_resnet.arguments import Norm
 from fused_resnet.ops.batch_norm import BatchNorm, batch_norm
 from fused_resnet.ops.reference import unpack_mask
 from fused_resnet.ops.route.listeners import hears_backward
@@ -22,10 +23,7 @@ class Normalization(NamedTuple):
     """A batch norm whose statistics are known: ``constant`` when they do not depend on x (eval mode), and with a
     ``share`` when they depend on what other ranks have too."""
 
-    weight: Tensor | None
-    bias: Tensor | None
-    mean: Tensor
-    invstd: Tensor
+    norm: Norm
     share: Tensor | None
     constant: bool
     eps: float
@@ -55,21 +53,21 @@ class BNAct(torch.autograd.Function):
         if done is not None:
             out, passed = done
         else:
-            arguments = (x, mean, invstd, weight, bias, residual)
+            norm = Norm(mean, invstd, weight, bias)
             if not relu or residual is None:
-                out = route.passes.bn_apply(*arguments, relu)
+                out = route.passes.bn_apply(x, norm, residual, relu)
             elif route.masks is not None:
-                out, passed = route.masks.bn_apply_mask(*arguments)
+                out, passed = route.masks.bn_apply_mask(x, norm, residual)
             else:
-                passed = out = route.passes.bn_apply(*arguments, relu)
-        ctx.save_for_backward(x, weight, bias, mean, invstd, share, passed)
+                passed = out = route.passes.bn_apply(x, norm, residual, relu)
+        ctx.save_for_backward(x, mean, invstd, weight, bias, share, passed)
         ctx.settings, ctx.relu, ctx.route = settings, relu, route
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mean, invstd, share, passed = ctx.saved_tensors
-        norm = Normalization(weight, bias, mean, invstd, share, *ctx.settings)
+        x, *vectors, share, passed = ctx.saved_tensors
+        norm = Normalization(Norm(*vectors), share, *ctx.settings)
         route = ctx.route.heard if hears_backward(grad_out) else ctx.route
         grads = _backward(grad_out, x, passed, norm, ctx.relu, ctx.needs_input_grad[:4], route)
         return (*grads, None, None, None, None, None, None, None)
@@ -98,23 +96,24 @@ class BNActDual(torch.autograd.Function):
         relu: bool,
         route: PassRoute,
     ) -> Tensor:
-        arguments = (x, mean, invstd, weight, bias, x2, mean2, invstd2, weight2, bias2)
+        norm, norm2 = Norm(mean, invstd, weight, bias), Norm(mean2, invstd2, weight2, bias2)
         passed = None
         if relu and route.masks is not None:
-            out, passed = route.masks.bn_apply_dual_mask(*arguments)
+            out, passed = route.masks.bn_apply_dual_mask(x, norm, x2, norm2)
         else:
-            out = route.passes.bn_apply_dual(*arguments, relu)
+            out = route.passes.bn_apply_dual(x, norm, x2, norm2, relu)
             passed = out if relu else None
-        saved = (x, weight, bias, mean, invstd, share, x2, weight2, bias2, mean2, invstd2, share2)
-        ctx.save_for_backward(*saved, passed)
+        ctx.save_for_backward(passed, x, *norm, share, x2, *norm2, share2)
         ctx.settings, ctx.settings2, ctx.relu, ctx.route = settings, settings2, relu, route
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mean, invstd, share, x2, weight2, bias2, mean2, invstd2, share2, passed = ctx.saved_tensors
-        norm = Normalization(weight, bias, mean, invstd, share, *ctx.settings)
-        norm2 = Normalization(weight2, bias2, mean2, invstd2, share2, *ctx.settings2)
+        passed, *saved = ctx.saved_tensors
+        x, *vectors, share = saved[:6]
+        x2, *vectors2, share2 = saved[6:]
+        norm = Normalization(Norm(*vectors), share, *ctx.settings)
+        norm2 = Normalization(Norm(*vectors2), share2, *ctx.settings2)
         route = ctx.route.heard if hears_backward(grad_out) else ctx.route
         need, need2 = ctx.needs_input_grad[:3], ctx.needs_input_grad[6:9]
         grads2: list[Tensor | None] = [None, None, None]
@@ -154,38 +153,35 @@ def _backward(
         return _differentiable_backward(grad_out, x, passed, norm, relu, need)
     masks = route.masks if passed is not None and is_mask(passed) else None
     need_x, need_weight, need_bias, need_residual = need
-    weight, bias, mean, invstd, share, constant, _, process_group = norm
-    dz, sum_dz, sum_dz_xhat = grad_out, None, None
+    vectors, share, constant, _, process_group = norm
+    dz, sums = grad_out, None
     need_sums = need_weight or need_bias or (need_x and not constant)
     if passed is not None and masks is not None:
         if need_sums:
-            sum_dz, sum_dz_xhat, _ = masks.bn_grad_stats_mask(grad_out, x, passed, mean, invstd, False)
+            sum_dz, sum_dz_xhat, _ = masks.bn_grad_stats_mask(grad_out, x, passed, vectors, False)
+            sums = (sum_dz, sum_dz_xhat)
     elif need_sums or passed is not None:
-        sum_dz, sum_dz_xhat, written = route.passes.bn_grad_stats(grad_out, x, passed, mean, invstd, weight, bias, relu)
+        sum_dz, sum_dz_xhat, written = route.passes.bn_grad_stats(grad_out, x, passed, vectors, relu)
+        sums = (sum_dz, sum_dz_xhat)
         if passed is not None:
             dz, relu = written, False
     grad_x = None
     if need_x:
-        sums = (None, None) if constant else (sum_dz, sum_dz_xhat)
-        if share is not None:
-            assert sum_dz is not None and sum_dz_xhat is not None
-            sums = sums_over_ranks(sum_dz, sum_dz_xhat, share, process_group)
+        of_x = None if constant else sums
+        if share is not None and sums is not None:
+            of_x = sums_over_ranks(sums, share, process_group)
         if passed is not None and masks is not None:
-            grad_x, dz = masks.bn_grad_apply_mask(grad_out, x, passed, mean, invstd, weight, *sums, need_residual)
+            grad_x, dz = masks.bn_grad_apply_mask(grad_out, x, passed, vectors, of_x, need_residual)
         else:
-            grad_x = route.passes.bn_grad_apply(dz, x, mean, invstd, weight, bias, *sums, relu)
+            grad_x = route.passes.bn_grad_apply(dz, x, vectors, of_x, relu)
     elif need_residual and passed is not None and masks is not None:
         dz = torch.where(unpack_mask(passed, x), grad_out, 0)
     return (
         grad_x,
-        _cast_like(sum_dz_xhat, weight) if need_weight else None,
-        _cast_like(sum_dz, bias) if need_bias else None,
+        sums[1].to(vectors.weight.dtype) if need_weight else None,  # type: ignore[index, union-attr]
+        sums[0].to(vectors.bias.dtype) if need_bias else None,  # type: ignore[index, union-attr]
         dz if need_residual else None,
     )
-
-
-def _cast_like(grad: Tensor | None, parameter: Tensor | None) -> Tensor | None:
-    return None if grad is None or parameter is None else grad.to(parameter.dtype)
 
 
 def _differentiable_backward(
@@ -193,7 +189,7 @@ def _differentiable_backward(
 ) -> Gradients:
     """``_backward`` for a second derivative: the same gradients, built of operations that autograd knows. Of ``out``
     only the sign matters."""
-    weight, bias, mean, invstd, share, constant, eps, _ = norm
+    (mean, invstd, weight, bias), share, constant, eps, _ = norm
     if share is not None:
         raise NotImplementedError(
             "create_graph must be False in a backward pass through a norm that shares its statistics with other ranks; "

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_resnet.arguments import ConvSettings
 from fused_resnet.ops import checks
 from fused_resnet.ops.bn_act import bn_act, wants_gradient
-from fused_resnet.ops.layout import conv_output_size, resolved, resolved_or_none
+from fused_resnet.ops.layout import resolved, resolved_or_none
 from fused_resnet.ops.reference import statistics_dtype
 from fused_resnet.ops.route.choose import function_for
 from fused_resnet.ops.route.listeners import is_transformed
@@ -61,19 +62,20 @@ def conv_bn_act(
     relu = checks.check_activation(activation)
     checks.check_image("x", x)
     checks.check_conv_weight(x, conv_weight, groups)
-    stride = checks.check_pair("stride", stride, minimum=1)
-    padding = checks.check_pair("padding", padding, minimum=0)
-    dilation = checks.check_pair("dilation", dilation, minimum=1)
+    settings = ConvSettings.of(
+        checks.check_pair("stride", stride, minimum=1),
+        checks.check_pair("padding", padding, minimum=0),
+        checks.check_pair("dilation", dilation, minimum=1),
+        groups,
+    )
     channels = conv_weight.shape[0]
     checks.check_batch_norm(x, weight, bias, running_mean, running_var, False, 0.0, eps, channels)
-    size = [
-        conv_output_size(x.shape[i + 2], conv_weight.shape[i + 2], stride[i], padding[i], dilation[i]) for i in (0, 1)
-    ]
+    size = settings.output_size(x.shape, conv_weight.shape)
     if min(*size, *x.shape[2:]) < 1:
         raise ValueError(
             f"x must have at least one pixel and, padded, be at least as large as the dilated kernel; "
-            f"got {tuple(x.shape)} for the kernel {tuple(conv_weight.shape[2:])} with padding {padding} "
-            f"and dilation {dilation}"
+            f"got {tuple(x.shape)} for the kernel {tuple(conv_weight.shape[2:])} with padding {[*settings.padding]} "
+            f"and dilation {[*settings.dilation]}"
         )
     checks.check_residual("residual", residual, x, (x.shape[0], channels, *size))
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
@@ -88,15 +90,15 @@ def conv_bn_act(
         or is_transformed()
         or wants_gradient(x, conv_weight, weight, bias, residual)
     ):
-        out = F.conv2d(x, conv_weight, None, stride, padding, dilation, groups)
+        out = F.conv2d(x, conv_weight, None, *settings)
         return bn_act(out, weight, bias, running_mean, running_var, residual, eps=eps, activation=activation)
     scale, shift = fold(weight, bias, running_mean, running_var, eps, statistics_dtype(x))
     if residual is not None and residual.dtype != x.dtype:
         widest = torch.promote_types(residual.dtype, x.dtype)
-        alone = (x, conv_weight, scale, shift, None, stride, padding, dilation, groups, False)
+        alone = (x, conv_weight, scale, shift, None, settings, False)
         out = function_for("conv_bn_act", alone)(*alone).to(widest) + residual
         return F.relu(out) if relu else out
-    arguments = (x, conv_weight, scale, shift, residual, stride, padding, dilation, groups, relu)
+    arguments = (x, conv_weight, scale, shift, residual, settings, relu)
     return function_for("conv_bn_act", arguments)(*arguments)
 
 

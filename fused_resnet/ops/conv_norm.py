@@ -13,19 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_resnet.arguments import NO_RUNNING_STATISTICS, ConvSettings, Norm, Sums
 from fused_resnet.ops.batch_norm import BatchNorm
-from fused_resnet.ops.conv_settings import ConvSettings
 from fused_resnet.ops.layout import resolved
 from fused_resnet.ops.reference import statistics_dtype
 from fused_resnet.ops.route.routes import LinkRoute
-from fused_resnet.ops.route.signatures import Passes, Vector, Vectors
+from fused_resnet.ops.route.signatures import Passes
 from fused_resnet.ops.synchronize import group_to_share, statistics_over_ranks, sums_over_ranks
-
-Prologue = tuple[Vector, Vector, Vector, Vector]
-NO_NORM: Prologue = (None, None, None, None)
-Moving = tuple[Vector, Vector, float, float]
-"""Running statistics, how far they move, and eps."""
-STILL: Moving = (None, None, 0.0, 0.0)
 
 
 class ConvNorm(NamedTuple):
@@ -53,19 +47,17 @@ class ConvNorm(NamedTuple):
 
 
 class Raw(NamedTuple):
-    """An activation as it lies in memory: the block's input (``vectors`` None), or what a convolution wrote, which its
-    norm's vectors and a ReLU would make the activation of."""
+    """An activation as it lies in memory: the block's input (``norm`` None), or what a convolution wrote, of which its
+    norm and a ReLU would make the activation."""
 
     tensor: Tensor
-    vectors: Vectors | None
+    norm: Norm | None
     passes: Passes
     """Who runs the pass that writes the activation."""
 
     def activation(self) -> Tensor:
         """The activation itself; written, unless it is the input. Reads 1T and writes 1T."""
-        if self.vectors is None:
-            return self.tensor
-        return self.passes.bn_apply(self.tensor, *self.vectors, None, True)
+        return self.tensor if self.norm is None else self.passes.bn_apply(self.tensor, self.norm, None, True)
 
 
 class Done(NamedTuple):
@@ -73,11 +65,8 @@ class Done(NamedTuple):
 
     route: LinkRoute
     conv_weight: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
     y: Tensor
-    mean: Tensor
-    invstd: Tensor
+    norm: Norm
     share: Tensor | None
     """This rank's part of all values, where the statistics are those of several ranks."""
     training: bool
@@ -85,17 +74,15 @@ class Done(NamedTuple):
     process_group: Any
 
     @property
-    def vectors(self) -> Vectors:
-        return self.mean, self.invstd, self.weight, self.bias
-
-    @property
     def raw(self) -> Raw:
         """The output, for the link that follows."""
-        return Raw(self.y, (self.mean, self.invstd, self.weight, self.bias), self.route.over_output.passes)
+        return Raw(self.y, self.norm, self.route.over_output.passes)
 
     def kept(self, parameters: Sequence[Tensor | None], without_y: bool = False) -> list[Tensor | None]:
-        """The KEPT_OF_A_LINK tensors that autograd keeps, the three parameters as it knows them."""
-        return [*parameters, None if without_y else self.y, self.mean, self.invstd, self.share]
+        """The KEPT_OF_A_LINK tensors that autograd keeps, the parameters (conv_weight, weight, bias) as it knows them:
+        conv_weight, y, the norm's four and the share."""
+        conv_weight, weight, bias = parameters
+        return [conv_weight, None if without_y else self.y, *self.norm[:2], weight, bias, self.share]
 
 
 KEPT_OF_A_LINK = 7
@@ -103,12 +90,11 @@ KEPT_OF_A_LINK = 7
 
 class Upstream(NamedTuple):
     """A gradient on its way back, before the ReLU after a link (``masked``) or still after it; and its sums over each
-    channel, masked and times xhat, None where they are not made yet."""
+    channel, None where they are not made yet."""
 
     grad: Tensor
     masked: bool
-    sum_dz: Tensor | None
-    sum_dz_xhat: Tensor | None
+    sums: Sums | None
 
 
 def forward_link(before: Raw, link: ConvNorm, route: LinkRoute) -> Done:
@@ -121,54 +107,51 @@ def forward_link(before: Raw, link: ConvNorm, route: LinkRoute) -> Done:
         mean = running_mean.to(wide, copy=True)  # a copy: backward needs it as it is now
         invstd = torch.rsqrt(running_var.to(wide) + eps)
         y = convolve(before, conv_weight, route)
-        return Done(route, conv_weight, weight, bias, y, mean, invstd, None, False, eps, None)
+        return Done(route, conv_weight, y, Norm(mean, invstd, weight, bias), None, False, eps, None)
     group = None if group is None else group_to_share(link.norm)
     # Those of one rank among several are moments to be merged: without eps, and no running statistics move yet.
-    moving: Moving = (running_mean, running_var, momentum, eps) if group is None else STILL
+    running = (running_mean, running_var, momentum, eps) if group is None else NO_RUNNING_STATISTICS
     if route.fused is None:
         y = convolve(before, conv_weight, route)
-        mean, invstd = route.over_output.passes.bn_stats(y, *moving)
+        mean, invstd = route.over_output.passes.bn_stats(y, running)
     else:
-        x, vectors = before.tensor, before.vectors
+        x, norm = before.tensor, before.norm
         if route.level == 1:
-            x, vectors = before.activation(), None
+            x, norm = before.activation(), None
         weight_like_x = conv_weight if conv_weight.dtype is x.dtype else conv_weight.to(x.dtype)
-        prologue: Prologue = vectors or NO_NORM
-        y, mean, invstd = route.fused.conv_stats(x, weight_like_x, *prologue, *moving, *route.sizes, True)
+        y, mean, invstd = route.fused.conv_stats(x, weight_like_x, norm, running, route.settings, True)
     if group is not None:
         mean, invstd, share = statistics_over_ranks(mean, invstd, values_per_channel(y), link.norm)
-    return Done(route, conv_weight, weight, bias, y, mean, invstd, share, True, eps, group)
+    return Done(route, conv_weight, y, Norm(mean, invstd, weight, bias), share, True, eps, group)
 
 
 def convolve(before: Raw, conv_weight: Tensor, route: LinkRoute) -> Tensor:
     """The convolution of the activation, by itself."""
-    x, vectors = before.tensor, before.vectors
+    x, norm = before.tensor, before.norm
     if conv_weight.dtype is not x.dtype:
         conv_weight = conv_weight.to(x.dtype)
-    if route.level < 2 and vectors is not None:
-        x, vectors = before.activation(), None
-    prologue: Prologue = vectors or NO_NORM
+    if route.level < 2 and norm is not None:
+        x, norm = before.activation(), None
     if route.convolution is not None:
-        return route.convolution.forward(x, conv_weight, prologue)
+        return route.convolution.forward(x, conv_weight, norm)
     if route.level < 2 or route.fused is None:
-        return F.conv2d(x, conv_weight, None, *route.sizes)
-    return route.fused.conv_stats(x, conv_weight, *prologue, *STILL, *route.sizes, False)[0]
+        return F.conv2d(x, conv_weight, None, *route.settings)
+    return route.fused.conv_stats(x, conv_weight, norm, NO_RUNNING_STATISTICS, route.settings, False)[0]
 
 
-def sums_for_convolution(upstream: Upstream, done: Done) -> tuple[Tensor | None, Tensor | None]:
+def sums_for_convolution(upstream: Upstream, done: Done) -> Sums | None:
     """The sums as the gradient of the convolution's output needs them: over all ranks, or None where the statistics are
     constant."""
     if not done.training:
-        return None, None
-    if done.share is None:
-        return upstream.sum_dz, upstream.sum_dz_xhat
-    assert upstream.sum_dz is not None and upstream.sum_dz_xhat is not None
-    return sums_over_ranks(upstream.sum_dz, upstream.sum_dz_xhat, done.share, done.process_group)
+        return None
+    if done.share is None or upstream.sums is None:
+        return upstream.sums
+    return sums_over_ranks(upstream.sums, done.share, done.process_group)
 
 
 def backward_link(
     upstream: Upstream,
-    sums: tuple[Tensor | None, Tensor | None],
+    sums: Sums | None,
     done: Done,
     before: Raw,
     need_weight: bool,
@@ -182,11 +165,9 @@ def backward_link(
     route, y, dz = done.route, done.y, upstream.grad
     if route.level == 3 and route.fused is not None and upstream.masked:
         raw = y if done.training else None
-        count = values_per_channel(y)
-        coefficients = route.fused.bn_grad_coefficients(*sums, done.mean, done.invstd, done.weight, count)
+        coefficients = route.fused.bn_grad_coefficients(sums, done.norm, values_per_channel(y))
         return convolution_gradients(dz, raw, coefficients, done, before, need_weight, need_input, residual)
-    vectors = (done.mean, done.invstd, done.weight, done.bias)
-    dy = route.over_output.passes.bn_grad_apply(dz, y, *vectors, *sums, not upstream.masked)
+    dy = route.over_output.passes.bn_grad_apply(dz, y, done.norm, sums, not upstream.masked)
     return convolution_gradients(dy, None, None, done, before, need_weight, need_input, residual)
 
 
@@ -206,29 +187,28 @@ def convolution_gradients(
     weight = conv_weight
     if weight.dtype is not x.dtype:  # of which the gradient of the weight reads shape and layout only
         weight = weight.to(x.dtype) if need_input else torch.empty_like(weight, dtype=x.dtype)
-    vectors: Prologue = before.vectors or NO_NORM
     grad = grad_weight = None
     if route.level == 3 and route.fused is not None:
-        sums: list[Tensor] = []
+        following = None
         if need_weight:
-            grad_weight = route.fused.conv_grad_weight(dz, raw, coefficients, x, *vectors, weight, *route.sizes)
+            grad_weight = route.fused.conv_grad_weight(dz, raw, coefficients, x, before.norm, weight, route.settings)
         if need_input:
-            arguments = (dz, raw, coefficients, weight, x, *vectors, residual, *route.sizes)
+            arguments = (dz, raw, coefficients, weight, x, before.norm, residual, route.settings)
             grad, *sums = route.fused.conv_grad_input(*arguments)
-        following = None if grad is None else Upstream(grad, True, *sums)
+            following = Upstream(grad, True, (sums[0], sums[1]))
     else:
-        first = before.vectors is None
+        first = before.norm is None
         added = residual if first else None
         if route.convolution is not None:
             if need_weight:
-                grad_weight = route.convolution.grad_weight(dz, weight, x, vectors)
+                grad_weight = route.convolution.grad_weight(dz, weight, x, before.norm)
             if need_input:
                 grad = route.convolution.grad_input(dz, weight, x, added)
         else:
             grad, grad_weight = _gradients_of_pytorch(dz, before, weight, route, need_weight, need_input)
             if grad is not None and added is not None:
                 grad = grad + added
-        following = None if grad is None else Upstream(grad, first, None, None)
+        following = None if grad is None else Upstream(grad, first, None)
     if grad_weight is not None and grad_weight.dtype is not conv_weight.dtype:
         grad_weight = grad_weight.to(conv_weight.dtype)
     return grad_weight, following
@@ -239,10 +219,10 @@ def _gradients_of_pytorch(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Of the input and the weight; the activation is made again for that of the weight."""
     activation = before.activation() if need_weight else before.tensor
-    stride, padding, dilation, groups = route.sizes
+    stride, padding, dilation, groups = route.settings
     mask = [need_input, need_weight, False]
-    settings = (None, stride, padding, dilation, False, [0, 0], groups, mask)
-    grad, grad_weight, _ = torch.ops.aten.convolution_backward(dy, activation, weight, *settings)
+    arguments = (None, stride, padding, dilation, False, [0, 0], groups, mask)
+    grad, grad_weight, _ = torch.ops.aten.convolution_backward(dy, activation, weight, *arguments)
     return grad if need_input else None, grad_weight if need_weight else None
 
 

@@ -1,4 +1,4 @@
-"""Memory formats: which tensors the kernels take as they lie, and how the rest are brought there; and sizes."""
+"""Memory formats: which tensors the kernels take as they lie, and how the rest are brought there."""
 
 from __future__ import annotations
 
@@ -60,8 +60,3 @@ def _strides_like_channels_last(x: Tensor) -> bool:
             return False
         least = stride * size
     return True
-
-
-def conv_output_size(size: int, kernel_size: int, stride: int, padding: int, dilation: int) -> int:
-    """Height or width of a convolution's output, as in torch.nn.Conv2d."""
-    return (size + 2 * padding - dilation * (kernel_size - 1) - 1) // stride + 1

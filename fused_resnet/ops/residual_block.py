@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_resnet.arguments import ConvSettings, Norm
 from fused_resnet.ops import checks
 from fused_resnet.ops.batch_norm import BatchNorm
 from fused_resnet.ops.bn_act import normalize, normalize_dual
@@ -41,7 +42,6 @@ from fused_resnet.ops.conv_norm import (
     like_x,
     values_per_channel,
 )
-from fused_resnet.ops.conv_settings import ConvSettings
 from fused_resnet.ops.layout import dense, resolved
 from fused_resnet.ops.residual_block_grad import block_gradients, differentiable_gradients
 from fused_resnet.ops.route import request, routes
@@ -255,20 +255,20 @@ def _forward(
     shortcut last)."""
     before, done = Raw(x, None, route.before.passes), list[Done]()
     for link, link_route in zip(chain, route.chain, strict=True):
+        if done:
+            before = done[-1].raw
         done.append(forward_link(before, link, link_route))
-        before = done[-1].raw
     last, end = done[-1], route.chain[-1].over_output
-    vectors = (last.mean, last.invstd, last.weight, last.bias)
     if shortcut is None or route.shortcut is None:
         if differentiable and end.masks is not None:
-            return (*end.masks.bn_apply_mask(last.y, *vectors, x), done)
-        out = end.passes.bn_apply(last.y, *vectors, x, True)
+            return (*end.masks.bn_apply_mask(last.y, last.norm, x), done)
+        out = end.passes.bn_apply(last.y, last.norm, x, True)
         return out, out, done
     other = forward_link(Raw(x, None, route.before.passes), shortcut, route.shortcut)
     done.append(other)
     if differentiable and end.masks is not None:
-        return (*end.masks.bn_apply_dual_mask(last.y, *vectors, other.y, *other.vectors), done)
-    out = end.passes.bn_apply_dual(last.y, *vectors, other.y, *other.vectors, True)
+        return (*end.masks.bn_apply_dual_mask(last.y, last.norm, other.y, other.norm), done)
+    out = end.passes.bn_apply_dual(last.y, last.norm, other.y, other.norm, True)
     return out, out, done
 
 
@@ -283,12 +283,13 @@ class _ResidualBlock(torch.autograd.Function):
         *parameters: Tensor | None,
     ) -> Tensor:
         out, passed, done = _forward(route, x, chain, shortcut, differentiable=True)
-        kept: list[Tensor | None] = []
+        kept, settings = list[Tensor | None](), list[tuple[Any, ...]]()
         for index, each in enumerate(done):
             recomputed = route.efficient and index == len(chain) - 1
             kept += each.kept(parameters[3 * index : 3 * index + 3], without_y=recomputed)
+            settings.append((each.training, each.eps, each.process_group))
         ctx.save_for_backward(x, passed, *kept)
-        ctx.route, ctx.norms = route, [each[8:] for each in done]
+        ctx.route, ctx.settings = route, settings
         return out
 
     @staticmethod
@@ -298,10 +299,10 @@ class _ResidualBlock(torch.autograd.Function):
         if route.heard is not None and hears_backward(grad_out):
             route = route.heard
         links = [*route.chain] if route.shortcut is None else [*route.chain, route.shortcut]
-        done = [
-            Done(link, *kept[KEPT_OF_A_LINK * index : KEPT_OF_A_LINK * (index + 1)], *norm)
-            for index, (link, norm) in enumerate(zip(links, ctx.norms, strict=True))
-        ]
+        done = list[Done]()
+        for index, (link, settings) in enumerate(zip(links, ctx.settings, strict=True)):
+            conv_weight, y, *vectors, share = kept[KEPT_OF_A_LINK * index : KEPT_OF_A_LINK * (index + 1)]
+            done.append(Done(link, conv_weight, y, Norm(*vectors), share, *settings))
         need_x, _, _, _, *need = ctx.needs_input_grad
         shortcut = None if route.shortcut is None else done.pop()
         if torch.is_grad_enabled():  # create_graph=True

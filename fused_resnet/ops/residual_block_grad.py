@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_resnet.arguments import Sums
 from fused_resnet.ops.conv_norm import Done, Raw, Upstream, backward_link, convolve, sums_for_convolution
 
 NO_SECOND_DERIVATIVE = "a second derivative through statistics of several ranks is not implemented"
@@ -32,20 +33,20 @@ def block_gradients(
         links[-1] = last = last._replace(y=convolve(befores[-1], last.conv_weight, last.route))
     end = last.route.over_output
     if end.masks is not None:
-        sum_dz, sum_dz_xhat, dz = end.masks.bn_grad_stats_mask(grad_out, last.y, passed, last.mean, last.invstd, True)
+        sum_dz, sum_dz_xhat, dz = end.masks.bn_grad_stats_mask(grad_out, last.y, passed, last.norm, True)
     else:
-        vectors = (last.mean, last.invstd, last.weight, last.bias)
-        sum_dz, sum_dz_xhat, dz = end.passes.bn_grad_stats(grad_out, last.y, passed, *vectors, True)
+        sum_dz, sum_dz_xhat, dz = end.passes.bn_grad_stats(grad_out, last.y, passed, last.norm, True)
     grads: list[Tensor | None] = [None] * len(need)
 
     # Over the ranks in the order of their norms in forward, which is also that of norms run one by one.
-    upstream: Upstream | None = Upstream(dz, True, sum_dz, sum_dz_xhat)
-    sums = _sums(upstream, last, need_x or True in need[: 3 * len(links) - 2])
+    at_end = Upstream(dz, True, (sum_dz, sum_dz_xhat))
+    upstream: Upstream | None = at_end
+    sums = sums_for_convolution(at_end, last) if need_x or True in need[: 3 * len(links) - 2] else None
     residual: Tensor | None = dz
     if shortcut is not None and (need_x or True in need[3 * len(links) :]):
         needed = need[3 * len(links) :]
-        projected = _with_sums(Upstream(dz, True, None, None), shortcut, needed, need_x)
-        projected_sums = _sums(projected, shortcut, need_x or needed[0])
+        projected = _with_sums(Upstream(dz, True, None), shortcut, needed, need_x)
+        projected_sums = sums_for_convolution(projected, shortcut) if need_x or needed[0] else None
         found, following = _link_gradients(projected, projected_sums, shortcut, before, needed, need_x, None)
         grads[3 * len(links) :] = found
         residual = None if following is None else following.grad
@@ -55,7 +56,7 @@ def block_gradients(
         needed, need_input = need[3 * index : 3 * index + 3], need_x or True in need[: 3 * index]
         if links[index] is not last:
             upstream = _with_sums(upstream, links[index], needed, need_input)
-            sums = _sums(upstream, links[index], needed[0] or need_input)
+            sums = sums_for_convolution(upstream, links[index]) if needed[0] or need_input else None
         added = residual if index == 0 else None
         found, upstream = _link_gradients(upstream, sums, links[index], befores[index], needed, need_input, added)
         grads[3 * index : 3 * index + 3] = found
@@ -69,21 +70,16 @@ def _with_sums(upstream: Upstream, done: Done, need: Sequence[bool], need_input:
     weight or bias."""
     need_conv_weight, need_weight, need_bias = need
     of_statistics = done.training and (need_conv_weight or need_input)
-    if upstream.sum_dz is not None or not (need_weight or need_bias or of_statistics):
+    if upstream.sums is not None or not (need_weight or need_bias or of_statistics):
         return upstream
-    grad, masked, *_ = upstream
-    vectors = (done.mean, done.invstd, done.weight, done.bias)
-    first, second, _ = done.route.over_output.passes.bn_grad_stats(grad, done.y, None, *vectors, not masked)
-    return Upstream(grad, masked, first, second)
-
-
-def _sums(upstream: Upstream | None, done: Done, needed: bool) -> tuple[Tensor | None, Tensor | None]:
-    return sums_for_convolution(upstream, done) if needed and upstream is not None else (None, None)
+    grad, masked, _ = upstream
+    first, second, _ = done.route.over_output.passes.bn_grad_stats(grad, done.y, None, done.norm, not masked)
+    return Upstream(grad, masked, (first, second))
 
 
 def _link_gradients(
     upstream: Upstream,
-    sums: tuple[Tensor | None, Tensor | None],
+    sums: Sums | None,
     done: Done,
     before: Raw,
     need: Sequence[bool],
@@ -96,8 +92,9 @@ def _link_gradients(
     if need_conv_weight or need_input:
         arguments = (before, need_conv_weight, need_input, residual)
         grad_conv_weight, following = backward_link(upstream, sums, done, *arguments)
-    grad_weight = upstream.sum_dz_xhat.to(done.weight.dtype) if need_weight else None  # type: ignore[union-attr]
-    grad_bias = upstream.sum_dz.to(done.bias.dtype) if need_bias else None  # type: ignore[union-attr]
+    _, _, weight, bias = done.norm
+    grad_weight = upstream.sums[1].to(weight.dtype) if need_weight else None  # type: ignore[index, union-attr]
+    grad_bias = upstream.sums[0].to(bias.dtype) if need_bias else None  # type: ignore[index, union-attr]
     return [grad_conv_weight, grad_weight, grad_bias], following
 
 
@@ -119,7 +116,7 @@ def differentiable_gradients(
     if shortcut is not None:
         end = plain_norm(plain_conv(x, shortcut), shortcut)
     out = F.relu(h + end)
-    inputs = [x, *(tensor for done in every for tensor in (done.conv_weight, done.weight, done.bias))]
+    inputs = [x, *(tensor for done in every for tensor in (done.conv_weight, *done.norm[2:]))]
     wanted = [tensor for tensor, needed in zip(inputs, (need_x, *need), strict=True) if needed and tensor is not None]
     found = iter(torch.autograd.grad(out, wanted, grad_out, create_graph=True, allow_unused=True))
     grad_x, *grads = (next(found) if needed else None for needed in (need_x, *need))
@@ -128,8 +125,9 @@ def differentiable_gradients(
 
 def of_views(done: Done) -> Done:
     """The link with views of its parameters."""
-    weight, bias = (None if vector is None else vector.view_as(vector) for vector in (done.weight, done.bias))
-    return done._replace(conv_weight=done.conv_weight.view_as(done.conv_weight), weight=weight, bias=bias)
+    weight, bias = (None if vector is None else vector.view_as(vector) for vector in done.norm[2:])
+    norm = done.norm._replace(weight=weight, bias=bias)
+    return done._replace(conv_weight=done.conv_weight.view_as(done.conv_weight), norm=norm)
 
 
 def plain_conv(x: Tensor, done: Done) -> Tensor:
@@ -139,9 +137,9 @@ def plain_conv(x: Tensor, done: Done) -> Tensor:
 
 def plain_norm(y: Tensor, done: Done) -> Tensor:
     """The link's norm of y as autograd knows it, in y's dtype; nothing moves."""
-    wide = done.invstd.dtype
-    weight, bias = (None if vector is None else vector.to(wide) for vector in (done.weight, done.bias))
+    wide = done.norm.invstd.dtype
+    weight, bias = (None if vector is None else vector.to(wide) for vector in done.norm[2:])
     mean = variance = None
     if not done.training:
-        mean, variance = done.mean, done.invstd.double().pow(-2).to(wide) - done.eps
+        mean, variance = done.norm.mean, done.norm.invstd.double().pow(-2).to(wide) - done.eps
     return F.batch_norm(y.to(wide), mean, variance, weight, bias, done.training, 0.0, done.eps).to(y.dtype)

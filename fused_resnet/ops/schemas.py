@@ -9,8 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_resnet.ops.layout import conv_memory_format, conv_output_size, dense
+from fused_resnet.arguments import ConvSettings, PoolSettings
+from fused_resnet.ops.layout import conv_memory_format, dense
 from fused_resnet.ops.reference import mask_shape, statistics_dtype
+from fused_resnet.ops.reference.stem import stem_output_shape
 
 NAMESPACE = "fused_resnet"
 
@@ -122,9 +124,7 @@ def _(grad_out, x, mask, mean, invstd, weight, sum_dz, sum_dz_xhat, with_dz):
 
 @_shape_of("stem")
 def _(x, conv_weight, scale, shift, pixel_scale, pixel_shift):
-    size = (conv_output_size(conv_output_size(side, 7, 2, 3, 1), 3, 2, 1, 1) for side in x.shape[2:])
-    shape = (x.shape[0], conv_weight.shape[0], *size)
-    return conv_weight.new_empty(shape).to(memory_format=torch.channels_last)
+    return conv_weight.new_empty(stem_output_shape(x.shape, conv_weight.shape)).to(memory_format=torch.channels_last)
 
 
 @_shape_of("avgpool")
@@ -134,7 +134,7 @@ def _(x):
 
 @_shape_of("conv_bn_act")
 def _(x, conv_weight, scale, shift, residual, stride, padding, dilation, groups, relu):
-    return _conv_output(x, conv_weight, stride, padding, dilation)
+    return _conv_output(x, conv_weight, ConvSettings.of(stride, padding, dilation, groups))
 
 
 @_shape_of("conv_stats")
@@ -142,13 +142,13 @@ def _(x, conv_weight, mean, invstd, weight, bias, running_mean, running_var, mom
       groups, statistics):  # fmt: skip
     filters = conv_weight.shape[0] if statistics else 0
     vectors = (x.new_empty(filters, dtype=statistics_dtype(x)) for _ in range(2))
-    return (_conv_output(dense(x), conv_weight, stride, padding, dilation), *vectors)
+    return (_conv_output(dense(x), conv_weight, ConvSettings.of(stride, padding, dilation, groups)), *vectors)
 
 
 @_shape_of("bn_apply_pool")
 def _(x, mean, invstd, weight, bias, kernel_size, stride, padding):
     x = dense(x)
-    size = (conv_output_size(x.shape[i + 2], kernel_size[i], stride[i], padding[i], 1) for i in (0, 1))
+    size = PoolSettings.of(kernel_size, stride, padding).output_size(x.shape)
     out = torch.empty((*x.shape[:2], *size), dtype=x.dtype, device=x.device, memory_format=conv_memory_format(x, x))
     return out, torch.empty_like(out, dtype=torch.uint8)
 
@@ -179,11 +179,8 @@ def _(dz, y, coefficients, x, mean, invstd, weight, bias, conv_weight, stride, p
     return torch.empty_like(conv_weight, dtype=statistics_dtype(x), memory_format=torch.channels_last)
 
 
-def _conv_output(x, conv_weight, stride, padding, dilation):
-    height, width = (
-        conv_output_size(x.shape[i + 2], conv_weight.shape[i + 2], stride[i], padding[i], dilation[i]) for i in (0, 1)
-    )
-    shape = (x.shape[0], conv_weight.shape[0], height, width)
+def _conv_output(x, conv_weight, settings):
+    shape = (x.shape[0], conv_weight.shape[0], *settings.output_size(x.shape, conv_weight.shape))
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=conv_memory_format(x, conv_weight))
 
 

@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_resnet.arguments import ConvSettings, Norm
 from fused_resnet.ops.layout import conv_memory_format
 from fused_resnet.ops.reference import statistics_dtype
 from fused_resnet.ops.route.choose import choose_automatically
+from fused_resnet.ops.route.packing import flat
 
 
 def conv_bn_act(
@@ -21,16 +23,13 @@ def conv_bn_act(
     scale: Tensor | None,
     shift: Tensor | None,
     residual: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    settings: ConvSettings,
     relu: bool,
 ) -> Tensor:
-    out = F.conv2d(x, conv_weight, None, stride, padding, dilation, groups)
+    out = F.conv2d(x, conv_weight, None, *settings)
     out = out.contiguous(memory_format=conv_memory_format(x, conv_weight))
     dtype, channels = statistics_dtype(x), conv_weight.shape[0]
     zero = torch.zeros(channels, dtype=dtype, device=x.device)
     scale = torch.ones_like(zero) if scale is None else scale.to(dtype)
-    args = (out, zero, scale, None, shift, residual, relu)
-    return choose_automatically("bn_apply", args).bn_apply(*args)
+    arguments = (out, Norm(zero, scale, None, shift), residual, relu)
+    return choose_automatically("bn_apply", tuple(flat("bn_apply", arguments))).bn_apply(*arguments)

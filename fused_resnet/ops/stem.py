@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_resnet.arguments import ConvSettings, Norm, PoolSettings
 from fused_resnet.ops import checks
 from fused_resnet.ops.bn_act import bn_act, wants_gradient
 from fused_resnet.ops.conv_norm import (
-    KEPT_OF_A_LINK,
     ConvNorm,
     Done,
     Raw,
@@ -35,17 +35,13 @@ from fused_resnet.ops.conv_norm import (
     like_x,
     sums_for_convolution,
 )
-from fused_resnet.ops.conv_settings import ConvSettings
-from fused_resnet.ops.layout import conv_memory_format, conv_output_size, dense, resolved
+from fused_resnet.ops.layout import conv_memory_format, dense, resolved
 from fused_resnet.ops.residual_block import autocast_dtype, check_link
 from fused_resnet.ops.residual_block_grad import NO_SECOND_DERIVATIVE, of_views, plain_conv, plain_norm
 from fused_resnet.ops.route import request, routes
 from fused_resnet.ops.route.fusion_level import needs_full_float32, why_not_fused_pool
 from fused_resnet.ops.route.listeners import for_listeners, hears_backward
 from fused_resnet.ops.route.routes import StemRoute
-
-Window = tuple[list[int], list[int], list[int]]
-"""kernel size, stride and padding of the pooling, each [vertical, horizontal]."""
 
 
 def conv_bn_act_pool(
@@ -75,7 +71,7 @@ def conv_bn_act_pool(
         BackendError: the backend asked for by ``use_backend`` cannot run this.
     """
     checks.check_image("x", x)
-    window = (
+    pooling = PoolSettings.of(
         checks.check_pair("kernel_size", kernel_size, minimum=1),
         checks.check_pair("stride", stride, minimum=1),
         checks.check_pair("padding", padding, minimum=0),
@@ -83,35 +79,35 @@ def conv_bn_act_pool(
     x = resolved(x).to(autocast_dtype(x) or x.dtype)
     shape = check_link(x, tuple(x.shape), link, "link")
     link = link.resolved()
-    _check_window(shape, *window)
-    route = stem_route(x, *link.conv, window)
+    _check_pooling(shape, pooling)
+    route = stem_route(x, *link.conv, pooling)
     if route is None:
         y = F.conv2d(x, link.conv_weight, None, *link.settings)
         vectors, (training, momentum, eps, group) = link.norm[:4], link.norm[4:]
         a = bn_act(y, *vectors, training=training, momentum=momentum, eps=eps, process_group=group)
-        return F.max_pool2d(a, *window)
+        return F.max_pool2d(a, *pooling)
     x = dense(x)
     if wants_gradient(x, link.conv_weight, link.norm.weight, link.norm.bias):
-        return _Stem.apply(x, route, link, window, link.conv_weight, link.norm.weight, link.norm.bias)
+        return _Stem.apply(x, route, link, pooling, link.conv_weight, link.norm.weight, link.norm.bias)
     with torch.no_grad():
         done = forward_link(Raw(x, None, route.link.passes), link, route.link)
-        return route.pool.bn_apply_pool(done.y, *done.vectors, *window)[0]
+        return route.pool.bn_apply_pool(done.y, done.norm, pooling)[0]
 
 
-def stem_route(x: Tensor, conv_weight: Tensor, settings: ConvSettings, window: Window) -> StemRoute | None:
+def stem_route(x: Tensor, conv_weight: Tensor, settings: ConvSettings, pooling: PoolSettings) -> StemRoute | None:
     """Who runs a stem on x; None where pooling is not fused with the norm and ReLU before it."""
     if torch.compiler.is_compiling():
         return None
     of_weight = (type(conv_weight), conv_weight.shape, conv_weight.stride(), conv_weight.dtype, conv_weight.device)
     key = (
         *(type(x), x.shape, x.stride(), x.dtype, x.device, request.current),
-        *(of_weight, settings, *map(tuple, window)),
+        *(of_weight, settings, pooling),
         torch.get_num_threads() if x.is_cpu else x.dtype is torch.float32 and needs_full_float32(x),
     )
     route = routes.kept.get(key, routes.UNKNOWN)
     if route is routes.UNKNOWN:
         route = None
-        if routes.kept_pass_route(x) is not None and not why_not_pooled(x, conv_weight, window):
+        if routes.kept_pass_route(x) is not None and not why_not_pooled(x, conv_weight, pooling):
             weight = like_x(conv_weight, x)
             y = routes.output_like(x, weight, settings)
             route = StemRoute.of(routes.link_route(x, weight, settings), routes.pool_passes(y))
@@ -119,18 +115,19 @@ def stem_route(x: Tensor, conv_weight: Tensor, settings: ConvSettings, window: W
     return for_listeners(route)
 
 
-def why_not_pooled(x: Tensor, conv_weight: Tensor, window: Window) -> list[str]:
+def why_not_pooled(x: Tensor, conv_weight: Tensor, pooling: PoolSettings) -> list[str]:
     """The reasons why the norm, ReLU and pooling behind this convolution of x are not one pass; [] if they are."""
     weight = like_x(conv_weight, x)
-    shape = (1, weight.shape[0], *window[0])
+    shape = (1, weight.shape[0], *pooling.kernel_size)
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=conv_memory_format(x, weight))
-    return why_not_fused_pool(y, *window)
+    return why_not_fused_pool(y, pooling)
 
 
-def _check_window(shape: tuple[int, ...], kernel_size: list[int], stride: list[int], padding: list[int]) -> None:
+def _check_pooling(shape: tuple[int, ...], pooling: PoolSettings) -> None:
+    kernel_size, _, padding = pooling
     if any(2 * padding[i] > kernel_size[i] for i in (0, 1)):
-        raise ValueError(f"padding must be at most half of kernel_size, {kernel_size}; got {padding}")
-    size = [conv_output_size(shape[i + 2], kernel_size[i], stride[i], padding[i], 1) for i in (0, 1)]
+        raise ValueError(f"padding must be at most half of kernel_size, {[*kernel_size]}; got {[*padding]}")
+    size = pooling.output_size(shape)
     if min(size) < 1:
         raise ValueError(f"the pooling must leave at least one pixel; got {size[0]} x {size[1]} from {shape[2:]}")
 
@@ -142,44 +139,44 @@ class _Stem(torch.autograd.Function):
         x: Tensor,
         route: StemRoute,
         link: ConvNorm,
-        window: Window,
+        pooling: PoolSettings,
         conv_weight: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
     ) -> Tensor:
         done = forward_link(Raw(x, None, route.link.passes), link, route.link)
-        out, place = route.pool.bn_apply_pool(done.y, *done.vectors, *window)
+        out, place = route.pool.bn_apply_pool(done.y, done.norm, pooling)
         ctx.save_for_backward(x, place, *done.kept((conv_weight, weight, bias)))
-        ctx.route, ctx.norm, ctx.window = route, done[KEPT_OF_A_LINK + 1 :], window
+        ctx.route, ctx.pooling = route, pooling
+        ctx.settings = (done.training, done.eps, done.process_group)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, place, *kept = ctx.saved_tensors
+        x, place, conv_weight, y, *vectors, share = ctx.saved_tensors
         route: StemRoute = ctx.route
         if route.heard is not None and hears_backward(grad_out):
             route = route.heard
-        done, window = Done(route.link, *kept, *ctx.norm), ctx.window
+        done = Done(route.link, conv_weight, y, Norm(*vectors), share, *ctx.settings)
         need_x, _, _, _, *need = ctx.needs_input_grad
         need_conv_weight, need_weight, need_bias = need
         if torch.is_grad_enabled():  # create_graph=True
             if done.share is not None:
                 raise NotImplementedError(NO_SECOND_DERIVATIVE)
             x, done = x.view_as(x), of_views(done)
-            out = F.max_pool2d(F.relu(plain_norm(plain_conv(x, done), done)), *window)
-            inputs = [x, done.conv_weight, done.weight, done.bias]
+            out = F.max_pool2d(F.relu(plain_norm(plain_conv(x, done), done)), *ctx.pooling)
+            inputs = [x, done.conv_weight, *done.norm[2:]]
             wanted = [tensor for tensor, needed in zip(inputs, (need_x, *need), strict=True) if needed]
             found = iter(torch.autograd.grad(out, wanted, grad_out, create_graph=True, allow_unused=True))
             grad_x, *grads = (next(found) if needed else None for needed in (need_x, *need))
             return (grad_x, None, None, None, *grads)
-        arguments = (grad_out, place, done.y, *done.vectors)
-        sums: tuple[Any, Any] = (None, None)
+        arguments, sums = (grad_out, place, done.y, done.norm), None
         if done.training or need_weight or need_bias:
-            sums = route.pool.bn_pool_grad_stats(*arguments, *window)
+            sums = route.pool.bn_pool_grad_stats(*arguments, ctx.pooling)
         grad_conv_weight = following = None
         if need_conv_weight or need_x:
-            over_ranks = sums_for_convolution(Upstream(grad_out, False, *sums), done)
-            dy = route.pool.bn_pool_grad_apply(*arguments, *over_ranks, *window)
+            over_ranks = sums_for_convolution(Upstream(grad_out, False, sums), done)
+            dy = route.pool.bn_pool_grad_apply(*arguments, over_ranks, ctx.pooling)
             before = Raw(x, None, route.link.passes)
             grad_conv_weight, following = convolution_gradients(
                 dy, None, None, done, before, need_conv_weight, need_x, None
@@ -188,6 +185,6 @@ class _Stem(torch.autograd.Function):
             following.grad if following is not None else None,
             *(None, None, None),
             grad_conv_weight,
-            sums[1].to(done.weight.dtype) if need_weight and done.weight is not None else None,
-            sums[0].to(done.bias.dtype) if need_bias and done.bias is not None else None,
+            sums[1].to(done.norm.weight.dtype) if need_weight else None,  # type: ignore[index, union-attr]
+            sums[0].to(done.norm.bias.dtype) if need_bias else None,  # type: ignore[index, union-attr]
         )

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fused_resnet.arguments import Sums
 from fused_resnet.ops.batch_norm import BatchNorm
 from fused_resnet.ops.route.listeners import is_transformed
 
@@ -76,23 +77,23 @@ def statistics_over_ranks(mean: Tensor, invstd: Tensor, count: int, norm: BatchN
     return global_mean.to(mean.dtype), torch.rsqrt(variance + norm.eps).to(mean.dtype), count / total
 
 
-def sums_over_ranks(sum_dz: Tensor, sum_dz_xhat: Tensor, share: Tensor, process_group: Any) -> tuple[Tensor, Tensor]:
+def sums_over_ranks(sums: Sums, share: Tensor, process_group: Any) -> Sums:
     """Both sums over the whole group, times ``share``: divided by the *local* count, they are the group's means.
 
     One ``all_reduce``. The arguments stay as they are: they are this rank's gradients of bias and weight.
 
     Args:
-        sum_dz, sum_dz_xhat: (C,), this rank's, of one dtype; zeros where its batch is empty.
+        sums: (C,) each, this rank's, of one dtype; zeros where its batch is empty.
         share: what ``statistics_over_ranks`` returned.
         process_group: the ranks.
 
     Returns:
-        Two vectors of C in the dtype of ``sum_dz``.
+        Two vectors of C in their dtype.
     """
-    sums = torch.stack([sum_dz, sum_dz_xhat])
-    dist.all_reduce(sums, group=process_group)
-    over_ranks, over_ranks_xhat = sums.mul_(share).unbind()
-    return over_ranks, over_ranks_xhat
+    stacked = torch.stack(sums)
+    dist.all_reduce(stacked, group=process_group)
+    sum_dz, sum_dz_xhat = stacked.mul_(share).unbind()
+    return sum_dz, sum_dz_xhat
 
 
 def _all_gather() -> Callable[..., Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.device_clock import Moment, before_each_round
+from fused_resnet import arguments
 from fused_resnet.bench import norm_inputs
 from fused_resnet.bench.norm_inputs import Norm
 from fused_resnet.bench.passes import PASSES, STATS_APPLY, NormPass, why_wrong
@@ -93,7 +94,7 @@ def test_the_rule_is_that_of_the_tests(error: float, theirs: float, terms: int):
 
 def test_gradients_come_where_rounding_does_not_decide():
     norm = Norm(SHAPE, torch.bfloat16, "cpu")
-    z = reference.bn_apply(norm.x.double(), *(vector.double() for vector in norm.norm), None, False)
+    z = reference.bn_apply(norm.x.double(), arguments.Norm(*(vector.double() for vector in norm.norm)), None, False)
     near = (z.abs() < norm_inputs.NEAR_ZERO / 2) | ((z + norm.residual).abs() < norm_inputs.NEAR_ZERO / 2)
     assert near.any()
     assert norm.grad_out[near].count_nonzero() == 0

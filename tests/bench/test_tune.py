@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fused_resnet.arguments import ConvSettings
 from fused_resnet.bench.suite.rounds import Method
 from fused_resnet.bench.tune import command, sites
 from fused_resnet.bench.tune.level_step import LevelStep
@@ -234,22 +235,22 @@ def test_the_methods_of_a_frozen_network_are_measured_and_used(monkeypatch, caps
     decisions = {key: d for (op, key), d in measured_plan.decisions().items() if op == measured_plan.METHOD}
     assert {(d.winner, d.heuristic) for d in decisions.values()} == {("winograd", "gemm")}
     weight = torch.randn(64, 64, 3, 3)
-    conv = NativeConv(weight, torch.zeros(64), [1, 1], [1, 1], [1, 1], 1, True)
+    conv = NativeConv(weight, torch.zeros(64), ConvSettings(padding=(1, 1)), True)
     image = torch.randn(2, 64, 8, 8)
     conv(image)
     assert conv.methods == ["winograd"]
     conv(torch.randn(2, 64, 9, 9))  # which nobody measured
     assert conv.methods == ["winograd", "gemm"]
     with measured_plan.ignoring_measured_plan():
-        unasked = NativeConv(weight, torch.zeros(64), [1, 1], [1, 1], [1, 1], 1, True)
+        unasked = NativeConv(weight, torch.zeros(64), ConvSettings(padding=(1, 1)), True)
         unasked(image)
     assert unasked.methods == ["gemm"]
     measured_plan.record(measured_plan.METHOD, next(iter(decisions)), "of another version", {})
-    conv = NativeConv(weight, torch.zeros(64), [1, 1], [1, 1], [1, 1], 1, True)
+    conv = NativeConv(weight, torch.zeros(64), ConvSettings(padding=(1, 1)), True)
     conv(image)
     assert conv.methods == ["gemm"]
     with pytest.raises(ValueError, match="method must be one of gemm, winograd; got 'fft'"):
-        NativeConv(weight, torch.zeros(64), [1, 1], [1, 1], [1, 1], 1, True, "fft")
+        NativeConv(weight, torch.zeros(64), ConvSettings(padding=(1, 1)), True, "fft")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 from fused_resnet import kernels
+from fused_resnet.arguments import ConvSettings
 from fused_resnet.bench.tune import compile
 from fused_resnet.bench.tune.compile import compiling_only
 from fused_resnet.bench.tune.sites import Selection
@@ -98,7 +99,7 @@ def test_a_plan_with_tiles_reaches_the_kernels(tmp_path, monkeypatch):
 @pytest.mark.parametrize("chip", [90], indirect=True)
 def test_other_tiles_are_other_machine_code(compile_launches):  # noqa: F811
     x, weight = empty((8, 64, 28, 28), torch.bfloat16), empty((64, 64, 1, 1), torch.bfloat16)
-    arguments = (x, weight, None, None, None, [1, 1], [0, 0], [1, 1], 1, True)
+    arguments = (x, weight, None, None, None, ConvSettings(), True)
     (question,) = questions(lambda: compile_launches(kernels.conv_bn_act, *arguments))
     found = {}
     for name in (question.usual, next(name for name in question.names if name.startswith("16x32"))):

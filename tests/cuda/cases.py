@@ -13,6 +13,7 @@ from fused_resnet.ops import reference
 from fused_resnet.ops.backends.cuda import conv as cuda_conv
 from fused_resnet.ops.backends.cuda import launch as cuda_launch
 from fused_resnet.ops.backends.cuda import norm as cuda_norm
+from fused_resnet.ops.route.packing import packed
 from tests.accuracy import assert_at_most_twice
 from tests.cuda.on_host import Host
 
@@ -45,6 +46,11 @@ def call(op: str, *args: Any) -> Any:
     return getattr(torch.ops.fused_resnet, op)(*args)
 
 
+def by_reference(op: str, *args: Any) -> Any:
+    """What the reference makes of the same."""
+    return getattr(reference, op)(*packed(op, args))
+
+
 def channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last)
 
@@ -60,7 +66,7 @@ def vectors(channels: int, device: torch.device, count: int = 2) -> list[Tensor]
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    return reference.bn_stats(x, None, None, 0.1, 1e-5)
+    return by_reference("bn_stats", x, None, None, 0.1, 1e-5)
 
 
 def misaligned(tensor: Tensor, elements: int = 1) -> Tensor:
@@ -94,8 +100,7 @@ def check(op: str, *args: Any, terms: int = 1, magnitude: float | None = None) -
     """
     before = [each.clone() if isinstance(each, Tensor) else each for each in args]
     ours, theirs, wide = with_own_running(op, args), with_own_running(op, args), widened(args)
-    of_reference = getattr(reference, op)
-    actual, baseline, exact = call(op, *ours), of_reference(*theirs), of_reference(*wide)
+    actual, baseline, exact = call(op, *ours), by_reference(op, *theirs), by_reference(op, *wide)
     as_tuples = (actual, baseline, exact) if isinstance(actual, tuple) else ((actual,), (baseline,), (exact,))
     x = args[1] if "grad" in op else args[0]
     largest = x.double().abs().max().item() if x.isfinite().all() else None
@@ -161,8 +166,8 @@ def every_call(
     weight, bias, running_mean = vectors(shape[1], device, 3)
     running_var = running_mean.abs()
     norm, norm2 = [x, mean, invstd, weight, bias], [x2, *second, None, bias]
-    out, mask = reference.bn_apply_mask(*norm, residual)
-    sums = reference.bn_grad_stats(grad, x, None, mean, invstd, weight, bias, True)[:2]
+    out, mask = by_reference("bn_apply_mask", *norm, residual)
+    sums = by_reference("bn_grad_stats", grad, x, None, mean, invstd, weight, bias, True)[:2]
     of_stats = [x, running_mean, running_var, 0.1, 1e-5]
     calls: dict[str, tuple[str, list[Any]]] = {
         "bn_stats": ("bn_stats", of_stats),

@@ -10,13 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fused_resnet.ops import reference
 from fused_resnet.ops.backends.cuda import launch as cuda_launch
 from tests.cuda.cases import (
     DTYPES,
     SHAPES,
     SMALL,
     assert_same_bits,
+    by_reference,
     call,
     channels_last,
     check,
@@ -109,7 +109,7 @@ def test_running_statistics_that_are_not_dense_are_moved_in_place(device) -> Non
     expected = both.clone()
     x = image((3, 24, 4, 4), torch.float32, device)
     call("bn_stats", x, both[:, 0], both[:, 1], 0.25, 1e-5)
-    reference.bn_stats(x, expected[:, 0], expected[:, 1], 0.25, 1e-5)
+    by_reference("bn_stats", x, expected[:, 0], expected[:, 1], 0.25, 1e-5)
     torch.testing.assert_close(both, expected)
     assert not torch.equal(both, torch.rand(24, 2).to(device))
 
@@ -145,7 +145,7 @@ def test_mean_of_many_deviations(shape: tuple[int, ...], mean: float, device) ->
     """Sums of squares would lose every digit of the variance, and x * scale + shift those of the result."""
     x = image(shape, torch.float32, device, mean)
     mean_of_x, invstd = check("bn_stats", x, *vectors(shape[1], device), 0.1, 1e-5)
-    exact = reference.bn_stats(x.double(), None, None, 0.1, 1e-5)
+    exact = by_reference("bn_stats", x.double(), None, None, 0.1, 1e-5)
     torch.testing.assert_close(invstd.double(), exact[1], rtol=2e-6, atol=0)
     # The rounding of the mean to float32 is in the result, as it is in PyTorch's.
     check("bn_apply", x, mean_of_x, invstd, *vectors(shape[1], device), None, True)
@@ -306,7 +306,7 @@ def test_nothing_outside_is_written(dtype: torch.dtype, device) -> None:
         norm = (mean.data_ptr(), invstd.data_ptr(), 0, 0)
         addresses: tuple[Any, ...] = (out[guard:].data_ptr(), mask[guard:].data_ptr())
         kernels.bn_apply(place, x.data_ptr(), *norm, 0, True, *addresses)
-        expected, bits = reference.bn_apply_mask(x, mean, invstd, None, None, None)
+        expected, bits = by_reference("bn_apply_mask", x, mean, invstd, None, None, None)
         found = out[guard:-guard].view(1, 7, 5, channels).permute(0, 3, 1, 2)
         torch.testing.assert_close(found, expected)
         assert torch.equal(mask_bits(mask[guard:-guard].view(35, stride), x), mask_bits(bits, x))

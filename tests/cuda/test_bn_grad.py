@@ -16,6 +16,7 @@ from tests.cuda.cases import (
     SHAPES,
     SMALL,
     assert_same_bits,
+    by_reference,
     call,
     channels_last,
     check,
@@ -43,7 +44,7 @@ def test_sums(shape: tuple[int, ...], dtype: torch.dtype, device) -> None:
     """No ReLU, a ReLU recomputed of x, the sign of out, out without a ReLU, and bits."""
     x, grad, residual = (image(shape, dtype, device) for _ in range(3))
     norm = (*statistics(x), *vectors(shape[1], device))
-    out, mask = reference.bn_apply_mask(x, *norm, residual)
+    out, mask = by_reference("bn_apply_mask", x, *norm, residual)
     check_sums("bn_grad_stats", grad, x, None, *norm, False)
     check_sums("bn_grad_stats", grad, x, None, *norm, True)
     dz = check_sums("bn_grad_stats", grad, x, out, *norm, False)[2]
@@ -62,11 +63,11 @@ def test_sums(shape: tuple[int, ...], dtype: torch.dtype, device) -> None:
 def test_gradients(shape: tuple[int, ...], dtype: torch.dtype, constant: bool, device) -> None:
     x, grad, residual = (image(shape, dtype, device) for _ in range(3))
     norm = (*statistics(x), *vectors(shape[1], device))
-    mask = reference.bn_apply_mask(x, *norm, residual)[1]
+    mask = by_reference("bn_apply_mask", x, *norm, residual)[1]
     for relu in (False, True):
-        sums = [None, None] if constant else reference.bn_grad_stats(grad, x, None, *norm, relu)[:2]
+        sums = [None, None] if constant else by_reference("bn_grad_stats", grad, x, None, *norm, relu)[:2]
         check("bn_grad_apply", grad, x, *norm, *sums, relu)
-    sums = [None, None] if constant else reference.bn_grad_stats_mask(grad, x, mask, *norm[:2], False)[:2]
+    sums = [None, None] if constant else by_reference("bn_grad_stats_mask", grad, x, mask, *norm[:2], False)[:2]
     alone, _ = check("bn_grad_apply_mask", grad, x, mask, *norm[:3], *sums, False)
     beside, dz = check("bn_grad_apply_mask", grad, x, mask, *norm[:3], *sums, True)
     assert same_bits(alone, beside)
@@ -116,7 +117,7 @@ def test_more_tiles_than_parts(channels: int, dtype: torch.dtype, multiprocessor
     shape = (1, channels, 97, 61) if channels < 64 else (1, channels, 37, 31) if channels == 64 else (1, 520, 17, 19)
     x, grad, residual = (image(shape, dtype, device) for _ in range(3))
     norm = (*statistics(x), *vectors(channels, device))
-    out, mask = reference.bn_apply_mask(x, *norm, residual)
+    out, mask = by_reference("bn_apply_mask", x, *norm, residual)
     *sums, dz = check_sums("bn_grad_stats", grad, x, out, *norm, True)
     check_sums("bn_grad_stats_mask", grad, x, mask, *norm[:2], True)
     check("bn_grad_apply", dz, x, *norm, *sums, False)
@@ -133,7 +134,7 @@ def test_large_and_small_gradients(size: float, dtype: torch.dtype, device) -> N
     norm = (*statistics(x), *vectors(24, device))
     sums = check_sums("bn_grad_stats", grad, x, None, *norm, True)[:2]
     check("bn_grad_apply", grad, x, *norm, *sums, True)
-    mask = reference.bn_apply_mask(x, *norm, None)[1]
+    mask = by_reference("bn_apply_mask", x, *norm, None)[1]
     check_sums("bn_grad_stats_mask", grad, x, mask, *norm[:2], True)
     _, dz = check("bn_grad_apply_mask", grad, x, mask, *norm[:3], *sums, True)
     assert torch.equal(dz, torch.where(reference.unpack_mask(mask, x), grad, 0))
@@ -215,7 +216,7 @@ def test_one_sum_alone_means_constant_statistics(with_dz: bool, device) -> None:
     x, grad = (image((2, 24, 5, 4), torch.float32, device) for _ in range(2))
     norm, (one,) = (*statistics(x), *vectors(24, device)), vectors(24, device, 1)
     check("bn_grad_apply", grad, x, *norm, one, None, True)
-    mask = reference.bn_apply_mask(x, *norm, None)[1]
+    mask = by_reference("bn_apply_mask", x, *norm, None)[1]
     check("bn_grad_apply_mask", grad, x, mask, *norm[:3], None, one, with_dz)
 
 
@@ -264,7 +265,7 @@ def test_other_memory_formats(device) -> None:
         *sums, dz = check_sums("bn_grad_stats", grad, x, plain.contiguous(), *norm, True)
         assert dz.is_contiguous(memory_format=torch.channels_last)
         check("bn_grad_apply", grad, x, *norm, *sums, True)
-        mask = reference.bn_apply_mask(x, *norm, plain)[1]
+        mask = by_reference("bn_apply_mask", x, *norm, plain)[1]
         check("bn_grad_apply_mask", grad, x, mask, *norm[:3], *sums, True)
 
 
@@ -290,7 +291,7 @@ def test_any_shape(device, shape, dtype, offsets, affine, constant, with_dz) -> 
     size = (scale.abs().max() * grad.float().abs().max()).item() if dtype == torch.float32 else None
     check("bn_grad_apply", dz, x, *norm, *sums, False, magnitude=size)
     check("bn_grad_apply", grad, x, *norm, *sums, True, magnitude=size)
-    mask = reference.bn_apply_mask(x, *norm, out)[1]
+    mask = by_reference("bn_apply_mask", x, *norm, out)[1]
     check_sums("bn_grad_stats_mask", grad, x, mask, *norm[:2], True)
     check("bn_grad_apply_mask", grad, x, mask, *norm[:3], *sums, with_dz, magnitude=size)
 

@@ -51,10 +51,10 @@ def use_choice(monkeypatch: pytest.MonkeyPatch):
     """A function after which every convolution takes this tile and these splits."""
 
     def use(tile: int, splits: int) -> None:
-        def choice(x_shape: Any, filters: int, *sizes: Any) -> Any:
-            kernels, (device, _) = cuda_launch.kernels(), sizes[-2:]
+        def choice(x_shape: Any, weight_shape: Any, settings: Any, device: int, _: Any) -> Any:
+            kernels, (filters, _, *kernel_size) = cuda_launch.kernels(), weight_shape
             place = kernels.Place(*x_shape, cuda_launch.extension.DType.float16, device, 0)
-            shape = kernels.ConvShape(place, filters, *sizes[:-2])
+            shape = kernels.ConvShape(place, filters, kernel_size, *settings[:3])
             chosen = kernels.ConvChoice(tile, splits)
             return shape, chosen, kernels.conv_workspace_bytes(shape, chosen)
 

@@ -12,6 +12,7 @@ from fused_resnet.ops import BackendError, reference, use_backend
 from fused_resnet.ops.route import choose, reasons
 from tests.cuda.cases import (
     DTYPES,
+    by_reference,
     call,
     convolution,
     every_call,
@@ -46,7 +47,7 @@ def test_nothing_is_refused_by_name_or_done_elsewhere(name: str, device) -> None
         return
     with use_backend("auto"):
         found = call(op, *with_own_running(op, tuple(empty)))
-    for a, b in zip(outputs(found), outputs(getattr(reference, op)(*with_own_running(op, tuple(empty)))), strict=True):
+    for a, b in zip(outputs(found), outputs(by_reference(op, *with_own_running(op, tuple(empty)))), strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
         assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
 
@@ -59,7 +60,7 @@ def test_smallest_shapes(name: str, shape: tuple[int, ...], device) -> None:
         pytest.skip("takes no such image")
     op, args = every_call(torch.float32, device, shape)[name]
     found = call(op, *with_own_running(op, tuple(args)))
-    baseline = getattr(reference, op)(*with_own_running(op, tuple(args)))
+    baseline = by_reference(op, *with_own_running(op, tuple(args)))
     for a, b in zip(outputs(found), outputs(baseline), strict=True):
         if a.dtype == torch.uint8 and a.numel():
             a, b = (reference.unpack_mask(mask, x_of(op, args)).float() for mask in (a, b))
@@ -193,11 +194,14 @@ def test_what_a_convolution_refuses(device) -> None:
     refused: list[tuple[list[Any], str]] = [
         ([x[:, :12], weight[:, :12], scale, shift, residual, *rest], "12 channels and 24 filters; .* multiples of 8"),
         ([x, weight[:20], scale[:20], shift[:20], residual[:, :20], *rest], "16 channels and 20 filters"),
-        ([x, weight[:0], None, None, None, *rest], "0 filters"),
+        ([x, weight[:0], None, None, None, *rest], "conv_weight is empty"),
         ([x, weight[:, :8], scale, shift, residual, *rest[:3], 2, True], "groups is 2; it takes 1"),
         ([x, weight, scale, shift, residual, *rest[:2], [3, 3], 1, True], "the output would be 0 x 0"),
         ([x, weight, scale, shift, residual[:, :, :-1], *rest], r"residual is \(1, 24, 3, 4\)"),
-        ([x, weight[:, :8], scale, shift, residual, *rest], r"conv_weight is \(24, 8, 3, 3\) beside x"),
+        (
+            [x, weight[:, :8], scale, shift, residual, *rest],
+            r"\(24, 8, 3, 3\), takes 8 channels; x has 16",
+        ),
     ]
     for args, message in refused:
         with pytest.raises(BackendError, match=message):

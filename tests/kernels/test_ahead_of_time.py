@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 from fused_resnet import kernels
+from fused_resnet.arguments import ConvSettings, Norm
 from fused_resnet.kernels import conv
 from tests.kernels.compiled import CHIPS, WITH_LITTLE_SHARED_MEMORY, check_resources, empty
 
@@ -25,12 +26,12 @@ def test_bn_passes(compile_launches, dtype: torch.dtype) -> None:
     """A stage of ResNet-50: nothing spills, everything moves 16 bytes at a time."""
     vectors_of_a_thread = 16 * dtype.itemsize // 16  # in an elementwise tile: 16 elements
     x, vector = empty((256, 256, 56, 56), dtype), torch.empty(256)
-    norm = (vector,) * 4
+    norm, running = Norm(*(vector,) * 4), (vector, vector, 0.1, 1e-5)
     apply_passes = {
-        1: (kernels.bn_apply, x, *norm, None, True),
-        2: (kernels.bn_apply, x, *norm, x, True),
-        3: (kernels.bn_apply_dual, x, *norm, x, *norm, True),
-        4: (kernels.bn_grad_apply, x, x, *norm, vector, vector, True),
+        1: (kernels.bn_apply, x, norm, None, True),
+        2: (kernels.bn_apply, x, norm, x, True),
+        3: (kernels.bn_apply_dual, x, norm, x, norm, True),
+        4: (kernels.bn_grad_apply, x, x, norm, (vector, vector), True),
     }
     for case, (launcher, *args) in apply_passes.items():
         (kernel,) = compile_launches(launcher, *args)
@@ -40,9 +41,9 @@ def test_bn_passes(compile_launches, dtype: torch.dtype) -> None:
         check_resources(kernel, BN_REGISTERS)
 
     reductions = {
-        1: (kernels.bn_stats, x, vector, vector, 0.1, 1e-5),
-        2: (kernels.bn_grad_stats, x, x, None, *norm, True),
-        3: (kernels.bn_grad_stats, x, x, x, *norm, True),
+        1: (kernels.bn_stats, x, running),
+        2: (kernels.bn_grad_stats, x, x, None, norm, True),
+        3: (kernels.bn_grad_stats, x, x, x, norm, True),
     }
     for reads, (launcher, *args) in reductions.items():
         partial, finalize = compile_launches(launcher, *args)
@@ -56,12 +57,12 @@ def test_bn_passes(compile_launches, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("channels", [1, 17, 2049])
 def test_bn_passes_of_unaligned_channels(compile_launches, channels: int) -> None:
     x, vector = empty((64, channels, 14, 14), torch.bfloat16), torch.empty(channels)
-    norm = (vector,) * 4
+    norm, running = Norm(*(vector,) * 4), (vector, vector, 0.1, 1e-5)
     for launcher, *args in (
-        (kernels.bn_stats, x, vector, vector, 0.1, 1e-5),
-        (kernels.bn_apply, x, *norm, x, True),
-        (kernels.bn_grad_stats, x, x, x, *norm, True),
-        (kernels.bn_grad_apply, x, x, *norm, vector, vector, True),
+        (kernels.bn_stats, x, running),
+        (kernels.bn_apply, x, norm, x, True),
+        (kernels.bn_grad_stats, x, x, x, norm, True),
+        (kernels.bn_grad_apply, x, x, norm, (vector, vector), True),
     ):
         for kernel in compile_launches(launcher, *args):
             check_resources(kernel, 168)
@@ -141,5 +142,5 @@ def convolution(
     weight = empty((filters, shape[1], kernel, kernel), dtype)
     residual = empty((shape[0], filters, size, size), dtype)
     vector = torch.empty(filters)
-    sizes = ([stride] * 2, [padding] * 2, [1, 1])
-    return empty(shape, dtype), weight, vector, vector, residual, *sizes, 1, True
+    settings = ConvSettings((stride, stride), (padding, padding))
+    return empty(shape, dtype), weight, vector, vector, residual, settings, True

@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 from fused_resnet import kernels
+from fused_resnet.arguments import ConvSettings, Norm, PoolSettings
 from tests.kernels.compiled import CHIPS, WITH_LITTLE_SHARED_MEMORY, Compiled, check_resources, empty
 
 pytestmark = pytest.mark.skipif(kernels.INTERPRETED, reason="TRITON_INTERPRET=1: there is no compiler in this process")
@@ -39,14 +40,14 @@ def arguments(convolution: tuple[Any, ...], dtype: torch.dtype) -> dict[str, tup
     size = (shape[2] + 2 * padding - kernel) // stride + 1
     x, y = empty(shape, dtype), empty((shape[0], filters, size, size), dtype)
     weight = empty((filters, shape[1], kernel, kernel), dtype)
-    norm = (torch.empty(shape[1]),) * 4
-    running = torch.empty(filters)
+    norm = Norm(*(torch.empty(shape[1]),) * 4)
+    running = (torch.empty(filters), torch.empty(filters), 0.1, 1e-5)
     coefficients = torch.empty(4, filters)
-    sizes = ([stride] * 2, [padding] * 2, [1, 1], 1)
+    settings = ConvSettings((stride, stride), (padding, padding))
     return {
-        "conv_stats": (x, weight, *norm, running, running, 0.1, 1e-5, *sizes, True),
-        "conv_grad_input": (y, y, coefficients, weight, x, *norm, x, *sizes),
-        "conv_grad_weight": (y, y, coefficients, x, *norm, weight, *sizes),
+        "conv_stats": (x, weight, norm, running, settings, True),
+        "conv_grad_input": (y, y, coefficients, weight, x, norm, x, settings),
+        "conv_grad_weight": (y, y, coefficients, x, norm, weight, settings),
     }
 
 
@@ -99,13 +100,13 @@ def test_sizes_of_one(compile_launches, chip: int, op: str) -> None:
 def test_passes_beside_them(compile_launches, chip: int, dtype: torch.dtype) -> None:
     """The pooling of ResNet-50's stem at batch 256, and the coefficients of its widest norm."""
     x, pooled = empty((256, 64, 112, 112), dtype), empty((256, 64, 56, 56), dtype)
-    place, window = empty((256, 64, 56, 56), torch.uint8), ([3, 3], [2, 2], [1, 1])
-    norm, wide = (torch.empty(64),) * 4, (torch.empty(2048),) * 5
+    place, window = empty((256, 64, 56, 56), torch.uint8), PoolSettings((3, 3), (2, 2), (1, 1))
+    norm, wide = Norm(*(torch.empty(64),) * 4), Norm(*(torch.empty(2048),) * 3)
     launches = [
-        (kernels.bn_apply_pool, x, *norm, *window),
-        (kernels.bn_pool_grad_stats, pooled, place, x, *norm, *window),
-        (kernels.bn_pool_grad_apply, pooled, place, x, *norm, *norm[:2], *window),
-        (kernels.bn_grad_coefficients, *wide, 256 * 49),
+        (kernels.bn_apply_pool, x, norm, window),
+        (kernels.bn_pool_grad_stats, pooled, place, x, norm, window),
+        (kernels.bn_pool_grad_apply, pooled, place, x, norm, norm[:2], window),
+        (kernels.bn_grad_coefficients, wide[:2], wide, 256 * 49),
     ]
     for launcher, *args in launches:
         for kernel in compile_launches(launcher, *args):

@@ -12,12 +12,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fused_resnet import kernels
+from fused_resnet.arguments import Norm
 from fused_resnet.kernels.device import INTERPRETED_MULTIPROCESSORS
 from fused_resnet.kernels.row_tiles import RowTiles, elementwise_tiles, reduction_tiles
 from fused_resnet.kernels.welford import finalize_statistics
 from fused_resnet.ops import reference
+from fused_resnet.ops.route.packing import packed
 from tests.accuracy import assert_at_most_twice
 
+RUNNING = (None, None, 0.1, 1e-5)
+"""Statistics that do not move."""
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [
     (2, 64, 7, 7),  # a stage of ResNet: one block of channels, whole vectors
@@ -62,7 +66,7 @@ def test_mean_of_ten_thousand_deviations(dtype: torch.dtype, device) -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_missing_weight_or_bias(weight: bool, bias: bool, device) -> None:
     x = image((2, 20, 5, 4), torch.float32, device)
-    mean, invstd = reference.bn_stats(x, None, None, 0.1, 1e-5)
+    mean, invstd = reference.bn_stats(x, RUNNING)
     vectors = [torch.randn(20, device=device) if given else None for given in (weight, bias)]
     check("bn_apply", x, mean, invstd, *vectors, None, True)
     check("bn_grad_stats", torch.randn_like(x), x, None, mean, invstd, *vectors, True, terms=40)
@@ -86,8 +90,8 @@ def test_running_statistics_that_are_not_dense_are_moved_in_place(device) -> Non
     both = torch.rand(12, 2, device=device)
     expected = both.clone()
     x = image((3, 12, 4, 4), torch.float32, device)
-    kernels.bn_stats(x, both[:, 0], both[:, 1], 0.25, 1e-5)
-    reference.bn_stats(x, expected[:, 0], expected[:, 1], 0.25, 1e-5)
+    kernels.bn_stats(x, (both[:, 0], both[:, 1], 0.25, 1e-5))
+    reference.bn_stats(x, (expected[:, 0], expected[:, 1], 0.25, 1e-5))
     torch.testing.assert_close(both, expected)
 
 
@@ -95,7 +99,7 @@ def test_running_statistics_that_are_not_dense_are_moved_in_place(device) -> Non
 def test_dual(relu: bool, device) -> None:
     x, x2 = (image((3, 70, 6, 5), torch.float16, device) for _ in range(2))
     norm, norm2 = (
-        (*reference.bn_stats(each, None, None, 0.1, 1e-5), torch.randn(70, device=device), bias)
+        (*reference.bn_stats(each, RUNNING), torch.randn(70, device=device), bias)
         for each, bias in ((x, torch.randn(70, device=device)), (x2, None))
     )
     check("bn_apply_dual", x, *norm, x2, *norm2, relu)
@@ -118,31 +122,31 @@ def test_dead_channels(device) -> None:
 def test_nan_and_infinity_pass(device) -> None:
     """In one channel each; the other channels do not notice."""
     x = image((2, 6, 4, 4), torch.float32, device)
-    mean, invstd = reference.bn_stats(x, None, None, 0.1, 1e-5)
+    mean, invstd = reference.bn_stats(x, RUNNING)
     x[0, 1, 2, 2], x[1, 2, 0, 0], x[1, 3, 0, 0] = float("nan"), float("inf"), float("-inf")
     out = check("bn_apply", x, mean, invstd, None, None, None, True)
     assert out[0, 1, 2, 2].isnan() and out[1, 2, 0, 0] == float("inf") and out[1, 3, 0, 0] == 0
     grad = torch.ones_like(x)
-    *_, dz = kernels.bn_grad_stats(grad, x, out, mean, invstd, None, None, True)
+    *_, dz = kernels.bn_grad_stats(grad, x, out, Norm(mean, invstd), True)
     assert dz[0, 1, 2, 2] == 1  # where z is NaN the gradient passes
     grad_x = check("bn_grad_apply", grad, x, mean, invstd, None, None, None, None, True)
     assert grad_x[0, 1, 2, 2] == invstd[1]
-    statistics = kernels.bn_stats(x, None, None, 0.1, 1e-5)
+    statistics = kernels.bn_stats(x, RUNNING)
     assert torch.equal(torch.stack(statistics).isfinite().all(0).nonzero().flatten().cpu(), torch.tensor([0, 4, 5]))
 
 
 def test_gradient_at_zero_is_zero(device) -> None:
     x = torch.zeros(1, 4, 2, 2, device=device).contiguous(memory_format=torch.channels_last)
     zero, one = torch.zeros(4, device=device), torch.ones(4, device=device)
-    *_, dz = kernels.bn_grad_stats(torch.ones_like(x), x, x, zero, one, None, None, True)
+    *_, dz = kernels.bn_grad_stats(torch.ones_like(x), x, x, Norm(zero, one), True)
     assert not dz.any()
-    assert not kernels.bn_grad_apply(torch.ones_like(x), x, zero, one, None, None, None, None, True).any()
+    assert not kernels.bn_grad_apply(torch.ones_like(x), x, Norm(zero, one), None, True).any()
 
 
 def test_other_memory_formats(device) -> None:
     """grad_out and the residual may lie in any way; the results lie as x does."""
     x = image((2, 12, 5, 6), torch.float32, device)
-    mean, invstd = reference.bn_stats(x, None, None, 0.1, 1e-5)
+    mean, invstd = reference.bn_stats(x, RUNNING)
     nchw = torch.randn(2, 12, 5, 6, device=device)
     broadcast = torch.ones((), device=device).expand(2, 12, 5, 6)  # what sum().backward() gives
     for other in (nchw, nchw.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2), broadcast):
@@ -150,9 +154,9 @@ def test_other_memory_formats(device) -> None:
         *sums, _ = check("bn_grad_stats", other, x, out, mean, invstd, None, None, True, terms=60)
         check("bn_grad_apply", other, x, mean, invstd, None, None, *sums, True)
     strided = image((2, 24, 5, 6), torch.float32, device)[:, ::2]
-    out = kernels.bn_apply(strided, mean, invstd, None, None, None, True)
+    out = kernels.bn_apply(strided, Norm(mean, invstd), None, True)
     assert out.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(out, reference.bn_apply(strided, mean, invstd, None, None, None, True))
+    torch.testing.assert_close(out, reference.bn_apply(strided, Norm(mean, invstd), None, True))
 
 
 def test_against_batch_norm_itself(device) -> None:
@@ -171,11 +175,10 @@ def test_against_batch_norm_itself(device) -> None:
         return [out, *grads, norm.running_mean, norm.running_var]
 
     running_mean, running_var = torch.zeros(19, device=device), torch.ones(19, device=device)
-    mean, invstd = kernels.bn_stats(x, running_mean, running_var, 0.1, 1e-5)
-    out = kernels.bn_apply(x, mean, invstd, weight, bias, residual, True)
-    grad_bias, grad_weight, grad_residual = kernels.bn_grad_stats(grad, x, out, mean, invstd, weight, bias, True)
-    sums = (grad_bias, grad_weight)
-    grad_x = kernels.bn_grad_apply(grad_residual, x, mean, invstd, weight, bias, *sums, False)
+    vectors = Norm(*kernels.bn_stats(x, (running_mean, running_var, 0.1, 1e-5)), weight, bias)
+    out = kernels.bn_apply(x, vectors, residual, True)
+    grad_bias, grad_weight, grad_residual = kernels.bn_grad_stats(grad, x, out, vectors, True)
+    grad_x = kernels.bn_grad_apply(grad_residual, x, vectors, (grad_bias, grad_weight), False)
     actual = [out, grad_x, grad_residual, grad_weight, grad_bias, running_mean, running_var]
     names = ["out", "grad x", "grad residual", "grad weight", "grad bias", "running mean", "running var"]
     for name, ours, theirs, exact in zip(names, actual, eager(torch.float32), eager(torch.float64), strict=True):
@@ -204,8 +207,8 @@ def test_statistics_merge_like_one_batch(device) -> None:
         if share.numel():
             variance, means[index] = torch.var_mean(share, (0, 2, 3), correction=0)
             m2s[index] = variance * counts[index]
-    merged = finalize_statistics(counts, means, m2s, None, None, 0.1, 1e-5)
-    expected = reference.bn_stats(x.double(), None, None, 0.1, 1e-5)
+    merged = finalize_statistics(counts, means, m2s, RUNNING)
+    expected = reference.bn_stats(x.double(), RUNNING)
     for actual, exact in zip(merged, expected, strict=True):
         torch.testing.assert_close(actual.double(), exact, rtol=1e-6, atol=0)
 
@@ -215,8 +218,8 @@ def test_bitwise_repeatable(device) -> None:
     grad = torch.randn_like(x)
 
     def run() -> list[Tensor]:
-        statistics = kernels.bn_stats(x, None, None, 0.1, 1e-5)
-        sums = kernels.bn_grad_stats(grad, x, None, *statistics, None, None, True)
+        statistics = kernels.bn_stats(x, RUNNING)
+        sums = kernels.bn_grad_stats(grad, x, None, Norm(*statistics), True)
         return [*statistics, *sums]
 
     first = run()
@@ -244,16 +247,16 @@ def test_past_two_to_the_31(device) -> None:
     )
     assert x.numel() > 2**31
     x[-1] = torch.randn(64, 1024, 1024, device=device)
-    mean, invstd = kernels.bn_stats(x, None, None, 0.1, 1e-5)
+    mean, invstd = kernels.bn_stats(x, RUNNING)
     last = x[-1:].double()
     torch.testing.assert_close(mean.double(), last.sum((0, 2, 3)) / (33 * 2**20), rtol=1e-5, atol=1e-8)
     variance = last.square().sum((0, 2, 3)) / (33 * 2**20) - mean.double().square()
     torch.testing.assert_close(invstd.double(), torch.rsqrt(variance + 1e-5), rtol=1e-5, atol=0)
-    out = kernels.bn_apply(x, mean, invstd, None, None, None, True)[-1:].clone()
-    torch.testing.assert_close(out, reference.bn_apply(x[-1:], mean, invstd, None, None, None, True))
-    sums = kernels.bn_grad_stats(x, x, None, mean, invstd, None, None, False)
+    out = kernels.bn_apply(x, Norm(mean, invstd), None, True)[-1:].clone()
+    torch.testing.assert_close(out, reference.bn_apply(x[-1:], Norm(mean, invstd), None, True))
+    sums = kernels.bn_grad_stats(x, x, None, Norm(mean, invstd), False)
     torch.testing.assert_close(sums[0].double(), last.sum((0, 2, 3)), rtol=1e-4, atol=1e-2)
-    grad_x = kernels.bn_grad_apply(x, x, mean, invstd, None, None, None, None, False)
+    grad_x = kernels.bn_grad_apply(x, x, Norm(mean, invstd), None, False)
     torch.testing.assert_close(grad_x[-1:], (x[-1:] * invstd[None, :, None, None]).to(x.dtype))
 
 
@@ -293,11 +296,13 @@ def check_every_pass(
 
 
 def check(op: str, *args: Any, terms: int = 1) -> Any:
-    """The kernel's result, after the accuracy rule on every output and on every tensor given."""
+    """The kernel's result, after the accuracy rule on every output and on every tensor given: the ``args`` are those
+    of the op's schema."""
     ours, theirs = copy(args), copy(args)
     exact_args = [each.double() if isinstance(each, Tensor) else each for each in copy(args)]
     actual, baseline, exact = (
-        getattr(module, op)(*given) for module, given in ((kernels, ours), (reference, theirs), (reference, exact_args))
+        getattr(module, op)(*packed(op, given))
+        for module, given in ((kernels, ours), (reference, theirs), (reference, exact_args))
     )
     as_tuple = (actual, baseline, exact) if isinstance(actual, tuple) else ((actual,), (baseline,), (exact,))
     # A mean is a small sum of large numbers, and is moved into the running one.

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fused_resnet import kernels
+from fused_resnet.arguments import ConvSettings
 from fused_resnet.kernels import conv
 from fused_resnet.kernels.conv_tiles import conv_tiles
 from fused_resnet.ops import reference
+from fused_resnet.ops.route import reasons as route_reasons
 from tests.accuracy import assert_at_most_twice
 
 # (image), filters, kernel, stride, padding, dilation: why
@@ -86,14 +88,14 @@ def test_nan_and_infinity_pass(device) -> None:
     """A pixel reaches the outputs whose window it lies in, and the padding and the masked lanes reach none."""
     x, weight, *_ = tensors((1, 37, 8, 8), 13, (3, 3), (1, 1), (1, 1), (1, 1), torch.float32, device)
     x[0, 5, 2, 3] = float("nan")
-    out = kernels.conv_bn_act(x, weight, None, None, None, [1, 1], [1, 1], [1, 1], 1, True)
+    out = kernels.conv_bn_act(x, weight, None, None, None, ConvSettings(padding=(1, 1)), True)
     touched = torch.zeros(8, 8, dtype=torch.bool)
     touched[1:4, 2:5] = True
     assert torch.equal(out.isnan().all(1)[0].cpu(), touched) and torch.equal(out.isnan().any(1)[0].cpu(), touched)
     shift = torch.full((13,), float("-inf"), device=device)
     shift[3] = float("inf")
     x[0, 5, 2, 3] = 0
-    out = kernels.conv_bn_act(x, weight, None, shift, None, [1, 1], [1, 1], [1, 1], 1, True)
+    out = kernels.conv_bn_act(x, weight, None, shift, None, ConvSettings(padding=(1, 1)), True)
     assert (out[:, 3] == float("inf")).all() and not out[:, [0, 12]].any()
 
 
@@ -120,25 +122,26 @@ def test_reasons() -> None:
     weight = torch.randn(8, 16, 3, 3).contiguous(memory_format=torch.channels_last)
 
     def reasons(**changed: Any) -> str:
-        args = {"x": x, "conv_weight": weight, "scale": None, "shift": None, "residual": None}
-        args |= {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1, "relu": True}
-        return "; ".join(kernels.why_not_conv(**(args | changed)))
+        args = {"x": x, "conv_weight": weight, "scale": None, "shift": None, "residual": None} | changed
+        settings = args.pop("settings", ConvSettings())
+        arguments = (*args.values(), *settings, True)
+        return "; ".join(route_reasons._conv_mismatches("conv_bn_act", arguments, kernels.why_not_conv))
 
     assert reasons() == ""
-    assert "groups is 2; it takes 1" in reasons(groups=2)
-    assert "conv_weight takes 15 channels; x has 16" in reasons(conv_weight=weight[:, :15])
+    assert "groups is 2; it takes 1" in reasons(settings=ConvSettings(groups=2))
+    assert "conv_weight, (8, 15, 3, 3), takes 15 channels; x has 16" in reasons(conv_weight=weight[:, :15])
     assert "conv_weight is torch.float16" in reasons(conv_weight=weight.half())
     assert "conv_weight is empty" in reasons(conv_weight=weight[:0])
-    assert "scale is (7,); it takes (8,)" in reasons(scale=torch.ones(7))
-    assert "residual is (2, 8, 6, 6); it takes (2, 8, 4, 4)" in reasons(residual=torch.ones(2, 8, 6, 6))
-    assert "the output would be 0 x 0" in reasons(dilation=[3, 3])
-    assert "shift is on meta" in reasons(shift=torch.ones(8, device="meta"))
-    assert "3 dimensions" in reasons(x=x[0])
+    assert "scale is (7,) on cpu; it takes (8,) on cpu" in reasons(scale=torch.ones(7))
+    assert "residual is (2, 8, 6, 6) on cpu; it takes (2, 8, 4, 4)" in reasons(residual=torch.ones(2, 8, 6, 6))
+    assert "the output would be 0 x 0" in reasons(settings=ConvSettings(dilation=(3, 3)))
+    assert "shift is (8,) on meta" in reasons(shift=torch.ones(8, device="meta"))
+    assert "it takes 4 dimensions each" in reasons(x=x[0])
     assert "neither x nor conv_weight" in reasons(x=x.contiguous(), conv_weight=weight.contiguous())
     assert "neither" not in reasons(x=x, conv_weight=weight.contiguous())
     bfloat16 = reasons(x=x.bfloat16(), conv_weight=weight.bfloat16())
     assert ("bfloat16" in bfloat16) == kernels.INTERPRETED
-    both = reasons(groups=2, scale=torch.ones(7))
+    both = reasons(settings=ConvSettings(groups=2), scale=torch.ones(7))
     assert "groups" in both and "scale" in both
 
 
@@ -197,7 +200,7 @@ def test_past_two_to_the_31(device) -> None:
     assert x.numel() > 2**31
     for kernel, padding in ((1, 0), (3, 1)):
         weight = torch.randn(16, 64, kernel, kernel, device=device).bfloat16()
-        rest = ([1, 1], [padding] * 2, [1, 1], 1, True)
+        rest = (ConvSettings(padding=(padding, padding)), True)
         out = kernels.conv_bn_act(x, weight, None, None, None, *rest)
         alone = kernels.conv_bn_act(x[:1].contiguous(memory_format=torch.channels_last), weight, *[None] * 3, *rest)
         assert torch.equal(out[-1:], alone)
@@ -219,10 +222,10 @@ def tensors(
     weight = (torch.randn(filters, shape[1], *kernel, device=device) / fan_in**0.5).to(dtype)
     weight = weight.contiguous(memory_format=torch.channels_last)
     scale, shift = (torch.randn(filters, device=device) for _ in range(2))
-    sizes = (list(stride), list(padding), list(dilation))
-    out = torch.nn.functional.conv2d(x.to("meta"), weight.to("meta"), None, *sizes)
+    settings = ConvSettings(stride, padding, dilation)
+    out = torch.nn.functional.conv2d(x.to("meta"), weight.to("meta"), None, *settings)
     residual = torch.randn(out.shape, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
-    return [x, weight, scale, shift, residual, *sizes, 1, True]
+    return [x, weight, scale, shift, residual, settings, True]
 
 
 def check(

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fused_resnet import kernels
+from fused_resnet.arguments import ConvSettings, Norm
 from fused_resnet.kernels import training_tiles
 from fused_resnet.kernels.device import chip_of
 from fused_resnet.ops import reference
@@ -22,6 +23,9 @@ from tests.accuracy import assert_at_most_twice
 MODULES = [
     sys.modules[f"fused_resnet.kernels.{name}"] for name in ("conv_stats", "conv_grad_input", "conv_grad_weight")
 ]
+
+RUNNING = (None, None, 0.1, 1e-5)
+"""Statistics that do not move."""
 
 # (image), filters, kernel, stride, padding, dilation: why
 SHAPES = [
@@ -73,24 +77,21 @@ class Case:
             return values.to(dtype).to(device).contiguous(memory_format=torch.channels_last)
 
         channels, depth = shape[1], shape[1] * kernel[0] * kernel[1]
-        self.sizes = ([*stride], [*padding], [*dilation], 1)
+        self.settings = ConvSettings(stride, padding, dilation)
         self.x = image(shape, offset=mean)
         self.weight = image((filters, channels, *kernel), depth**-0.5)
         vectors = (torch.randn(channels) * 0.2 + mean, torch.rand(channels) + 0.5)
         vectors += (torch.rand(channels) + 0.5, torch.randn(channels))
-        self.norm = tuple(vector.to(device) for vector in vectors)
-        out = reference.conv_stats(
-            self.x.float(), self.weight.float(), *self.norm, None, None, 0, 0, *self.sizes, False
-        )
+        self.norm = Norm(*(vector.to(device) for vector in vectors))
+        arguments = (self.norm, RUNNING, self.settings, False)
+        out = reference.conv_stats(self.x.float(), self.weight.float(), *arguments)
         self.y = out[0].to(dtype).contiguous(memory_format=torch.channels_last)
         self.dz = image(self.y.shape, gradient)
         self.residual = image(shape, gradient)
         self.count = self.y.numel() // filters
         sums = (torch.randn(2, filters) * gradient * self.count**0.5).to(device).unbind()
-        statistics = reference.bn_stats(self.y, None, None, 0.1, 1e-5)
-        self.coefficients = reference.bn_grad_coefficients(
-            *sums, *statistics, torch.rand(filters, device=device) + 0.5, self.count
-        )
+        behind = Norm(*reference.bn_stats(self.y, RUNNING), torch.rand(filters, device=device) + 0.5)
+        self.coefficients = reference.bn_grad_coefficients(sums, behind, self.count)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -146,21 +147,21 @@ def test_mean_of_many_deviations(dtype: torch.dtype, device, few_programs) -> No
     """Sums of squares would lose every digit of y's variance here, and B * y + C those of the gradient."""
     case = Case((6, 32, 8, 8), 32, (1, 1), (1, 1), (0, 0), (1, 1), dtype, device)
     offset = torch.full((32,), 300.0, device=device)
-    case.norm = (*case.norm[:3], offset)  # every activation about 300, its deviation about 1
-    case.y = reference.conv_stats(case.x, case.weight, *case.norm, None, None, 0, 0, *case.sizes, False)[0]
-    statistics = reference.bn_stats(case.y, None, None, 0.1, 1e-5)
+    case.norm = case.norm._replace(bias=offset)  # every activation about 300, its deviation about 1
+    case.y = reference.conv_stats(case.x, case.weight, case.norm, RUNNING, case.settings, False)[0]
+    statistics = reference.bn_stats(case.y, RUNNING)
     assert (statistics[0].abs() * statistics[1]).median() > 50
     sums = torch.randn(2, 32, device=device).unbind()
-    case.coefficients = reference.bn_grad_coefficients(*sums, *statistics, None, case.count)
+    case.coefficients = reference.bn_grad_coefficients(sums, Norm(*statistics), case.count)
     check_everything(case)
 
 
 def test_padding_is_of_the_activation(device) -> None:
     """relu(0 * scale + bias) is not 0: with a large bias, padding that went through the norm would be seen at once."""
     case = Case((1, 16, 3, 3), 16, (3, 3), (1, 1), (1, 1), (1, 1), torch.float32, device)
-    case.norm = (*case.norm[:3], torch.full((16,), 100.0, device=device))
+    case.norm = case.norm._replace(bias=torch.full((16,), 100.0, device=device))
     case.weight.fill_(1.0)
-    y, _, _ = kernels.conv_stats(case.x, case.weight, *case.norm, None, None, 0.0, 0.0, *case.sizes, False)
+    y, _, _ = kernels.conv_stats(case.x, case.weight, case.norm, RUNNING, case.settings, False)
     assert (y[..., 0, 0] < 0.5 * y[..., 1, 1]).all()
     check_everything(case)
 
@@ -176,28 +177,27 @@ def test_dead_channels(device) -> None:
     case.norm[2][3:9] = 0
     case.coefficients[:3, 2:7] = 0
     check_everything(case)
-    dw = kernels.conv_grad_weight(case.dz, case.y, case.coefficients, case.x, *case.norm, case.weight, *case.sizes)
+    dw = kernels.conv_grad_weight(case.dz, case.y, case.coefficients, case.x, case.norm, case.weight, case.settings)
     assert not dw[2:7].any() and dw[7:].any()
 
 
 def test_other_forms(device) -> None:
     """Constant statistics (no y), dy as it is (no coefficients), no statistics, no norm's weight or bias."""
     case = Case(*SHAPES[3], torch.float16, device)
-    x, weight, norm, sizes = case.x, case.weight, case.norm, case.sizes
+    x, weight, norm, settings = case.x, case.weight, case.norm, case.settings
     for coefficients in (case.coefficients, None):
-        check(
-            "conv_grad_input", case.dz, None, coefficients, weight, x, *norm, None, *sizes, terms=case.x.shape[0] * 63
-        )
-        check("conv_grad_weight", case.dz, None, coefficients, x, *norm, weight, *sizes)
-    y, mean, invstd = kernels.conv_stats(x, weight, *norm, None, None, 0.1, 1e-5, *sizes, False)
+        terms = case.x.shape[0] * 63
+        check("conv_grad_input", case.dz, None, coefficients, weight, x, norm, None, settings, terms=terms)
+        check("conv_grad_weight", case.dz, None, coefficients, x, norm, weight, settings)
+    y, mean, invstd = kernels.conv_stats(x, weight, norm, RUNNING, settings, False)
     assert mean.numel() == invstd.numel() == 0
-    assert torch.equal(y, kernels.conv_stats(x, weight, *norm, None, None, 0.1, 1e-5, *sizes, True)[0])
-    norm = (*norm[:2], None, None)
-    check("conv_stats", x, weight, *norm, None, None, 0.1, 1e-5, *sizes, True)
-    check("conv_grad_weight", case.dz, case.y, case.coefficients, x, *norm, weight, *sizes)
+    assert torch.equal(y, kernels.conv_stats(x, weight, norm, RUNNING, settings, True)[0])
+    norm = Norm(*norm[:2])
+    check("conv_stats", x, weight, norm, RUNNING, settings, True)
+    check("conv_grad_weight", case.dz, case.y, case.coefficients, x, norm, weight, settings)
     filters = case.weight.shape[0]
     vectors = torch.rand(3, filters, device=device).unbind()
-    check("bn_grad_coefficients", None, None, *vectors, 7.0)
+    check("bn_grad_coefficients", None, Norm(*vectors), 7.0)
 
 
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[3], SHAPES[6], SHAPES[9]], ids=str)
@@ -230,10 +230,10 @@ def test_nan_reaches_what_it_should(device) -> None:
     case.dz[0, 5, 2, 3] = float("nan")
     touched = torch.zeros(8, 8, dtype=torch.bool)
     touched[1:4, 2:5] = True
-    y, mean, _ = kernels.conv_stats(case.x, case.weight, *case.norm, None, None, 0.1, 1e-5, *case.sizes, True)
+    y, mean, _ = kernels.conv_stats(case.x, case.weight, case.norm, RUNNING, case.settings, True)
     assert torch.equal(y.isnan().all(1)[0].cpu(), touched) and mean.isnan().all()
-    args = (case.dz, case.y, case.coefficients, case.weight, torch.zeros_like(case.x), None, None, None, None, None)
-    grad, _, _ = kernels.conv_grad_input(*args, *case.sizes)
+    args = (case.dz, case.y, case.coefficients, case.weight, torch.zeros_like(case.x), None, None)
+    grad, _, _ = kernels.conv_grad_input(*args, case.settings)
     assert torch.equal(grad.isnan().all(1)[0].cpu(), touched)
 
 
@@ -262,32 +262,31 @@ def test_more_than_2_to_the_31_elements(kernel: tuple[int, int], padding: tuple[
         many[-1] = image[0]
         setattr(large, name, many)
     assert large.x.numel() > 2**31
-    args = (alone.weight, *alone.norm, None, None, 0.1, 1e-5, *alone.sizes, False)
+    args = (alone.weight, alone.norm, RUNNING, alone.settings, False)
     y = kernels.conv_stats(large.x, *args)[0]
     assert torch.equal(y[-1], kernels.conv_stats(alone.x, *args)[0][0])
     results = []
     for case in (large, alone):
         gradient = (case.dz, case.y, case.coefficients)
-        results.append(kernels.conv_grad_input(*gradient, case.weight, case.x, *case.norm, None, *case.sizes)[0][-1])
+        results.append(kernels.conv_grad_input(*gradient, case.weight, case.x, case.norm, None, case.settings)[0][-1])
     assert torch.equal(*results)
 
 
 def everything(case: Case, module: Any) -> list[tuple[str, Tensor]]:
     """Every result of the three convolutions, with everything there and with less."""
-    x, weight, norm, sizes, residual = case.x, case.weight, case.norm, case.sizes, case.residual
+    x, weight, norm, settings, residual = case.x, case.weight, case.norm, case.settings, case.residual
     wide = torch.promote_types(x.dtype, torch.float32)
     running = torch.linspace(-1, 1, weight.shape[0], device=x.device, dtype=wide), None
     running = running[0], running[0].abs() + 0.5
     gradient = (case.dz, case.y, case.coefficients)
-    nothing = (None,) * 4
     results = {
-        "forward": module.conv_stats(x, weight, *norm, *running, 0.3, 1e-5, *sizes, True),
+        "forward": module.conv_stats(x, weight, norm, (*running, 0.3, 1e-5), settings, True),
         "running": running,
-        "forward, raw": module.conv_stats(x, weight, *nothing, None, None, 0.3, 1e-5, *sizes, True),
-        "input": module.conv_grad_input(*gradient, weight, x, *norm, None, *sizes),
-        "input, residual": module.conv_grad_input(*gradient, weight, x, *nothing, residual, *sizes)[:1],
-        "weight": (module.conv_grad_weight(*gradient, x, *norm, weight, *sizes),),
-        "weight, raw": (module.conv_grad_weight(*gradient, x, *nothing, weight, *sizes),),
+        "forward, raw": module.conv_stats(x, weight, None, RUNNING, settings, True),
+        "input": module.conv_grad_input(*gradient, weight, x, norm, None, settings),
+        "input, residual": module.conv_grad_input(*gradient, weight, x, None, residual, settings)[:1],
+        "weight": (module.conv_grad_weight(*gradient, x, norm, weight, settings),),
+        "weight, raw": (module.conv_grad_weight(*gradient, x, None, weight, settings),),
     }
     return [(f"{name} {i}", tensor) for name, tensors in results.items() for i, tensor in enumerate(tensors)]
 
@@ -332,4 +331,4 @@ def check(op: str, *args: Any, terms: int = 1) -> None:
 def widen(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
-    return tuple(map(widen, value)) if isinstance(value, tuple) and any(isinstance(v, Tensor) for v in value) else value
+    return Norm(*map(widen, value)) if isinstance(value, Norm) else value

@@ -24,11 +24,11 @@ NAMED = {kind: CHIPS[kind] for kind in ((8, 0), (8, 9), (9, 0))}
 
 def products(conv: Convolution, batch: int, chip: Chip, element_bytes: int = 2) -> dict[str, Product]:
     x, weight = (torch.empty(shape, device="meta") for shape in (conv.input_shape(batch), conv.weight_shape))
-    stride, padding, dilation, _ = conv.settings
-    shape = ConvShape.of(x, weight, stride, padding, dilation)
+    settings = conv.settings
+    shape = ConvShape.of(x, weight, settings)
     return {
         "forward": forward_product(shape, element_bytes),
-        "grad_input": grad_input_product(shape, element_bytes, stride, operands=2, epilogue=2),
+        "grad_input": grad_input_product(shape, element_bytes, settings.stride, operands=2, epilogue=2),
         "grad_weight": grad_weight_product(shape, element_bytes, operands=2, chip=chip),
     }
 

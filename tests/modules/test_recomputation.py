@@ -23,12 +23,20 @@ def save_convolutions(context, op, *args, **kwargs) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def save_everything(context, op, *args, **kwargs) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE
+
+
 WAYS = {
     "reentrant": {"use_reentrant": True},
     "not reentrant": {"use_reentrant": False},
     "selective": {
         "use_reentrant": False,
         "context_fn": lambda: create_selective_checkpoint_contexts(save_convolutions),
+    },
+    "selective, all": {
+        "use_reentrant": False,
+        "context_fn": lambda: create_selective_checkpoint_contexts(save_everything),
     },
 }
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_resnet
+from fused_resnet.arguments import Norm, PoolSettings
 from fused_resnet.ops import bn_act, bn_act_dual, conv_bn_act, reference, use_backend
 from fused_resnet.ops.reference import statistics_dtype
 from fused_resnet.ops.schemas import SCHEMAS
@@ -44,8 +45,8 @@ def op_arguments(x: Tensor, residual: Tensor) -> dict[str, tuple]:
     y = torch.ops.fused_resnet.conv_bn_act(x, conv_weight, None, None, None, *sizes, False)
     dz, coefficients = torch.randn_like(y), torch.rand(4, 8, dtype=statistics_dtype(x))
     norm, window = (mean, invstd, weight, bias), ([3, 3], [2, 2], [1, 1])
-    pooled, place = reference.bn_apply_pool(x, *norm, *window)
-    mask = reference.bn_apply_mask(x, *norm, residual)[1]
+    pooled, place = reference.bn_apply_pool(x, Norm(*norm), PoolSettings.of(*window))
+    mask = reference.bn_apply_mask(x, Norm(*norm), residual)[1]
     image = torch.randn(2, 3, 12, 9, dtype=x.dtype).contiguous(memory_format=suggested_format(x))
     stem_weight = torch.randn(64, 3, 7, 7, dtype=x.dtype)
     return {

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_resnet.arguments import ConvSettings
 from fused_resnet.ops import conv_bn_act, use_backend
 from fused_resnet.ops.backends.onednn import pack_conv_weight, packed_conv_act, why_not_packed
 from tests.accuracy import assert_at_most_twice
@@ -226,7 +227,8 @@ def test_packed_convolution(case, dtype):
         [value, value] if isinstance(value, int) else list(value)
         for value in (case.stride, case.padding, case.dilation)
     ]
-    packed = pack_conv_weight(weight, list(x.shape), *pairs, case.groups)
+    settings = ConvSettings.of(*pairs, case.groups)
+    packed = pack_conv_weight(weight, list(x.shape), settings)
     other_size = torch.randn(x.shape[0] + 1, x.shape[1], x.shape[2] + 3, x.shape[3] + 2).to(dtype)
     for images in (x, x.contiguous(), other_size):
         plain = F.conv2d(images, weight, bias, **case.settings)
@@ -235,9 +237,9 @@ def test_packed_convolution(case, dtype):
         before = added.clone()
         for relu in (True, False):
             act = F.relu if relu else lambda z: z
-            actual = packed_conv_act(images, packed, bias, None, *pairs, case.groups, relu)
+            actual = packed_conv_act(images, packed, bias, None, settings, relu)
             assert_at_most_twice(actual, act(plain), act(exact))
-            actual = packed_conv_act(images, packed, bias, added, *pairs, case.groups, relu)
+            actual = packed_conv_act(images, packed, bias, added, settings, relu)
             assert_at_most_twice(actual, act(plain + added), act(exact + added.double()))
             assert torch.equal(added, before)
 

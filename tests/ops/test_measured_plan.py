@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_resnet.ops.conv_settings import ConvSettings
+from fused_resnet.arguments import ConvSettings
 from fused_resnet.ops.plan import measured_plan, plan_file, plan_key
 from fused_resnet.ops.plan.plan_file import Decision, NotAPlan
 from fused_resnet.ops.route import routes

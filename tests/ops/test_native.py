@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet import ops
+from fused_resnet.arguments import Norm
 from fused_resnet.ops import BackendError, bn_act, reference, use_backend
 from fused_resnet.ops.backends.native.norm import BUFFER_BYTES
 from fused_resnet.ops.route import reasons
@@ -152,7 +153,7 @@ def test_statistics_beside_a_bright_border(height, memory_format):
     x = torch.randn(2, 8, 64, 64)
     x[:, :, 0, :4] = height
     variance, mean = torch.var_mean(x.double(), dim=(0, 2, 3), correction=0)
-    got_mean, got_invstd = native.bn_stats(x.contiguous(memory_format=memory_format), None, None, 0.1, 0.0)
+    got_mean, got_invstd = native.bn_stats(x.contiguous(memory_format=memory_format), (None, None, 0.1, 0.0))
     torch.testing.assert_close(got_mean.double(), mean, rtol=3e-6, atol=1e-6)
     torch.testing.assert_close(got_invstd.double(), variance.rsqrt(), rtol=3e-6, atol=0.0)
 
@@ -167,9 +168,8 @@ def test_ops_called_by_themselves_refuse_what_would_be_read_past_the_end():
 
 def test_dz_is_written_without_a_relu_too():
     x, out, grad_out = (torch.randn(2, 8, 3, 3) for _ in range(3))
-    mean, invstd = torch.zeros(8), torch.ones(8)
     for relu in (False, True):
-        arguments = (grad_out, x, out, mean, invstd, None, None, relu)
+        arguments = (grad_out, x, out, Norm(torch.zeros(8), torch.ones(8)), relu)
         for got, expected in zip(native.bn_grad_stats(*arguments), reference.bn_grad_stats(*arguments), strict=True):
             torch.testing.assert_close(got, expected)
 
@@ -209,4 +209,4 @@ def test_a_tensor_that_only_wraps_others_is_no_none():
             raise NotImplementedError(func)
 
     with pytest.raises(RuntimeError, match="memory of their own; got a Wrapper"):
-        native.bn_apply(Wrapper(torch.rand(1, 4, 2, 2)), torch.zeros(4), torch.ones(4), None, None, None, True)
+        native.bn_apply(Wrapper(torch.rand(1, 4, 2, 2)), Norm(torch.zeros(4), torch.ones(4)), None, True)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_resnet.arguments import ConvSettings, PoolSettings
 from fused_resnet.ops.backends.native import conv as native_conv
 from fused_resnet.ops.backends.native.chain import Block, NativeChain
 from fused_resnet.ops.backends.native.conv import NativeConv, average, max_pool, pooling_window, why_not_native
@@ -47,24 +48,23 @@ class Inputs:
     def __init__(self, case: str, dtype: torch.dtype) -> None:
         method, images, channels, height, width, filters, kernel, stride, padding, dilation, groups = CASES[case]
         self.method = method
-        self.settings = [[value] * 2 for value in (stride, padding, dilation)]
-        self.groups = groups
+        self.settings = ConvSettings((stride, stride), (padding, padding), (dilation, dilation), groups)
         fan_in = channels // groups * kernel[0] * kernel[1]
         self.x = laid_out(torch.randn(images, channels, height, width), dtype)
         self.weight = laid_out(torch.randn(filters, channels // groups, *kernel) / fan_in**0.5, dtype)
         self.bias = torch.randn(filters)
-        shape = F.conv2d(self.x.float(), self.weight.float(), None, *self.settings, groups).shape
+        shape = F.conv2d(self.x.float(), self.weight.float(), None, *self.settings).shape
         self.residual = laid_out(torch.randn(shape), dtype)
-        if reasons := why_not_native(self.x, self.weight, self.settings[0], self.settings[2], groups):
+        if reasons := why_not_native(self.x, self.weight, self.settings):
             pytest.skip("; ".join(reasons))
 
     def native(self, relu: bool, method: str | None = None) -> NativeConv:
-        return NativeConv(self.weight, self.bias, *self.settings, self.groups, relu, method)
+        return NativeConv(self.weight, self.bias, self.settings, relu, method)
 
     def expected(self, relu: bool, residual: bool, dtype: torch.dtype) -> Tensor:
         """PyTorch's: in this dtype with the bias rounded to it, or exact."""
         tensors = (tensor.to(dtype) for tensor in (self.x, self.weight, self.bias))
-        out = F.conv2d(*tensors, *self.settings, self.groups)
+        out = F.conv2d(*tensors, *self.settings)
         out = out + self.residual.to(dtype) if residual else out
         return out.relu() if relu else out
 
@@ -151,20 +151,19 @@ def test_errors():
         conv(inputs.x, inputs.residual[:1])
     deep = Inputs("deep", torch.float32)
     with pytest.raises(ValueError, match="as large as the kernel"):
-        NativeConv(deep.weight, deep.bias, [1, 1], [0, 0], [1, 1], 1, True)(torch.randn(1, 600, 2, 2))
+        NativeConv(deep.weight, deep.bias, ConvSettings(), True)(torch.randn(1, 600, 2, 2))
 
 
 def test_reasons(monkeypatch):
     weight = torch.randn(8, 8, 1, 1)
-    settings = ([1, 1], [1, 1])
-    assert "meta" in why_not_native(torch.empty(1, 8, 4, 4, device="meta"), weight, *settings, 1)[0]
-    assert "float64" in why_not_native(torch.randn(1, 8, 4, 4).double(), weight.double(), *settings, 1)[0]
+    assert "meta" in why_not_native(torch.empty(1, 8, 4, 4, device="meta"), weight, ConvSettings())[0]
+    assert "float64" in why_not_native(torch.randn(1, 8, 4, 4).double(), weight.double(), ConvSettings())[0]
     if not native_conv.takes_dtype(torch.float32):
         return
     narrow = torch.randn(24, 1, 3, 3)
-    assert "groups of 1 filters" in why_not_native(torch.randn(1, 24, 4, 4), narrow, *settings, 24)[0]
+    assert "groups of 1 filters" in why_not_native(torch.randn(1, 24, 4, 4), narrow, ConvSettings(groups=24))[0]
     monkeypatch.setattr(native_conv, "why_no_kernels", lambda dtype: ("fused_resnet._C is not built",))
-    assert why_not_native(torch.randn(1, 8, 4, 4), weight, *settings, 1) == ["fused_resnet._C is not built"]
+    assert why_not_native(torch.randn(1, 8, 4, 4), weight, ConvSettings()) == ["fused_resnet._C is not built"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -174,7 +173,7 @@ def test_pooling(dtype: torch.dtype):
     x = laid_out(torch.randn(2, 40, 15, 12), dtype)
     x[1, 3, 4, 5] = float("nan")
     x[0, 39, 0, 0] = -float("inf")
-    pooled = max_pool(x, [3, 3], [2, 2], [1, 1])
+    pooled = max_pool(x, PoolSettings((3, 3), (2, 2), (1, 1)))
     torch.testing.assert_close(pooled, F.max_pool2d(x, 3, 2, 1), rtol=0, atol=0, equal_nan=True)
     x = x.nan_to_num(1.0, 1.0, -1.0)
     exact = F.adaptive_avg_pool2d(x.double(), 1)
@@ -188,8 +187,8 @@ def test_a_chain_is_its_convolutions_one_by_one(dtype: torch.dtype):
 
     def conv(channels: int, filters: int, kernel: int, stride: int, relu: bool) -> NativeConv:
         weight = laid_out(torch.randn(filters, channels, kernel, kernel) / (channels * kernel**2) ** 0.5, dtype)
-        settings = ([stride] * 2, [kernel // 2] * 2, [1, 1], 1)
-        return NativeConv(weight, torch.randn(filters), *settings, relu)
+        settings = ConvSettings((stride, stride), (kernel // 2, kernel // 2))
+        return NativeConv(weight, torch.randn(filters), settings, relu)
 
     blocks = [
         Block([conv(32, 32, 3, 1, True), conv(32, 32, 3, 1, True)], None, True),  # adds the chain's own input
@@ -233,7 +232,7 @@ def test_a_chain_is_its_convolutions_one_by_one(dtype: torch.dtype):
 def test_a_chain_refuses_memory_in_which_a_step_would_overwrite_what_it_reads(offsets, missing, message):
     if not native_conv.takes_dtype(torch.float32):
         pytest.skip("no kernels for torch.float32")
-    pool = pooling_window(4, [1, 1], [1, 1], [0, 0], torch.float32)
+    pool = pooling_window(4, PoolSettings((1, 1), (1, 1)), torch.float32)
     chain = native_conv.extension.ConvChain(64 + 64 - missing, offsets)  # two activations of 2 x 2 pixels
     chain.add_max_pool(pool, 1, 2, 2, 1, 0, 2)
     with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():

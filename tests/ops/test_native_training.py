@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_resnet
+from fused_resnet.arguments import NO_RUNNING_STATISTICS, ConvSettings, Norm
 from fused_resnet.ops import reference, use_backend, use_fusion_level
 from fused_resnet.ops.backends.native import conv as native_conv
-from fused_resnet.ops.conv_settings import ConvSettings
 from fused_resnet.ops.route import choose, reasons, routes
 from fused_resnet.ops.route import fusion_level as plan
 from tests.accuracy import assert_at_most_twice
@@ -52,39 +52,35 @@ class Inputs:
     """Of a case, in float32 and channels_last; ``norm``: the vectors of a norm in front, None without one."""
 
     def __init__(self, case: str, normed: bool) -> None:
-        images, channels, height, width, filters, kernel, *self.settings = CASES[case]
+        images, channels, height, width, filters, kernel, *settings = CASES[case]
+        self.settings = ConvSettings(*settings)
         self.x = laid_out(torch.randn(images, channels, height, width))
         self.weight = laid_out(torch.randn(filters, channels, *kernel) / (channels * kernel[0] * kernel[1]) ** 0.5)
-        self.norm: list[Tensor | None] = [None] * 4
+        self.norm: Norm | None = None
         if normed:
-            self.norm = [
-                torch.randn(channels),
-                torch.rand(channels) + 0.5,
-                torch.randn(channels),
-                torch.randn(channels),
-            ]
+            mean, invstd = torch.randn(channels), torch.rand(channels) + 0.5
+            self.norm = Norm(mean, invstd, torch.randn(channels), torch.randn(channels))
         self.dy = laid_out(torch.randn(F.conv2d(self.x, self.weight, None, *self.settings).shape))
         self.residual = laid_out(torch.randn_like(self.x))
 
-    @property
-    def sizes(self) -> tuple[list[int], list[int], list[int], int]:
-        stride, padding, dilation = (list(setting) for setting in self.settings)
-        return stride, padding, dilation, 1
-
     def forward(self, module, dtype: torch.dtype = torch.float32) -> Tensor:
-        x, weight, *norm = self._in(dtype, self.x, self.weight, *self.norm)
-        return module.conv_stats(x, weight, *norm, None, None, 0.1, 1e-5, *self.sizes, False)[0]
+        x, weight, norm = self._in(dtype, self.x, self.weight, self.norm)
+        return module.conv_stats(x, weight, norm, NO_RUNNING_STATISTICS, self.settings, False)[0]
 
     def grad_input(self, module, dtype: torch.dtype = torch.float32) -> Tensor:
         dy, weight, x, residual = self._in(dtype, self.dy, self.weight, self.x, self.residual)
-        return module.conv_grad_input(dy, None, None, weight, x, *[None] * 4, residual, *self.sizes)[0]
+        return module.conv_grad_input(dy, None, None, weight, x, None, residual, self.settings)[0]
 
     def grad_weight(self, module, dtype: torch.dtype = torch.float32) -> Tensor:
-        dy, x, weight, *norm = self._in(dtype, self.dy, self.x, self.weight, *self.norm)
-        return module.conv_grad_weight(dy, None, None, x, *norm, weight, *self.sizes)
+        dy, x, weight, norm = self._in(dtype, self.dy, self.x, self.weight, self.norm)
+        return module.conv_grad_weight(dy, None, None, x, norm, weight, self.settings)
 
-    def _in(self, dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
-        return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+    def _in(self, dtype: torch.dtype, *arguments: Tensor | Norm | None) -> list:
+        """The same in this dtype."""
+        return [
+            Norm(*self._in(dtype, *each)) if isinstance(each, Norm) else None if each is None else each.to(dtype)
+            for each in arguments
+        ]
 
 
 PARTS = {"forward": Inputs.forward, "grad_input": Inputs.grad_input, "grad_weight": Inputs.grad_weight}
@@ -154,7 +150,7 @@ def test_any_memory_format_of_weights_and_gradients(case: str, method: str):
 @pytest.mark.parametrize("case", ["1x1", "3x3"])
 def test_nan_passes_and_padding_is_of_the_activation(case: str, method: str):
     inputs = Inputs(case, True)
-    inputs.norm[3] = torch.full_like(inputs.norm[3], 5.0)  # type: ignore[arg-type]
+    inputs.norm = inputs.norm._replace(bias=torch.full_like(inputs.norm.bias, 5.0))
     exact = inputs.forward(reference, torch.float64)
     torch.testing.assert_close(inputs.forward(native).double(), exact, rtol=1e-4, atol=1e-4)
     inputs.x[0, 3, 2, 2] = float("nan")
@@ -162,11 +158,10 @@ def test_nan_passes_and_padding_is_of_the_activation(case: str, method: str):
     assert inputs.grad_weight(native)[:, 3].isnan().any()
 
 
-@pytest.mark.parametrize("absent", [(2,), (3,), (2, 3)], ids=["no weight", "no bias", "neither"])
-def test_a_norm_without_weight_or_bias(absent: tuple[int, ...], method: str):
+@pytest.mark.parametrize("absent", [("weight",), ("bias",), ("weight", "bias")], ids=" ".join)
+def test_a_norm_without_weight_or_bias(absent: tuple[str, ...], method: str):
     inputs = Inputs("3x3, odd sizes", True)
-    for index in absent:
-        inputs.norm[index] = None
+    inputs.norm = inputs.norm._replace(**dict.fromkeys(absent))
     for name, run in PARTS.items():
         exact, baseline = run(inputs, reference, torch.float64), run(inputs, reference)
         terms = inputs.dy[:, 0].numel()
@@ -176,25 +171,26 @@ def test_a_norm_without_weight_or_bias(absent: tuple[int, ...], method: str):
 def test_statistics_and_running_ones():
     inputs = Inputs("3x3", True)
     moved, expected = ([torch.zeros(64), torch.ones(64)] for _ in range(2))
-    arguments = (inputs.x, inputs.weight, *inputs.norm)
-    y, mean, invstd = native.conv_stats(*arguments, *moved, 0.2, 1e-5, *inputs.sizes, True)
-    other = reference.conv_stats(*arguments, *expected, 0.2, 1e-5, *inputs.sizes, True)
+    arguments = (inputs.x, inputs.weight, inputs.norm)
+    y, mean, invstd = native.conv_stats(*arguments, (*moved, 0.2, 1e-5), inputs.settings, True)
+    other = reference.conv_stats(*arguments, (*expected, 0.2, 1e-5), inputs.settings, True)
     for ours, right in zip((y, mean, invstd, *moved), (*other, *expected), strict=True):
         torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-5)
 
 
 def test_reasons():
     inputs = Inputs("3x3", True)
-    x, weight, vectors, sizes = inputs.x, inputs.weight, inputs.norm, inputs.sizes
+    x, weight, vectors, sizes = inputs.x, inputs.weight, inputs.norm, inputs.settings
 
     def forward(x: Tensor = x, weight: Tensor = weight, sizes: tuple = sizes, norm: list = vectors) -> list[str]:
         return choose.why_not("native", "conv_stats", x, weight, *norm, None, None, 0.1, 1e-5, *sizes, True)
 
     assert not forward()
-    assert forward(x=x.bfloat16()) == ["x is torch.bfloat16 and conv_weight torch.float32; its training convolutions "
-                                       "take torch.float32"]  # fmt: skip
+    both = {"x": x.bfloat16(), "weight": weight.bfloat16()}
+    assert forward(**both) == ["x is torch.bfloat16; its training convolutions take torch.float32"]
+    assert forward(x=x.bfloat16()) == ["conv_weight is torch.float32; it takes x's dtype, torch.bfloat16"]
     assert forward(x=x.contiguous()) == ["x is not channels_last"]
-    assert forward(weight=weight[:, :32]) == ["conv_weight takes 32 channels; x has 64"]
+    assert forward(weight=weight[:, :32]) == ["conv_weight, (64, 32, 3, 3), takes 32 channels; x has 64"]
     assert forward(weight=weight[:0]) == ["conv_weight is empty"]
     assert forward(sizes=(*sizes[:3], 2)) == ["groups is 2; it takes 1"]
     assert "padding that is less" in forward(sizes=([1, 1], [3, 3], [1, 1], 1))[0]
@@ -345,8 +341,8 @@ def test_a_cpu_beside_a_gpu_trains_with_them_too(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(reasons, "unavailable", lambda name: [])
     inputs = Inputs("3x3", False)
     with use_fusion_level(None), use_backend("auto"):
-        assert plan.training_level(inputs.x, inputs.weight, *inputs.sizes) == 2
-        route = routes.link_route(inputs.x, inputs.weight, ConvSettings.of(*inputs.sizes))
+        assert plan.training_level(inputs.x, inputs.weight, *inputs.settings) == 2
+        route = routes.link_route(inputs.x, inputs.weight, inputs.settings)
         assert isinstance(route.convolution, native.NativeConvolution)
 
 
@@ -356,8 +352,8 @@ def test_weights_that_are_no_plain_tensors_stay_at_level_0():
 
     inputs = Inputs("3x3", False)
     with use_fusion_level(None), use_backend("native"):
-        assert plan.training_level(inputs.x, inputs.weight, *inputs.sizes) == 2
-        assert plan.training_level(inputs.x, inputs.weight.as_subclass(Weight), *inputs.sizes) == 0
+        assert plan.training_level(inputs.x, inputs.weight, *inputs.settings) == 2
+        assert plan.training_level(inputs.x, inputs.weight.as_subclass(Weight), *inputs.settings) == 0
 
 
 def test_level_0_asked_for_is_pytorchs_convolution(monkeypatch: pytest.MonkeyPatch):

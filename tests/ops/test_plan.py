@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fused_resnet.arguments import ConvSettings
 from fused_resnet.ops import (
     requested_fusion_level,
     training_level,
@@ -20,7 +21,6 @@ from fused_resnet.ops import (
     why_not_fused_training,
 )
 from fused_resnet.ops.backends.native.conv import why_no_kernels
-from fused_resnet.ops.conv_settings import ConvSettings
 from fused_resnet.ops.plan import measured_plan, plan_file, plan_key
 from fused_resnet.ops.route import fusion_level as plan
 from fused_resnet.ops.route import request

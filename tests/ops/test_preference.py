@@ -16,6 +16,7 @@ from fused_resnet.ops.backends import cuda
 from fused_resnet.ops.backends.cuda import launch as cuda_launch
 from fused_resnet.ops.plan import measured_plan, plan_file, plan_key
 from fused_resnet.ops.route import choose, preference, reasons, request, routes
+from fused_resnet.ops.route.packing import BY_DISPATCHER
 from fused_resnet.ops.route.routes import pass_route
 from fused_resnet.ops.schemas import SCHEMAS
 from tests.ops.step import NEEDS_NATIVE
@@ -64,7 +65,7 @@ def runs(x: Tensor) -> str | None:
     if route is None:
         return None
     function = route.passes.bn_apply
-    return "dispatcher" if function is torch.ops.fused_resnet.bn_apply else function.__module__.split(".")[-2]
+    return "dispatcher" if function is BY_DISPATCHER["bn_apply"] else function.__module__.split(".")[-2]
 
 
 def test_pass_route(cuda_on_the_cpu):
@@ -79,7 +80,7 @@ def test_pass_route(cuda_on_the_cpu):
         assert runs(nhwc) == "dispatcher"  # which raises
     with DryRun():
         assert runs(nhwc) == "dispatcher"
-        assert pass_route(nhwc).masks.bn_apply_mask is torch.ops.fused_resnet.bn_apply_mask
+        assert pass_route(nhwc).masks.bn_apply_mask is BY_DISPATCHER["bn_apply_mask"]
 
     seen = []
     torch.func.vmap(lambda t: seen.append(runs(nhwc)) or t)(torch.randn(4, *nhwc.shape))

@@ -165,7 +165,7 @@ def _merge(rank: int, group: Any) -> dict[str, Tensor]:
     norm = BatchNorm(None, None, torch.zeros(2), torch.zeros(2), True, 1.0, 0.25, group)
     merged = dict(zip(("mean", "invstd", "share"), statistics_over_ranks(mean, invstd, count, norm), strict=True))
     sums = torch.ones(2), torch.tensor([1.0, 2.0])
-    over_ranks = dict(zip(("dz", "dz_xhat"), sums_over_ranks(*sums, merged["share"], group), strict=True))
+    over_ranks = dict(zip(("dz", "dz_xhat"), sums_over_ranks(sums, merged["share"], group), strict=True))
     assert sums[0].tolist() == [1, 1] and sums[1].tolist() == [1, 2]
     return {**merged, **over_ranks, "running_mean": norm.running_mean, "running_var": norm.running_var}
 

@@ -18,6 +18,7 @@ from fused_resnet.bench.result import OP
 from fused_resnet.bench.suite.task import Prepared, Results, Task
 from fused_resnet.ops import reference, use_backend
 from fused_resnet.ops.route.choose import why_not
+from fused_resnet.ops.route.packing import packed
 from fused_resnet.ops.route.reasons import unavailable
 
 EAGER, COMPILE, SEPARATE = "eager", "torch.compile", "separate"
@@ -86,7 +87,7 @@ class OpTask(Task):
     def exact(self) -> Results:
         """The results for the first set of inputs in float64."""
         op, arguments = self.ops(self.first)[0]
-        return listed(getattr(reference, op)(*doubled(arguments)))
+        return listed(getattr(reference, op)(*packed(op, doubled(arguments))))
 
     def why_results_are_wrong(self, results: Results) -> str | None:
         """By the project's rule: at most twice the error of PyTorch's eager mode in the same dtype."""

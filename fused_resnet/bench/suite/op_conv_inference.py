@@ -131,6 +131,6 @@ def _folded(inputs: ConvInferenceInputs) -> Call:
 
 def _packed(inputs: ConvInferenceInputs) -> Call:
     weight, bias = inputs.folded
-    packed = pack_conv_weight(weight, list(inputs.x.shape), *inputs.settings)
-    arguments = (inputs.x, packed, bias, inputs.residual, *inputs.settings, inputs.relu)
+    packed = pack_conv_weight(weight, list(inputs.x.shape), inputs.settings)
+    arguments = (inputs.x, packed, bias, inputs.residual, inputs.settings, inputs.relu)
     return without_gradients(lambda: [packed_conv_act(*arguments)])

@@ -42,17 +42,14 @@ class ConvTrainingInputs:
         conv = site.conv
         self.settings, self.normed = conv.settings, site.normed
         self.before = Norm(conv.input_shape(batch_size), dtype, device)
-        _, invstd, weight, _ = self.before.norm
-        z = normalize(self.before.x, *self.before.norm)
-        upwards = (2 * NEAR_ZERO / (invstd * weight))[:, None, None]
+        z = normalize(self.before.x, self.before.norm)
+        upwards = (2 * NEAR_ZERO / (self.before.norm.invstd * self.before.weight))[:, None, None]
         self.before.x = torch.where(z.abs() < NEAR_ZERO, self.before.x + upwards, self.before.x).to(dtype)
         self.x = self.before.x = self.before.x.contiguous(memory_format=torch.channels_last)
         self.behind = Norm(conv.output_shape(batch_size), dtype, device)
         self.y, self.dz = self.behind.x, self.behind.grad_out
         self.weight = op_base.random_weight(conv.weight_shape, dtype, device)
-        mean, invstd, norm_weight, _ = self.behind.norm
-        sums = (*self.behind.sums, mean, invstd, norm_weight, self.behind.values)
-        self.coefficients = reference.bn_grad_coefficients(*sums)
+        self.coefficients = reference.bn_grad_coefficients(self.behind.sums, self.behind.norm, self.behind.values)
         kept = self.before.activation_alone, self.before.running, self.behind.running, self.behind.sums_for_eager
         assert all(each is not None for each in kept)  # made here and not in a run: what eager has at hand
 

@@ -7,6 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
+from fused_resnet.arguments import Norm
 from fused_resnet.bench.norm_inputs import EPS
 from fused_resnet.bench.suite.op_conv_training import ConvTrainingInputs
 from fused_resnet.ops import reference
@@ -32,16 +33,11 @@ class LevelStep:
     def __init__(self, inputs: ConvTrainingInputs, takes_gradient: bool, dtype: torch.dtype) -> None:
         self._inputs, self._takes_gradient = inputs, takes_gradient
         self._dz = inputs.dz.to(dtype)
-        vectors = None
-        if inputs.normed:
-            mean, invstd, weight, bias = (self._wide(vector) for vector in inputs.before.norm)
-            vectors = (mean, invstd, weight, bias)
+        before = inputs.before.norm_in(reference.statistics_dtype(self._dz)) if inputs.normed else None
         x = inputs.x.to(dtype)
-        self._before = Raw(x, vectors, (kept_pass_route(x) or DISPATCHED).passes)
+        self._before = Raw(x, before, (kept_pass_route(x) or DISPATCHED).passes)
         norm = BatchNorm(self._wide(inputs.behind.weight), self._wide(inputs.behind.bias), None, None, True, 0.1, EPS)
-        stride, padding, dilation, groups = inputs.settings
-        sizes = ((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]))
-        self._link = ConvNorm(inputs.weight.to(dtype), norm, *sizes, groups)
+        self._link = ConvNorm(inputs.weight.to(dtype), norm, *inputs.settings)
         self._routes: dict[int, LinkRoute] = {}
 
     def run(self, level: int) -> Ran:
@@ -49,22 +45,22 @@ class LevelStep:
         the norm in front."""
         with torch.no_grad():
             done = forward_link(self._before, self._link, self._route(level))
-            upstream = Upstream(self._dz, True, *self._sums)
+            upstream = Upstream(self._dz, True, self._sums)
             arguments = (done, self._before, True, self._takes_gradient, None)
             grad_weight, following = backward_link(upstream, self._sums, *arguments)
-            if following is None or self._before.vectors is None:
+            if following is None or self._before.norm is None:
                 return done, grad_weight, following, None
-            if following.sum_dz is not None and following.sum_dz_xhat is not None:
-                return done, grad_weight, following, (following.sum_dz, following.sum_dz_xhat)
+            if following.sums is not None:
+                return done, grad_weight, following, following.sums
             x, grad = self._before.tensor, following.grad
-            sums = self._before.passes.bn_grad_stats(grad, x, None, *self._before.vectors, not following.masked)
+            sums = self._before.passes.bn_grad_stats(grad, x, None, self._before.norm, not following.masked)
             return done, grad_weight, following, sums[:2]
 
     def results(self, level: int) -> dict[str, Tensor]:
         """The same for every level, but for rounding: by name, what the step computes."""
         done, grad_weight, following, sums = self.run(level)
         assert grad_weight is not None
-        found = {"y": done.y, "mean": done.mean, "invstd": done.invstd, "grad_weight": grad_weight}
+        found = {"y": done.y, "mean": done.norm.mean, "invstd": done.norm.invstd, "grad_weight": grad_weight}
         if following is not None:
             found["grad_input"] = following.grad if following.masked else self._masked(following.grad)
         if sums is not None:
@@ -76,8 +72,8 @@ class LevelStep:
         """Of the gradient that comes from behind, with the output that the convolution has."""
         done = forward_link(self._before, self._link, self._route(0))
         y, dz = done.y.double(), self._dz.double()
-        mean, invstd = done.mean.double(), done.invstd.double()
-        first, second, _ = reference.bn_grad_stats(dz, y, None, mean, invstd, None, None, False)
+        norm = Norm(done.norm.mean.double(), done.norm.invstd.double())
+        first, second, _ = reference.bn_grad_stats(dz, y, None, norm, False)
         return self._wide(first), self._wide(second)
 
     def _route(self, level: int) -> LinkRoute:
@@ -88,9 +84,9 @@ class LevelStep:
         return self._routes[level]
 
     def _masked(self, grad: Tensor) -> Tensor:
-        if self._before.vectors is None:
+        if self._before.norm is None:
             return grad
-        z = normalize(self._inputs.x.double(), *(vector.double() for vector in self._inputs.before.norm))
+        z = normalize(self._inputs.x.double(), self._inputs.before.norm_in(torch.float64))
         return torch.where(z > 0, grad, 0)
 
     def _wide(self, vector: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ from fused_resnet.bench.suite.op_conv_training import ConvTrainingInputs
 from fused_resnet.bench.suite.task import Prepared
 from fused_resnet.bench.tune.level_step import LevelStep
 from fused_resnet.bench.tune.subject import Result, Subject, choosing, empty_image, with_batch, with_tiles
-from fused_resnet.ops.conv_settings import ConvSettings
 from fused_resnet.ops.plan import measured_plan, plan_key
 from fused_resnet.ops.plan.plan_file import Key
 from fused_resnet.ops.route.choose import use_backend
@@ -47,7 +46,7 @@ class LevelSubject(Subject):
     def make_key(self) -> Key:
         shapes = (self.site.conv.input_shape(1), self.site.conv.weight_shape)
         x, weight = (empty_image(shape, self.dtype, self.device) for shape in shapes)
-        return with_batch(plan_key.level_key(x, weight, ConvSettings.of(*self.site.conv.settings)), self.batch_size)
+        return with_batch(plan_key.level_key(x, weight, self.site.conv.settings), self.batch_size)
 
     def heuristic(self) -> str:
         x, weight = self._inputs.x, self._inputs.weight

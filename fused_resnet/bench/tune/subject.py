@@ -19,7 +19,6 @@ from fused_resnet.bench.suite.op_conv_training import ConvTrainingTask
 from fused_resnet.bench.suite.task import Prepared, Results
 from fused_resnet.bench.tune.fastest import Found
 from fused_resnet.ops.backends.native.conv import NativeConv, why_not_native
-from fused_resnet.ops.conv_settings import ConvSettings
 from fused_resnet.ops.plan import measured_plan, plan_key
 from fused_resnet.ops.plan.plan_file import Key
 from fused_resnet.ops.route.choose import choose_automatically, use_backend
@@ -177,7 +176,7 @@ class TrainingTileSubject(TaskSubject):
         conv, task = self.task.site.conv, self.task
         x, weight = (empty_image(shape, task.dtype, task.device) for shape in (conv.input_shape(1), conv.weight_shape))
         return (
-            *with_batch(plan_key.level_key(x, weight, ConvSettings.of(*conv.settings)), task.batch_size),
+            *with_batch(plan_key.level_key(x, weight, conv.settings), task.batch_size),
             task.site.normed,
         )
 
@@ -202,7 +201,7 @@ class MethodSubject(TaskSubject):
 
     def make_key(self) -> Key:
         conv = self.task.site.conv
-        return plan_key.method_key(self._x_shape, self.task.dtype, conv.weight_shape, *conv.settings)
+        return plan_key.method_key(self._x_shape, self.task.dtype, conv.weight_shape, conv.settings)
 
     def heuristic(self) -> str:
         assert self._like is not None
@@ -220,15 +219,13 @@ class MethodSubject(TaskSubject):
         """A convolution of the same shape, of no particular weights; None if it does not run in our own C++."""
         conv = self.task.site.conv
         weight = torch.zeros(conv.weight_shape, dtype=self.task.dtype, device=self.device)
-        stride, padding, dilation, groups = conv.settings
-        if why_not_native(weight[:1], weight, stride, dilation, groups):
+        if why_not_native(weight[:1], weight, conv.settings):
             return None
-        return NativeConv(weight, torch.zeros(conv.weight_shape[0]), stride, padding, dilation, groups, False)
+        return NativeConv(weight, torch.zeros(conv.weight_shape[0]), conv.settings, False)
 
     def _by(self, method: str) -> Callable[[], Prepared]:
         def make(inputs: ConvInferenceInputs) -> Callable[[], Results]:
-            arguments: Any = (*inputs.folded, *inputs.settings, inputs.relu, method)
-            native = NativeConv(*arguments)
+            native = NativeConv(*inputs.folded, inputs.settings, inputs.relu, method)
             return without_gradients(lambda: [native(inputs.x, inputs.residual)])
 
         return lambda: self.task.prepare(method, make)

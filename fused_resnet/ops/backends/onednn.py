@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_resnet.arguments import ConvSettings
+
 
 def why_not_packed(x: Tensor) -> list[str]:
     """The reasons why ``packed_conv_act`` cannot take x; an empty list means that it can."""
@@ -27,15 +29,14 @@ def why_not_packed(x: Tensor) -> list[str]:
     return [f"oneDNN does not compute in {x.dtype} on this processor"]
 
 
-def pack_conv_weight(
-    weight: Tensor, input_size: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int
-) -> Tensor:
+def pack_conv_weight(weight: Tensor, input_size: list[int], settings: ConvSettings) -> Tensor:
     """The weight of a convolution in the layout that oneDNN likes best for inputs of this size; opaque.
 
     Args:
         weight: (K, C / groups, kernel height, kernel width).
         input_size: [N, C, H, W]; inputs of other sizes work too, but may have it packed again at every call.
     """
+    stride, padding, dilation, groups = settings
     return torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups, input_size)
 
 
@@ -44,14 +45,11 @@ def packed_conv_act(
     packed_weight: Tensor,
     bias: Tensor,
     residual: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    settings: ConvSettings,
     relu: bool,
     overwrite: bool = False,
 ) -> Tensor:
-    """``act(F.conv2d(x, weight, bias, stride, padding, dilation, groups) + residual)`` as one oneDNN call
+    """``act(F.conv2d(x, weight, bias, *settings) + residual)`` as one oneDNN call
     (and an add where there are groups).
 
     Args:
@@ -61,27 +59,17 @@ def packed_conv_act(
         residual: the result's shape and dtype; or None.
         overwrite: the result may take the residual's memory, which saves touching new pages.
     """
+    stride, padding, dilation, groups = settings
     act = "relu" if relu else "none"
     if residual is None:
         return torch.ops.mkldnn._convolution_pointwise(
             x, packed_weight, bias, padding, stride, dilation, groups, act, [], ""
         )
     if groups > 1:  # which PyTorch adds in a pass of its own, for float32 only
-        out = packed_conv_act(x, packed_weight, bias, None, stride, padding, dilation, groups, False).add_(residual)
+        out = packed_conv_act(x, packed_weight, bias, None, settings, False).add_(residual)
         return out.relu_() if relu else out
-    settings: tuple[Any, ...] = (
-        packed_weight,
-        bias,
-        padding,
-        stride,
-        dilation,
-        groups,
-        "add",
-        1.0,
-        act if relu else None,
-        [],
-        None,
-    )
+    finish: tuple[Any, ...] = ("add", 1.0, act if relu else None, [], None)
+    arguments = (packed_weight, bias, padding, stride, dilation, groups, *finish)
     if overwrite:
-        return torch.ops.mkldnn._convolution_pointwise_.binary(residual, x, *settings)
-    return torch.ops.mkldnn._convolution_pointwise.binary(x, residual, *settings)
+        return torch.ops.mkldnn._convolution_pointwise_.binary(residual, x, *arguments)
+    return torch.ops.mkldnn._convolution_pointwise.binary(x, residual, *arguments)

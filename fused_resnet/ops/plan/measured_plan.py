@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_resnet.ops.conv_settings import ConvSettings
+from fused_resnet.arguments import ConvSettings
 from fused_resnet.ops.plan import plan_file
 from fused_resnet.ops.plan.plan_file import Decision, Decisions, Key
 from fused_resnet.ops.plan.plan_key import CHOSEN_OPS, key_of, level_key

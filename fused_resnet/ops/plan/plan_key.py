@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_resnet.ops.conv_settings import ConvSettings
+from fused_resnet.arguments import ConvSettings
 from fused_resnet.ops.layout import is_channels_last_once_dense
 from fused_resnet.ops.plan.plan_file import Key
 
@@ -44,8 +44,7 @@ def key_of(op: str, args: tuple[Any, ...]) -> Key:
     key = (x.shape, _DTYPES.get(x.dtype) or str(x.dtype), _layout(x), forms)
     if op != "conv_bn_act":
         return key
-    stride, padding, dilation, groups = args[5:9]
-    return (*key, args[1].shape, tuple(stride), tuple(padding), tuple(dilation), groups, _precision(x))
+    return (*key, args[1].shape, *ConvSettings.of(*args[5:9]), _precision(x))
 
 
 def level_key(x: Tensor, conv_weight: Tensor, settings: ConvSettings) -> Key:
@@ -54,19 +53,10 @@ def level_key(x: Tensor, conv_weight: Tensor, settings: ConvSettings) -> Key:
     return (*image, conv_weight.shape, *settings, _precision(x))
 
 
-def method_key(
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    weight_shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Key:
+def method_key(shape: Sequence[int], dtype: torch.dtype, weight_shape: Sequence[int], settings: ConvSettings) -> Key:
     """The key of ``measured_plan.METHOD``, the way a frozen network convolves an x of this shape and dtype on the CPU.
     weight_shape: (K, C / groups, R, S)."""
-    settings = (tuple(weight_shape), tuple(stride), tuple(padding), tuple(dilation), groups)
-    return (tuple(shape), _DTYPES.get(dtype) or str(dtype), *settings)
+    return (tuple(shape), _DTYPES.get(dtype) or str(dtype), tuple(weight_shape), *settings)
 
 
 def _layout(x: Tensor) -> str:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_resnet.arguments import ConvSettings, Norm, RunningStatistics
 from fused_resnet.ops.layout import conv_memory_format, dense
 from fused_resnet.ops.reference.norm import (
     bn_apply,
@@ -23,10 +24,7 @@ def conv_bn_act(
     scale: Tensor | None,
     shift: Tensor | None,
     residual: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    settings: ConvSettings,
     relu: bool,
 ) -> Tensor:
     """relu(conv2d(x, conv_weight) * scale + shift + residual), the normalisation given as per-channel scale and shift.
@@ -34,7 +32,7 @@ def conv_bn_act(
     Inference. One kernel would read x, the weight and the residual and write the output once; this way also writes
     and reads the convolution's raw output.
     """
-    out = F.conv2d(x, conv_weight, None, stride, padding, dilation, groups)
+    out = F.conv2d(x, conv_weight, None, *settings)
     z = out.to(statistics_dtype(x))
     if scale is not None:
         z = z * per_channel(scale)
@@ -49,24 +47,15 @@ def conv_bn_act(
 def conv_stats(
     x: Tensor,
     conv_weight: Tensor,
-    mean: Tensor | None,
-    invstd: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-    eps: float,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    norm: Norm | None,
+    running: RunningStatistics,
+    settings: ConvSettings,
     statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, mean of y, invstd of y): a convolution in training, with the norm and ReLU in front of it and the statistics
     of the norm behind it.
 
-    y = conv2d(a, conv_weight), where ``a = relu(xhat * weight + bias)`` if ``mean`` is given (x is then the raw output
+    y = conv2d(a, conv_weight), where ``a = relu(xhat * weight + bias)`` if ``norm`` is given (x is then the raw output
     of the convolution before) and x itself if not. The padding is of a: it is 0, whatever norm and ReLU would make of a
     0 in x. The statistics are those of y as it is written, in its own dtype; ``bn_stats`` says what they are and how
     the running ones move. Without ``statistics`` both are empty and nothing moves.
@@ -74,12 +63,12 @@ def conv_stats(
     One kernel reads x and conv_weight and writes y. This way also writes and reads a, and reads y again.
     """
     x = dense(x)
-    a = x if mean is None or invstd is None else bn_apply(x, mean, invstd, weight, bias, None, True)
-    y = F.conv2d(a, conv_weight, None, stride, padding, dilation, groups)
+    a = x if norm is None else bn_apply(x, norm, None, True)
+    y = F.conv2d(a, conv_weight, None, *settings)
     y = y.contiguous(memory_format=conv_memory_format(x, conv_weight))
     if not statistics:
         return y, _no_vector(x), _no_vector(x)
-    return (y, *bn_stats(y, running_mean, running_var, momentum, eps))
+    return (y, *bn_stats(y, running))
 
 
 def conv_grad_input(
@@ -88,21 +77,15 @@ def conv_grad_input(
     coefficients: Tensor | None,
     conv_weight: Tensor,
     x: Tensor,
-    mean: Tensor | None,
-    invstd: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    norm: Norm | None,
     residual: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    settings: ConvSettings,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(gradient, sum of it, sum of it * xhat): backward of ``conv_stats`` towards its input, and with it the first half
     of the backward of the norm and ReLU in front.
 
     ``dy = A * dz + B * (y - mean_y) + C`` with ``bn_grad_coefficients``; without y, ``dy = A * dz``; without
-    coefficients, dy = dz. ``da`` is the gradient of conv2d's input for dy, plus ``residual``. If ``mean`` is given, x
+    coefficients, dy = dz. ``da`` is the gradient of conv2d's input for dy, plus ``residual``. If ``norm`` is given, x
     is the raw output of the convolution before: the gradient is then da where ``xhat * weight + bias`` is not <= 0, and
     the sums are of it as written. Else the gradient is da, x says its shape, dtype and strides only, and the sums are
     empty.
@@ -110,13 +93,12 @@ def conv_grad_input(
     One kernel reads dz, y, conv_weight, [x], [residual] and writes the gradient. This way also writes and reads dy, da.
     """
     dy = _conv_output_grad(dz, y, coefficients)
-    da = _conv_backward(dy, x, conv_weight, stride, padding, dilation, groups, wanted=0)
+    da = _conv_backward(dy, x, conv_weight, settings, wanted=0)
     da = da.to(statistics_dtype(x)) if residual is None else da.to(statistics_dtype(x)) + residual
-    if mean is None or invstd is None:
+    if norm is None:
         return torch.empty_like(dense(x)).copy_(da), _no_vector(x), _no_vector(x)
-    masked = grad_before_relu(da, x, None, mean, invstd, weight, bias, True)
-    grad = torch.empty_like(dense(x)).copy_(masked)
-    return (grad, *bn_grad_stats(grad, x, None, mean, invstd, weight, bias, False)[:2])
+    grad = torch.empty_like(dense(x)).copy_(grad_before_relu(da, x, None, norm, True))
+    return (grad, *bn_grad_stats(grad, x, None, norm, False)[:2])
 
 
 def conv_grad_weight(
@@ -124,15 +106,9 @@ def conv_grad_weight(
     y: Tensor | None,
     coefficients: Tensor | None,
     x: Tensor,
-    mean: Tensor | None,
-    invstd: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    norm: Norm | None,
     conv_weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    settings: ConvSettings,
 ) -> Tensor:
     """The gradient of ``conv_stats``' conv_weight (of which only the shape is read), in float32 (float64 for float64).
 
@@ -140,10 +116,10 @@ def conv_grad_weight(
     reads dz, y and x. This way also writes and reads dy and the activation.
     """
     dy = _conv_output_grad(dz, y, coefficients)
-    a = x if mean is None or invstd is None else bn_apply(x, mean, invstd, weight, bias, None, True)
+    a = x if norm is None else bn_apply(x, norm, None, True)
     wide = statistics_dtype(x)
     like = torch.empty_like(conv_weight, dtype=wide, memory_format=torch.channels_last)
-    return _conv_backward(dy.to(wide), a.to(wide), like, stride, padding, dilation, groups, wanted=1)
+    return _conv_backward(dy.to(wide), a.to(wide), like, settings, wanted=1)
 
 
 def _conv_output_grad(dz: Tensor, y: Tensor | None, coefficients: Tensor | None) -> Tensor:
@@ -157,20 +133,12 @@ def _conv_output_grad(dz: Tensor, y: Tensor | None, coefficients: Tensor | None)
     return torch.empty_like(dense(dz)).copy_(dy)
 
 
-def _conv_backward(
-    dy: Tensor,
-    x: Tensor,
-    conv_weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    wanted: int,
-) -> Tensor:
+def _conv_backward(dy: Tensor, x: Tensor, conv_weight: Tensor, settings: ConvSettings, wanted: int) -> Tensor:
     """conv2d's gradient of its input (wanted = 0) or of its weight (wanted = 1)."""
+    stride, padding, dilation, groups = settings
     mask = [wanted == 0, wanted == 1, False]
-    settings = (None, stride, padding, dilation, False, [0, 0], groups, mask)
-    return torch.ops.aten.convolution_backward(dy, x, conv_weight, *settings)[wanted]
+    arguments = (None, stride, padding, dilation, False, [0, 0], groups, mask)
+    return torch.ops.aten.convolution_backward(dy, x, conv_weight, *arguments)[wanted]
 
 
 def _no_vector(x: Tensor) -> Tensor:

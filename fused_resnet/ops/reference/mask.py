@@ -11,47 +11,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_resnet.arguments import Norm, RunningStatistics, Sums
 from fused_resnet.ops.layout import dense
 from fused_resnet.ops.reference.norm import bn_apply, bn_grad_apply, bn_grad_stats, bn_stats, normalize
 
 
-def bn_apply_mask(
-    x: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def bn_apply_mask(x: Tensor, norm: Norm, residual: Tensor | None) -> tuple[Tensor, Tensor]:
     """(out, mask): ``bn_apply`` with ReLU. Reads 1T (2T with a residual), writes 1T and a bit an element."""
-    z = normalize(x, mean, invstd, weight, bias)
+    z = normalize(x, norm)
     z = z if residual is None else z + residual
     return _relu(dense(x), z), pack_mask(z)
 
 
-def bn_apply_dual_mask(
-    x: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    x2: Tensor,
-    mean2: Tensor,
-    invstd2: Tensor,
-    weight2: Tensor | None,
-    bias2: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def bn_apply_dual_mask(x: Tensor, norm: Norm, x2: Tensor, norm2: Norm) -> tuple[Tensor, Tensor]:
     """(out, mask): ``bn_apply_dual`` with ReLU. Reads 2T, writes 1T and a bit an element."""
-    z = normalize(x, mean, invstd, weight, bias) + normalize(x2, mean2, invstd2, weight2, bias2)
+    z = normalize(x, norm) + normalize(x2, norm2)
     return _relu(dense(x), z), pack_mask(z)
 
 
 def bn_stats_apply(
     x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-    eps: float,
+    running: RunningStatistics,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
@@ -61,39 +41,30 @@ def bn_stats_apply(
     """(out, mask, mean, invstd): ``bn_stats`` and then ``bn_apply``, in one launch where x fits in the shared memory of
     the device. The mask is empty without ``with_mask``, which takes relu. Reads 1T (2T with a residual), writes 1T and,
     with a mask, a bit an element."""
-    mean, invstd = bn_stats(x, running_mean, running_var, momentum, eps)
+    mean, invstd = bn_stats(x, running)
+    norm = Norm(mean, invstd, weight, bias)
     if with_mask:
-        return (*bn_apply_mask(x, mean, invstd, weight, bias, residual), mean, invstd)
-    out = bn_apply(x, mean, invstd, weight, bias, residual, relu)
-    return out, x.new_empty(0, dtype=torch.uint8), mean, invstd
+        return (*bn_apply_mask(x, norm, residual), mean, invstd)
+    return bn_apply(x, norm, residual, relu), x.new_empty(0, dtype=torch.uint8), mean, invstd
 
 
 def bn_grad_stats_mask(
-    grad_out: Tensor, x: Tensor, mask: Tensor, mean: Tensor, invstd: Tensor, with_dz: bool
+    grad_out: Tensor, x: Tensor, mask: Tensor, norm: Norm, with_dz: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(sum of dz, sum of dz * xhat, dz), dz being grad_out where the mask lets it pass; it is written ``with_dz``, else
     empty. Reads 2T and a bit an element, and writes 1T with dz."""
     dz = _passed(grad_out, mask, x)
-    sums = bn_grad_stats(dz, x, None, mean, invstd, None, None, False)[:2]
+    sums = bn_grad_stats(dz, x, None, norm, False)[:2]
     return (*sums, dz if with_dz else x.new_empty(0))
 
 
 def bn_grad_apply_mask(
-    grad_out: Tensor,
-    x: Tensor,
-    mask: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    sum_dz: Tensor | None,
-    sum_dz_xhat: Tensor | None,
-    with_dz: bool,
+    grad_out: Tensor, x: Tensor, mask: Tensor, norm: Norm, sums: Sums | None, with_dz: bool
 ) -> tuple[Tensor, Tensor]:
     """(grad_x, dz): ``bn_grad_apply`` of dz, grad_out where the mask lets it pass; dz, the gradient of the residual, is
     written ``with_dz``, else empty. Reads 2T and a bit an element, writes 1T (2T with dz)."""
     dz = _passed(grad_out, mask, x)
-    grad_x = bn_grad_apply(dz, x, mean, invstd, weight, None, sum_dz, sum_dz_xhat, False)
-    return grad_x, dz if with_dz else x.new_empty(0)
+    return bn_grad_apply(dz, x, norm, sums, False), dz if with_dz else x.new_empty(0)
 
 
 def mask_shape(shape: tuple[int, ...]) -> tuple[int, int]:

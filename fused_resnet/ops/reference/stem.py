@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_resnet.arguments import ConvSettings, PoolSettings
 from fused_resnet.ops.reference.conv import conv_bn_act
+
+CONVOLUTION = ConvSettings((2, 2), (3, 3))
+POOLING = PoolSettings((3, 3), (2, 2), (1, 1))
 
 
 def stem(
@@ -26,8 +32,15 @@ def stem(
     if pixel_scale is not None and pixel_shift is not None:
         scales, shifts = (torch.tensor(vector, device=x.device)[:, None, None] for vector in (pixel_scale, pixel_shift))
         x = (x.float() * scales + shifts).to(conv_weight.dtype)
-    out = conv_bn_act(x, conv_weight, scale, shift, None, [2, 2], [3, 3], [1, 1], 1, True)
-    return F.max_pool2d(out, 3, stride=2, padding=1).contiguous(memory_format=torch.channels_last)
+    out = conv_bn_act(x, conv_weight, scale, shift, None, CONVOLUTION, True)
+    return F.max_pool2d(out, *POOLING).contiguous(memory_format=torch.channels_last)
+
+
+def stem_output_shape(x_shape: Sequence[int], weight_shape: Sequence[int]) -> tuple[int, int, int, int]:
+    """Of ``stem``'s result."""
+    images, filters = x_shape[0], weight_shape[0]
+    between = (images, filters, *CONVOLUTION.output_size(x_shape, weight_shape))
+    return (images, filters, *POOLING.output_size(between))
 
 
 def avgpool(x: Tensor) -> Tensor:

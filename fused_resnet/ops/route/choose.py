@@ -29,8 +29,9 @@ from torch import Tensor
 
 from fused_resnet.ops.route import request, routes
 from fused_resnet.ops.route.listeners import is_listened_to
+from fused_resnet.ops.route.packing import BY_DISPATCHER, argument_names, flat, packed
 from fused_resnet.ops.route.preference import ranking
-from fused_resnet.ops.route.reasons import argument_names, module, reasons_against, unavailable
+from fused_resnet.ops.route.reasons import module, reasons_against, unavailable
 from fused_resnet.ops.route.request import AUTO, BackendError, asking, checked_backend
 from fused_resnet.ops.schemas import SCHEMAS, library
 
@@ -94,14 +95,14 @@ def choose_automatically(op: str, args: tuple[Any, ...]) -> ModuleType:
 
 
 def function_for(op: str, args: tuple[Any, ...]) -> Callable[..., Any]:
-    """The function that runs ``op`` on arguments like these, kept as a route is; the dispatcher's where somebody
-    listens there."""
+    """The function that runs ``op`` on arguments like these (the function's own), kept as a route is; the dispatcher's
+    where somebody listens there."""
     if torch.compiler.is_compiling() or is_listened_to():
-        return getattr(torch.ops.fused_resnet, op)
+        return BY_DISPATCHER[op]
     key = (op, request.current, *map(_like, args))
     function = routes.kept.get(key)
     if function is None:
-        function = routes.keep(key, getattr(choose(op, args), op))
+        function = routes.keep(key, getattr(choose(op, tuple(flat(op, args))), op))
     return function
 
 
@@ -127,7 +128,7 @@ def _refusal(backend: str, op: str, reasons: list[str]) -> str:
 
 def _register(op: str) -> None:
     def body(*args: Any) -> Any:
-        return getattr(choose(op, args), op)(*args)
+        return getattr(choose(op, args), op)(*packed(op, args))
 
     library.impl(op, body, "CompositeExplicitAutograd")
 

@@ -22,13 +22,15 @@ FUSED_RESNET_LEVEL in the environment, asks for another.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_resnet.ops.conv_settings import ConvSettings
+from fused_resnet.arguments import NO_RUNNING_STATISTICS, ConvSettings, PoolSettings
 from fused_resnet.ops.plan import measured_plan
 from fused_resnet.ops.route import request
+from fused_resnet.ops.route.packing import flat
 from fused_resnet.ops.route.reasons import reasons_against, why_not_device
 from fused_resnet.ops.route.request import AUTO, HIGHEST_LEVEL
 
@@ -37,12 +39,7 @@ NATIVE_LEVEL = 2
 
 
 def training_level(
-    x: Tensor,
-    conv_weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    x: Tensor, conv_weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
 ) -> int:
     """The level at which this convolution trains: 0 where ``why_not_fused_training`` has a reason; the one asked for,
     else the one that was fastest here, else the highest.
@@ -56,12 +53,7 @@ def training_level(
 
 
 def why_not_fused_training(
-    x: Tensor,
-    conv_weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    x: Tensor, conv_weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
 ) -> list[str]:
     """The reasons why this convolution trains at level 0; an empty list means that it does not. Arguments as above."""
     return why_not_fused(x, conv_weight, ConvSettings.of(stride, padding, dilation, groups))
@@ -107,7 +99,7 @@ def why_not_fused(x: Tensor, conv_weight: Tensor, settings: ConvSettings) -> lis
         return []
     if backend == "native" and level == HIGHEST_LEVEL:
         return [f"backend {backend!r} was asked for, which has levels 1 and 2, and level {level}"]
-    forward = (x, conv_weight, None, None, None, None, None, None, 0.0, 0.0, *settings.lists, True)
+    forward = arguments_of_conv_stats(x, conv_weight, settings)
     if is_native(x):
         return list(reasons_against("native", "conv_stats", forward))
     reasons = list(reasons_against("triton", "conv_stats", forward))
@@ -116,7 +108,7 @@ def why_not_fused(x: Tensor, conv_weight: Tensor, settings: ConvSettings) -> lis
     return reasons
 
 
-def why_not_fused_pool(y: Tensor, kernel_size: list[int], stride: list[int], padding: list[int]) -> list[str]:
+def why_not_fused_pool(y: Tensor, settings: PoolSettings) -> list[str]:
     """The reasons why the norm and ReLU of y are not one pass with the max pooling behind them; [] if they are.
 
     That is so at levels 2 and 3, where nothing that only the next operation reads is written. Of y, the output of a
@@ -133,8 +125,12 @@ def why_not_fused_pool(y: Tensor, kernel_size: list[int], stride: list[int], pad
     if backend == "reference" or (backend == AUTO and request.current.level is not None and not y.is_cuda):
         return []
     vector = torch.empty(y.shape[1], device=y.device)
-    arguments = (y, vector, vector, None, None, kernel_size, stride, padding)
-    return list(reasons_against("triton", "bn_apply_pool", arguments))
+    return list(reasons_against("triton", "bn_apply_pool", (y, vector, vector, None, None, *settings)))
+
+
+def arguments_of_conv_stats(x: Tensor, conv_weight: Tensor, settings: ConvSettings) -> tuple[Any, ...]:
+    """Those of the op's schema, with no norm before and no running statistics."""
+    return tuple(flat("conv_stats", (x, conv_weight, None, NO_RUNNING_STATISTICS, settings, True)))
 
 
 def needs_full_float32(x: Tensor) -> bool:

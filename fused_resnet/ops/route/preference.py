@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_resnet.ops.layout import conv_output_size
+from fused_resnet.arguments import ConvSettings
 from fused_resnet.ops.plan import measured_plan
 
 CUDA_FIRST = ("cuda", "triton", "native", "separate", "reference")
@@ -40,19 +40,14 @@ def written_ranking(op: str, args: tuple[Any, ...]) -> tuple[str, ...]:
     """The order where nothing was measured."""
     if op != "conv_bn_act" or not args[0].is_cuda:
         return CUDA_FIRST
-    x, conv_weight, (stride, padding, dilation) = args[0], args[1], args[5:8]
-    return TRITON_FIRST if _fills_with_wgmma(x, conv_weight, stride, padding, dilation) else CUDA_FIRST
+    return TRITON_FIRST if _fills_with_wgmma(args[0], args[1], ConvSettings.of(*args[5:9])) else CUDA_FIRST
 
 
-def _fills_with_wgmma(
-    x: Tensor, conv_weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
-) -> bool:
+def _fills_with_wgmma(x: Tensor, conv_weight: Tensor, settings: ConvSettings) -> bool:
     capability, multiprocessors = _chip(x.device)
     if capability < WGMMA_CAPABILITY:
         return False
-    height, width = (
-        conv_output_size(x.shape[i + 2], conv_weight.shape[i + 2], stride[i], padding[i], dilation[i]) for i in (0, 1)
-    )
+    height, width = settings.output_size(x.shape, conv_weight.shape)
     return x.shape[0] * height * width * conv_weight.shape[0] >= TILE * multiprocessors
 
 

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_resnet.ops.layout import conv_output_size, is_channels_last_once_dense
+from fused_resnet.arguments import ConvSettings, Norm, PoolSettings
+from fused_resnet.ops.layout import conv_memory_format, is_channels_last_once_dense
 from fused_resnet.ops.reference import mask_shape
+from fused_resnet.ops.route.packing import argument_names
 
 MODULES = {
     "cuda": "fused_resnet.ops.backends.cuda",
@@ -47,11 +49,6 @@ def module(name: str) -> ModuleType:
     return importlib.import_module(MODULES[name])
 
 
-@functools.cache
-def argument_names(op: str) -> tuple[str, ...]:
-    return tuple(argument.name for argument in getattr(torch.ops.fused_resnet, op).default._schema.arguments)
-
-
 def _triton_unavailable() -> list[str]:
     try:
         kernels = importlib.import_module(MODULES["triton"])
@@ -81,7 +78,7 @@ def _first_triton_kernel_fails(device: torch.device) -> tuple[str, ...]:
     """Triton builds its launcher with a C compiler, which a machine with a GPU need not have."""
     try:
         x, vector = torch.zeros(1, 8, 1, 1, device=device), torch.zeros(8, device=device)
-        module("triton").bn_apply(x, vector, vector, None, None, None, True)
+        module("triton").bn_apply(x, Norm(vector, vector), None, True)
     except Exception as error:  # whatever it is, it is the reason
         return (f"a first kernel could not be compiled and launched on {device} ({error})",)
     return ()
@@ -108,7 +105,7 @@ _PLACE_OF_X = {
 }
 _VECTORS = ("mean", "invstd", "weight", "bias", "running_mean", "running_var", "sum_dz", "sum_dz_xhat")
 _WITH_MASK = ("bn_grad_stats_mask", "bn_grad_apply_mask")
-_TRAINING_CONVOLUTIONS = ("conv_stats", "conv_grad_input", "conv_grad_weight")
+_TRAINING = ("conv_stats", "conv_grad_input", "conv_grad_weight")
 
 
 def _why_not_cuda(op: str, args: tuple[Any, ...]) -> list[str]:
@@ -126,7 +123,7 @@ def _why_not_cuda(op: str, args: tuple[Any, ...]) -> list[str]:
     if not is_channels_last_once_dense(x):
         reasons.append("x is not channels_last")
     if op == "conv_bn_act":
-        return reasons + backend.why_not_conv(*args)
+        return reasons + _conv_mismatches(op, args, backend.why_not_conv)
     if op == "bn_stats_apply" and not reasons and not backend.fits_on_chip(x):
         reasons.append(f"x, {tuple(x.shape)} {x.dtype}, does not fit in the shared memory of {x.device}")
     return reasons + _mismatches(x, args, _which_are_vectors(op), args[2] if op in _WITH_MASK else None)
@@ -146,10 +143,8 @@ def _why_not_triton(op: str, args: tuple[Any, ...]) -> list[str]:
         return reasons + _mismatches(x, args, _which_are_vectors(op))
     if not is_channels_last_once_dense(x):
         reasons.append("x is not channels_last")
-    if op == "conv_bn_act":
-        return reasons + module("triton").why_not_conv(*args)
-    if op in _TRAINING_CONVOLUTIONS:
-        return reasons + _train_conv_mismatches("triton", op, args)
+    if op == "conv_bn_act" or op in _TRAINING:
+        return reasons + _conv_mismatches(op, args, module("triton").why_not_conv)
     if "pool" in op:
         return reasons + _pool_mismatches(op, args)
     return reasons + _mismatches(x, args, _which_are_vectors(op))
@@ -170,8 +165,8 @@ def _why_not_native(op: str, args: tuple[Any, ...]) -> list[str]:
         reasons.append(f"x is {x.dtype}; it takes float32, float16 and bfloat16")
     if x.numel() == 0:
         reasons.append("x is empty")
-    if op in _TRAINING_CONVOLUTIONS:
-        return reasons or _train_conv_mismatches("native", op, args) + _beyond_level_2(op, args)
+    if op in _TRAINING:
+        return reasons or _conv_mismatches(op, args, module("native").why_not_conv) + _beyond_level_2(op, args)
     return reasons + _mismatches(x, args, _which_are_vectors(op))
 
 
@@ -214,11 +209,14 @@ def _mismatches(x: Tensor, args: tuple[Any, ...], vectors: tuple[bool, ...], mas
 def _pool_mismatches(op: str, args: tuple[Any, ...]) -> list[str]:
     """Of a pass with pooling: what ``_mismatches`` says of the vectors, the window, and the sizes of its outputs."""
     place = _PLACE_OF_X.get(op, 0)
-    x, (kernel_size, stride, padding) = args[place], args[-3:]
+    x, settings = args[place], PoolSettings.of(*args[-3:])
+    kernel_size, _, padding = settings
     reasons = _mismatches(x, args[place:-3], _which_are_vectors(op)[place:-3])
     if any(2 * padding[i] > kernel_size[i] for i in (0, 1)) or kernel_size[0] * kernel_size[1] > 256:
-        reasons.append(f"the window is {kernel_size}, padded by {padding}; it takes 256 pixels, half of a side padded")
-    size = tuple(conv_output_size(x.shape[i + 2], kernel_size[i], stride[i], padding[i], 1) for i in (0, 1))
+        reasons.append(
+            f"the window is {[*kernel_size]}, padded by {[*padding]}; it takes 256 pixels, half of a side padded"
+        )
+    size = settings.output_size(x.shape)
     if min(size) < 1:
         reasons.append(f"the output would be {size[0]} x {size[1]}; it takes at least one pixel")
     pooled = (*x.shape[:2], *size)
@@ -228,25 +226,43 @@ def _pool_mismatches(op: str, args: tuple[Any, ...]) -> list[str]:
     return reasons
 
 
-def _train_conv_mismatches(backend: str, op: str, args: tuple[Any, ...]) -> list[str]:
-    """What the training convolutions of a backend cannot take, beyond what holds for every op on x."""
+def _conv_mismatches(op: str, args: tuple[Any, ...], why_not_conv: Callable[..., list[str]]) -> list[str]:
+    """What a backend's convolutions cannot take, beyond what holds for every op on x. ``why_not_conv``: what this
+    backend alone cannot, of x, weight and settings that fit together."""
     named = dict(zip(argument_names(op), args, strict=True))
     x, conv_weight = named["x"], named["conv_weight"]
-    settings = [named[name] for name in ("stride", "padding", "dilation", "groups")]
-    if reasons := module(backend).why_not_train_conv(x, conv_weight, *settings):
-        return reasons
-    filters, channels = conv_weight.shape[0], (x.shape[1],)
-    size = (conv_output_size(x.shape[i + 2], conv_weight.shape[i + 2], *(s[i] for s in settings[:3])) for i in (0, 1))
+    settings = ConvSettings.of(*(named[name] for name in ConvSettings._fields))
+    if x.dim() != 4 or conv_weight.dim() != 4:
+        return [f"x is {tuple(x.shape)} and conv_weight {tuple(conv_weight.shape)}; it takes 4 dimensions each"]
+    filters, size, training = conv_weight.shape[0], settings.output_size(x.shape, conv_weight.shape), op in _TRAINING
+    reasons = []
+    if settings.groups != 1:
+        reasons.append(f"groups is {settings.groups}; it takes 1")
+    elif conv_weight.shape[1] != x.shape[1]:
+        found = f"{tuple(conv_weight.shape)}, takes {conv_weight.shape[1]} channels"
+        reasons.append(f"conv_weight, {found}; x has {x.shape[1]}")
+    if conv_weight.numel() == 0:
+        reasons.append("conv_weight is empty")
+    if conv_weight.dtype != x.dtype:
+        reasons.append(f"conv_weight is {conv_weight.dtype}; it takes x's dtype, {x.dtype}")
+    if conv_weight.device != x.device:
+        reasons.append(f"conv_weight is on {conv_weight.device}; it takes x's device, {x.device}")
+    if min(size) < 1:
+        reasons.append(f"the output would be {size[0]} x {size[1]}; it takes at least one pixel")
+    reasons = reasons or list(why_not_conv(x, conv_weight, settings))
     output = (x.shape[0], filters, *size)
-    expected = {"dz": output, "y": output, "coefficients": (4, filters), "residual": tuple(x.shape)}
-    expected |= dict.fromkeys(("running_mean", "running_var"), (filters,))
-    expected |= dict.fromkeys(("mean", "invstd", "weight", "bias"), channels)
+    expected = {"dz": output, "y": output, "coefficients": (4, filters)}
+    expected |= {"residual": tuple(x.shape) if training else output}
+    expected |= dict.fromkeys(("running_mean", "running_var", "scale", "shift"), (filters,))
+    expected |= dict.fromkeys(("mean", "invstd", "weight", "bias"), (x.shape[1],))
     for name, shape in expected.items():
         tensor = named.get(name)
         if tensor is not None and (tuple(tensor.shape) != shape or tensor.device != x.device):
             reasons.append(f"{name} is {tuple(tensor.shape)} on {tensor.device}; it takes {shape} on {x.device}")
-        if name in ("dz", "y", "residual") and tensor is not None and tensor.dtype != x.dtype:
+        if training and name in ("dz", "y", "residual") and tensor is not None and tensor.dtype != x.dtype:
             reasons.append(f"{name} is {tensor.dtype}; it takes x's dtype, {x.dtype}")
+    if not training and size != (1, 1) and filters > 1 and conv_memory_format(x, conv_weight) != torch.channels_last:
+        reasons.append("conv2d's output would not be channels_last, as neither x nor conv_weight clearly lies so")
     return reasons
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fused_resnet.ops.conv_settings import ConvSettings
+from fused_resnet.arguments import ConvSettings
 from fused_resnet.ops.layout import conv_memory_format, is_channels_last_once_dense
 from fused_resnet.ops.plan import measured_plan
 from fused_resnet.ops.route import fusion_level, request
@@ -79,8 +79,6 @@ class LinkRoute:
     level: int
     """How far it is fused with the norms around it, 0 to 3 (``ops/route/fusion_level.py``)."""
     settings: ConvSettings
-    sizes: tuple[list[int], list[int], list[int], int]
-    """The settings as the ops take them."""
     over_output: PassRoute
     convolution: Convolution | None = None
     """Of a level 1 or 2 that leaves statistics and gradients of norms to passes of their own."""
@@ -175,14 +173,14 @@ def link_route(x: Tensor, conv_weight: Tensor, settings: ConvSettings) -> LinkRo
     over_output = kept_pass_route(output_like(x, conv_weight, settings)) or DISPATCHED
     reasons = fusion_level.why_not_fused(x, conv_weight, settings)
     level = 0 if reasons else fusion_level.level_of_fused(x, conv_weight, settings)
-    forward = (x, conv_weight, None, None, None, None, None, None, 0.0, 0.0, *settings.lists, True)
+    forward = fusion_level.arguments_of_conv_stats(x, conv_weight, settings)
     natively = 0 < level <= fusion_level.NATIVE_LEVEL and fusion_level.is_native(x)
     convolution = fused = None
     if natively and not reasons_against("native", "conv_stats", forward):
         convolution = module("native").NativeConvolution(x.shape, conv_weight.shape, settings)
     elif level > 0:
         fused = _fused_convolutions(forward)
-    return LinkRoute(level, settings, settings.lists, over_output, convolution, fused, tuple(reasons))
+    return LinkRoute(level, settings, over_output, convolution, fused, tuple(reasons))
 
 
 def output_like(x: Tensor, conv_weight: Tensor, settings: ConvSettings) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_resnet.arguments import Norm
 from fused_resnet.ops.backends.cuda import launch as cuda_launch
 from fused_resnet.ops.backends.cuda.conv import avgpool, conv_bn_act, stem, why_not_conv, why_not_stem
 from fused_resnet.ops.backends.cuda.launch import dtype_of, kernels
@@ -85,7 +86,7 @@ def _why_not_cuda_device(device: torch.device) -> tuple[str, ...]:
         if (capability := torch.cuda.get_device_capability(device)) < _OLDEST_CAPABILITY:
             return (f"{device} has compute capability {capability[0]}.{capability[1]}; the kernels need 8.0",)
         x, vector = torch.zeros(1, 8, 1, 1, device=device), torch.zeros(8, device=device)
-        bn_apply(x, vector, vector, None, None, None, True)
+        bn_apply(x, Norm(vector, vector), None, True)
     except RuntimeError as error:
         return (f"a first kernel could not be launched on {device} ({error})",)
     return ()

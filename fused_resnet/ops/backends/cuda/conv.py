@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fused_resnet.arguments import ConvSettings
 from fused_resnet.ops.backends.cuda import launch as cuda_launch
 from fused_resnet.ops.backends.cuda.launch import (
     address,
@@ -22,50 +24,22 @@ from fused_resnet.ops.backends.cuda.launch import (
     place_of,
     vector_of,
 )
-from fused_resnet.ops.layout import conv_memory_format, conv_output_size
+from fused_resnet.ops.reference.stem import stem_output_shape
 
 _CONV_DTYPES = (torch.float16, torch.bfloat16)
 
 
-def why_not_conv(
-    x: Tensor,
-    conv_weight: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    relu: bool,
-) -> list[str]:
-    """What ``conv_bn_act`` cannot take, beyond what holds for every op."""
+def why_not_conv(x: Tensor, conv_weight: Tensor, settings: ConvSettings) -> list[str]:
+    """What ``conv_bn_act`` cannot take of x, weight and settings that fit together."""
     reasons = []
     if x.dtype not in _CONV_DTYPES:
         reasons.append(f"x is {x.dtype}; its convolution takes float16 and bfloat16")
-    if conv_weight.dtype != x.dtype or conv_weight.device != x.device:
-        reasons.append(f"conv_weight is {conv_weight.dtype} on {conv_weight.device} beside x, {x.dtype} on {x.device}")
-    if groups != 1:
-        reasons.append(f"groups is {groups}; it takes 1")
-    if x.dim() != 4 or conv_weight.dim() != 4 or x.shape[1] != conv_weight.shape[1] * groups:
-        return [*reasons, f"conv_weight is {tuple(conv_weight.shape)} beside x, {tuple(x.shape)}"]
     filters = conv_weight.shape[0]
-    if x.shape[1] % 8 or filters % 8 or filters == 0:
+    if x.shape[1] % 8 or filters % 8:
         reasons.append(f"there are {x.shape[1]} channels and {filters} filters; it takes multiples of 8")
-    size = [
-        conv_output_size(x.shape[i + 2], conv_weight.shape[i + 2], stride[i], padding[i], dilation[i]) for i in (0, 1)
-    ]
-    if min(*size, *conv_weight.shape[2:]) < 1:
-        reasons.append(f"the output would be {size[0]} x {size[1]}; it takes at least one pixel")
-    if x.shape[0] * size[0] * size[1] >= 2**31:
-        reasons.append(f"the output would have {x.shape[0] * size[0] * size[1]} pixels; it takes less than 2^31")
-    expected = {"scale": (filters,), "shift": (filters,), "residual": (x.shape[0], filters, *size)}
-    for name, tensor in (("scale", scale), ("shift", shift), ("residual", residual)):
-        if tensor is not None and (tuple(tensor.shape) != expected[name] or tensor.device != x.device):
-            found = f"{tuple(tensor.shape)} on {tensor.device}"
-            reasons.append(f"{name} is {found}; it takes {expected[name]} on {x.device}")
-    if conv_memory_format(x, conv_weight) != torch.channels_last and size != [1, 1]:
-        reasons.append("conv2d's output would not be channels_last, as neither x nor conv_weight clearly lies so")
+    pixels = x.shape[0] * math.prod(settings.output_size(x.shape, conv_weight.shape))
+    if pixels >= 2**31:
+        reasons.append(f"the output would have {pixels} pixels; it takes less than 2^31")
     return reasons
 
 
@@ -107,21 +81,15 @@ def conv_bn_act(
     scale: Tensor | None,
     shift: Tensor | None,
     residual: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    settings: ConvSettings,
     relu: bool,
 ) -> Tensor:
     x, conv_weight = aligned(channels_last(x)), aligned(channels_last(conv_weight))
     scale, shift = aligned(vector_of(scale)), aligned(vector_of(shift))
     place = place_of(x)
-    filters, _, *kernel_size = conv_weight.shape
-    shape, choice, workspace_bytes = _conv_choice(
-        x.shape, filters, *map(tuple, (kernel_size, stride, padding, dilation)), x.device.index or 0, kernels()
-    )
+    shape, choice, workspace_bytes = _conv_choice(x.shape, conv_weight.shape, settings, x.device.index or 0, kernels())
     out = torch.empty(
-        (x.shape[0], filters, shape.out_height, shape.out_width),
+        (x.shape[0], conv_weight.shape[0], shape.out_height, shape.out_width),
         dtype=x.dtype,
         device=x.device,
         memory_format=torch.channels_last,
@@ -135,18 +103,12 @@ def conv_bn_act(
 
 @functools.lru_cache(maxsize=4096)
 def _conv_choice(
-    x_shape: torch.Size,
-    filters: int,
-    kernel_size: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    device: int,
-    _kernels: Any,
+    x_shape: torch.Size, weight_shape: torch.Size, settings: ConvSettings, device: int, _kernels: Any
 ) -> tuple[Any, Any, int]:
     """(shape, choice of tile and splits, bytes of workspace)."""
     place = kernels().Place(*x_shape, cuda_launch.extension.DType.float16, device, 0)
-    shape = kernels().ConvShape(place, filters, kernel_size, stride, padding, dilation)
+    filters, _, *kernel_size = weight_shape
+    shape = kernels().ConvShape(place, filters, kernel_size, *settings[:3])
     choice = kernels().choose_conv(shape, device)
     return shape, choice, kernels().conv_workspace_bytes(shape, choice)
 
@@ -163,15 +125,9 @@ def stem(
     pixels = None
     if pixel_scale is not None and pixel_shift is not None:
         pixels = kernels().PixelScale(pixel_scale, pixel_shift)
-    images, channels, height, width = x.shape
-    filters = conv_weight.shape[0]
-    size = [conv_output_size(conv_output_size(side, 7, 2, 3, 1), 3, 2, 1, 1) for side in (height, width)]
-    out = torch.empty(
-        (images, filters, *size), dtype=conv_weight.dtype, device=x.device, memory_format=torch.channels_last
-    )
-    index = x.device.index
-    dtype, stream = dtype_of(out.dtype), current_stream(index)
-    place = kernels().Place(images, channels, height, width, dtype, index or 0, stream)
+    shape, filters, index = stem_output_shape(x.shape, conv_weight.shape), conv_weight.shape[0], x.device.index
+    out = torch.empty(shape, dtype=conv_weight.dtype, device=x.device, memory_format=torch.channels_last)
+    place = kernels().Place(*x.shape, dtype_of(out.dtype), index or 0, current_stream(index))
     vectors = (conv_weight.data_ptr(), address(scale), address(shift))
     launch(index, kernels().stem, place, x.stride(), filters, x.data_ptr(), pixels, *vectors, out.data_ptr())
     return out

@@ -14,7 +14,7 @@ from fused_resnet.ops.backends.native.conv_training import (
     conv_grad_input,
     conv_grad_weight,
     conv_stats,
-    why_not_train_conv,
+    why_not_conv,
 )
 from fused_resnet.ops.backends.native.norm import bn_apply, bn_apply_dual, bn_grad_apply, bn_grad_stats, bn_stats
 
@@ -29,7 +29,7 @@ __all__ = [
     "conv_grad_weight",
     "conv_stats",
     "empty_cache",
-    "why_not_train_conv",
+    "why_not_conv",
 ]
 
 

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_resnet.arguments import PoolSettings
 from fused_resnet.ops.backends.extension import extension
 from fused_resnet.ops.backends.native.arena import Life, place
-from fused_resnet.ops.backends.native.conv import NativeConv, empty_channels_last, pooled_shape, pooling_window
+from fused_resnet.ops.backends.native.conv import NativeConv, empty_channels_last, pooling_window
 from fused_resnet.ops.layout import is_channels_last
 
 INPUT, OUTPUT = 0, 1
@@ -39,8 +40,7 @@ class Ends:
     pixels and a last layer, a convolution of one pixel."""
 
     stem: NativeConv
-    pool: tuple[list[int], list[int], list[int]]
-    """Kernel size, stride and padding."""
+    pool: PoolSettings
     last: NativeConv
 
 
@@ -51,7 +51,7 @@ class _Step:
     out: int
     conv: NativeConv | None = None
     residual: int = -1
-    pool: tuple[list[int], list[int], list[int]] | None = None
+    pool: PoolSettings | None = None
     """Neither ``conv`` nor ``pool``: the mean."""
 
 
@@ -107,8 +107,8 @@ class NativeChain:
         self._steps.append(_Step(self._shapes[x], x, out, conv, residual))
         return out
 
-    def _add_pool(self, pool: tuple[list[int], list[int], list[int]], x: int) -> int:
-        out = self._new(pooled_shape(self._shapes[x], *pool))
+    def _add_pool(self, pool: PoolSettings, x: int) -> int:
+        out = self._new((*self._shapes[x][:2], *pool.output_size(self._shapes[x])))
         self._steps.append(_Step(self._shapes[x], x, out, pool=pool))
         return out
 
@@ -136,10 +136,10 @@ class NativeChain:
                 packed, relu, threads = step.conv.call(step.shape, self._dtype)
                 chain.add(packed, images, height, width, threads, x, residual, relu, out)
             elif step.pool is not None:
-                window = pooling_window(channels, *step.pool, self._dtype)
+                window = pooling_window(channels, step.pool, self._dtype)
                 chain.add_max_pool(window, images, height, width, most_threads, x, out)
             else:
-                pixel = pooling_window(channels, [1, 1], [1, 1], [0, 0], self._dtype)
+                pixel = pooling_window(channels, PoolSettings((1, 1), (1, 1)), self._dtype)
                 chain.add_average(pixel, images, height, width, min(most_threads, images), x, out)
         return chain
 

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_resnet.arguments import ConvSettings, PoolSettings
 from fused_resnet.ops.backends.extension import extension
 from fused_resnet.ops.backends.native.norm import empty_strided
-from fused_resnet.ops.layout import conv_output_size, is_channels_last
+from fused_resnet.ops.layout import is_channels_last
 from fused_resnet.ops.plan import measured_plan
 from fused_resnet.ops.plan.plan_key import method_key
 
@@ -49,7 +50,7 @@ def takes_dtype(dtype: torch.dtype) -> bool:
     return not why_no_kernels(dtype)
 
 
-def why_not_native(x: Tensor, weight: Tensor, stride: list[int], dilation: list[int], groups: int) -> list[str]:
+def why_not_native(x: Tensor, weight: Tensor, settings: ConvSettings) -> list[str]:
     """The reasons why ``NativeConv`` cannot take x; an empty list means that it can.
 
     Args:
@@ -60,16 +61,15 @@ def why_not_native(x: Tensor, weight: Tensor, stride: list[int], dilation: list[
         return [f"x is on {x.device}, weight on {weight.device}; it takes CPU tensors"]
     if reasons := why_no_kernels(x.dtype):
         return list(reasons)
-    if groups > 1 and weight.shape[0] // groups < NARROWEST_GROUP:
-        built = extension
-        conv = _conv(weight, stride, [0, 0], dilation, groups)
-        if not built.conv_takes(conv, built.ConvMethod.grouped):
-            return [f"groups of {weight.shape[0] // groups} filters; it takes 3x3 groups of 4, 8 or 16, or from 32 on"]
+    if settings.groups > 1 and (filters := weight.shape[0] // settings.groups) < NARROWEST_GROUP:
+        conv = _conv(weight, settings._replace(padding=(0, 0)))
+        if not extension.conv_takes(conv, extension.ConvMethod.grouped):
+            return [f"groups of {filters} filters; it takes 3x3 groups of 4, 8 or 16, or from 32 on"]
     return []
 
 
 class NativeConv:
-    """``act(F.conv2d(x, weight, bias, stride, padding, dilation, groups) + residual)`` as one pass.
+    """``act(F.conv2d(x, weight, bias, *settings) + residual)`` as one pass.
 
     Copies what it needs of weight and bias. An output is the same bits whatever the number of threads, and whatever the
     other images of its batch show; how many they are may decide the method. Where Winograd's method runs, an infinite
@@ -87,23 +87,14 @@ class NativeConv:
     """
 
     def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor,
-        stride: list[int],
-        padding: list[int],
-        dilation: list[int],
-        groups: int,
-        relu: bool,
-        method: str | None = None,
+        self, weight: Tensor, bias: Tensor, settings: ConvSettings, relu: bool, method: str | None = None
     ) -> None:
         self._weight = weight.detach().permute(0, 2, 3, 1).contiguous()
         self._bias = bias.detach().float().contiguous()
-        self._conv = _conv(weight, stride, padding, dilation, groups)
-        self._settings = list(zip(weight.shape[2:], stride, padding, dilation, strict=True))
-        self._narrow = groups > 1 and weight.shape[0] // groups < NARROWEST_GROUP
+        self._conv, self._settings = _conv(weight, settings), settings
+        self._narrow = settings.groups > 1 and weight.shape[0] // settings.groups < NARROWEST_GROUP
         self._relu = relu
-        self._key_end = (weight.shape, stride, padding, dilation, groups)
+        self._weight_shape = weight.shape
         self._method = method
         if method is not None and method not in self.candidates:
             raise ValueError(f"method must be one of {', '.join(self.candidates)}; got {method!r}")
@@ -169,27 +160,25 @@ class NativeConv:
         Raises:
             ValueError: it does not fit.
         """
-        filters, _, _, channels = self._weight.shape
-        images, x_channels, *size = shape
-        if x_channels != channels * self._conv.groups or dtype != self._weight.dtype:
-            raise ValueError(
-                f"x must have {channels * self._conv.groups} channels in {self._weight.dtype}; "
-                f"got {tuple(shape)} in {dtype}"
-            )
-        sizes = [conv_output_size(pixels, *settings) for pixels, settings in zip(size, self._settings, strict=True)]
-        if images < 1 or min(sizes) < 1:
+        channels = self._weight_shape[1] * self._settings.groups
+        if shape[1] != channels or dtype != self._weight.dtype:
+            raise ValueError(f"x must have {channels} channels in {self._weight.dtype}; got {tuple(shape)} in {dtype}")
+        size = self._settings.output_size(shape, self._weight_shape)
+        if min(shape[0], *size) < 1:
             raise ValueError(f"x must have images at least as large as the kernel; got shape {tuple(shape)}")
-        return (images, filters, *sizes)
+        return (shape[0], self._weight_shape[0], *size)
 
     def _prepare(self, shape: torch.Size, dtype: torch.dtype) -> tuple[Any, list[int], int]:
         images, filters, height, width = self.output_shape(shape, dtype)
-        method = self._method or measured_plan.winner(measured_plan.METHOD, method_key(shape, dtype, *self._key_end))
+        method = self._method or measured_plan.winner(
+            measured_plan.METHOD, method_key(shape, dtype, self._weight_shape, self._settings)
+        )
         if method not in self.candidates:
             method = self.estimated(shape, dtype)
         if method not in self._packed:
-            built = extension
-            self._packed[method] = built.PackedConv(
-                getattr(built.ConvMethod, method), self._weight.data_ptr(), self._bias.data_ptr(), self._conv
+            kind = getattr(extension.ConvMethod, method)
+            self._packed[method] = extension.PackedConv(
+                kind, self._weight.data_ptr(), self._bias.data_ptr(), self._conv
             )
         work = images * height * width * self._weight.numel()
         most_threads = max(work // WORK_OF_A_THREAD, 1)
@@ -199,34 +188,22 @@ class NativeConv:
         return call
 
     def _takes(self, method: str) -> bool:
-        built = extension
-        return built.conv_takes(self._conv, getattr(built.ConvMethod, method))
+        return extension.conv_takes(self._conv, getattr(extension.ConvMethod, method))
 
 
-def max_pool(x: Tensor, kernel_size: list[int], stride: list[int], padding: list[int]) -> Tensor:
-    """``F.max_pool2d(x, kernel_size, stride, padding)``; x as `why_not_native` takes it. Returns channels_last."""
+def max_pool(x: Tensor, settings: PoolSettings) -> Tensor:
+    """``F.max_pool2d(x, *settings)``; x as `why_not_native` takes it. Returns channels_last."""
     images, channels, height, width = x.shape
     x = x.contiguous(memory_format=torch.channels_last)
-    pool = pooling_window(channels, kernel_size, stride, padding, x.dtype)
-    out = empty_channels_last(pooled_shape(x.shape, kernel_size, stride, padding), x.dtype)
+    pool = pooling_window(channels, settings, x.dtype)
+    out = empty_channels_last((images, channels, *settings.output_size(x.shape)), x.dtype)
     extension.max_pool(pool, images, height, width, torch.get_num_threads(), x.data_ptr(), out.data_ptr())
     return out
 
 
-def pooled_shape(
-    shape: Sequence[int], kernel_size: list[int], stride: list[int], padding: list[int]
-) -> tuple[int, ...]:
-    """Of what a pooling makes of an x of this shape."""
-    images, channels, *size = shape
-    settings = zip(size, kernel_size, stride, padding, strict=True)
-    return (images, channels, *(conv_output_size(*numbers, 1) for numbers in settings))
-
-
-def pooling_window(
-    channels: int, kernel_size: list[int], stride: list[int], padding: list[int], dtype: torch.dtype
-) -> Any:
+def pooling_window(channels: int, settings: PoolSettings, dtype: torch.dtype) -> Any:
     """A ``_C.Conv`` that says what is pooled."""
-    return extension.Conv(channels, channels, kernel_size, stride, padding, [1, 1], 1, _dtype(dtype))
+    return extension.Conv(channels, channels, *settings, (1, 1), 1, _dtype(dtype))
 
 
 def average(x: Tensor) -> Tensor:
@@ -256,10 +233,9 @@ def prefers_winograd(images: int, height: int, width: int, dtype: torch.dtype) -
     return max(by_windows, 4 * products / MEMORY_SPEED) < directly
 
 
-def _conv(weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int) -> Any:
+def _conv(weight: Tensor, settings: ConvSettings) -> Any:
     filters, channels, *kernel_size = weight.shape
-    settings = (kernel_size, stride, padding, dilation, groups, _dtype(weight.dtype))
-    return extension.Conv(channels * groups, filters, *settings)
+    return extension.Conv(channels * settings.groups, filters, kernel_size, *settings, _dtype(weight.dtype))
 
 
 def _dtype(dtype: torch.dtype) -> Any:

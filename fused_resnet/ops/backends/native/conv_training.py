@@ -16,44 +16,30 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from fused_resnet.arguments import ConvSettings, Norm, RunningStatistics
 from fused_resnet.ops.backends.extension import extension
 from fused_resnet.ops.backends.native.conv import WORK_OF_A_THREAD, prefers_winograd, why_no_kernels
 from fused_resnet.ops.backends.native.norm import bn_stats, empty_strided, vectors_of
-from fused_resnet.ops.conv_settings import ConvSettings
 from fused_resnet.ops.layout import is_channels_last_once_dense
 
 DTYPE = torch.float32
 _NHWC = torch.channels_last
 
 
-def why_not_train_conv(
-    x: Tensor, conv_weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
-) -> list[str]:
-    """The reasons why the convolutions here cannot take these, beyond those that hold for every op on x."""
-    if x.dim() != 4 or conv_weight.dim() != 4:
-        return [f"x has {x.dim()} dimensions and conv_weight {conv_weight.dim()}; it takes 4 and 4"]
-    if x.dtype != DTYPE or conv_weight.dtype != DTYPE:
-        return [f"x is {x.dtype} and conv_weight {conv_weight.dtype}; its training convolutions take {DTYPE}"]
+def why_not_conv(x: Tensor, conv_weight: Tensor, settings: ConvSettings) -> list[str]:
+    """The reasons why the convolutions here cannot take x, weight and settings that fit together, beyond those that
+    hold for every op on x."""
+    if x.dtype != DTYPE:
+        return [f"x is {x.dtype}; its training convolutions take {DTYPE}"]
     if missing := why_no_kernels(DTYPE):
         return list(missing)
     if type(conv_weight) not in (Tensor, Parameter):
         return [f"conv_weight is {type(conv_weight).__name__}, a subclass of Tensor"]
-    if groups != 1:
-        return [f"groups is {groups}; it takes 1"]
-    if conv_weight.shape[1] != x.shape[1]:
-        return [f"conv_weight takes {conv_weight.shape[1]} channels; x has {x.shape[1]}"]
-    if conv_weight.numel() == 0:
-        return ["conv_weight is empty"]
-    if conv_weight.device != x.device:
-        return [f"conv_weight is on {conv_weight.device}; it takes x's device, {x.device}"]
     reasons = []
     if not is_channels_last_once_dense(x):
         reasons.append("x is not channels_last")
-    settings = ConvSettings.of(stride, padding, dilation, groups)
-    sizes = settings.output_size(x.shape, conv_weight.shape)
-    if min(sizes) < 1:
-        reasons.append(f"the output would be {sizes[0]} x {sizes[1]}; it takes at least one pixel")
-    elif not _takes(_conv(conv_weight.shape, settings), "gemm", "input"):
+    if not _takes(_conv(conv_weight.shape, settings), "gemm", "input"):
+        stride, padding, dilation, _ = settings
         reasons.append(
             f"stride is {stride}, padding {padding} and dilation {dilation}; it takes a dilation where stride is 1, "
             "and padding that is less than the dilated kernel"
@@ -88,13 +74,12 @@ class NativeConvolution:
         )
         self._built = extension.TrainingConv(conv, images, height, width, threads, *methods)
 
-    def forward(self, x: Tensor, conv_weight: Tensor, before: tuple[Tensor | None, ...]) -> Tensor:
-        """The convolution of x or, with the vectors of a norm ``before``, of what it and a ReLU make of x."""
+    def forward(self, x: Tensor, conv_weight: Tensor, norm: Norm | None) -> Tensor:
+        """The convolution of x or, with a ``norm``, of what it and a ReLU make of x."""
         if not x.is_contiguous(memory_format=_NHWC):
             x = x.contiguous(memory_format=_NHWC)
         y = empty_strided(self._shape, self._strides, DTYPE)
-        norm = None if before[0] is None else vectors_of(*before)
-        self._built.forward(x, norm, conv_weight, conv_weight.stride(), y)
+        self._built.forward(x, None if norm is None else vectors_of(norm), conv_weight, conv_weight.stride(), y)
         return y
 
     def grad_input(self, dy: Tensor, conv_weight: Tensor, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -107,39 +92,29 @@ class NativeConvolution:
         self._built.grad_input(dy, conv_weight, conv_weight.stride(), residual, grad)
         return grad
 
-    def grad_weight(self, dy: Tensor, conv_weight: Tensor, x: Tensor, before: tuple[Tensor | None, ...]) -> Tensor:
-        """x and ``before`` as of `forward`."""
+    def grad_weight(self, dy: Tensor, conv_weight: Tensor, x: Tensor, norm: Norm | None) -> Tensor:
+        """x and ``norm`` as of `forward`."""
         if not dy.is_contiguous(memory_format=_NHWC):
             dy = dy.contiguous(memory_format=_NHWC)
         if not x.is_contiguous(memory_format=_NHWC):
             x = x.contiguous(memory_format=_NHWC)
         grad = empty_strided(self._weight_shape, self._grad_weight_strides, DTYPE)
-        self._built.grad_weight(x, None if before[0] is None else vectors_of(*before), dy, grad)
+        self._built.grad_weight(x, None if norm is None else vectors_of(norm), dy, grad)
         return grad
 
 
 def conv_stats(
     x: Tensor,
     conv_weight: Tensor,
-    mean: Tensor | None,
-    invstd: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-    eps: float,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    norm: Norm | None,
+    running: RunningStatistics,
+    settings: ConvSettings,
     statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    convolution = _convolution(x, conv_weight, stride, padding, dilation, groups)
-    y = convolution.forward(x, conv_weight, (mean, invstd, weight, bias))
+    y = NativeConvolution(x.shape, conv_weight.shape, settings).forward(x, conv_weight, norm)
     if not statistics:
         return y, _no_vector(), _no_vector()
-    return (y, *bn_stats(y, running_mean, running_var, momentum, eps))
+    return (y, *bn_stats(y, running))
 
 
 def conv_grad_input(
@@ -148,18 +123,12 @@ def conv_grad_input(
     coefficients: Tensor | None,
     conv_weight: Tensor,
     x: Tensor,
-    mean: Tensor | None,
-    invstd: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    norm: Norm | None,
     residual: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    settings: ConvSettings,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Without coefficients and norm (``reasons_against`` refuses them)."""
-    convolution = _convolution(x, conv_weight, stride, padding, dilation, groups)
+    convolution = NativeConvolution(x.shape, conv_weight.shape, settings)
     return convolution.grad_input(dz, conv_weight, x, residual), _no_vector(), _no_vector()
 
 
@@ -168,25 +137,12 @@ def conv_grad_weight(
     y: Tensor | None,
     coefficients: Tensor | None,
     x: Tensor,
-    mean: Tensor | None,
-    invstd: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    norm: Norm | None,
     conv_weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    settings: ConvSettings,
 ) -> Tensor:
     """Without coefficients (``reasons_against`` refuses them)."""
-    convolution = _convolution(x, conv_weight, stride, padding, dilation, groups)
-    return convolution.grad_weight(dz, conv_weight, x, (mean, invstd, weight, bias))
-
-
-def _convolution(
-    x: Tensor, conv_weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
-) -> NativeConvolution:
-    return NativeConvolution(x.shape, conv_weight.shape, ConvSettings.of(stride, padding, dilation, groups))
+    return NativeConvolution(x.shape, conv_weight.shape, settings).grad_weight(dz, conv_weight, x, norm)
 
 
 def _method(conv: Any, what: str, images: int, height: int, width: int) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_resnet.arguments import Norm, RunningStatistics, Sums
 from fused_resnet.ops.backends.extension import extension
 from fused_resnet.ops.layout import dense, dense_like
 
@@ -18,66 +19,37 @@ BUFFER_BYTES = 4 << 20  # below this, malloc itself keeps what is freed
 _FLOAT32, _NHWC, _CPU = torch.float32, torch.channels_last, torch.device("cpu")
 
 
-def bn_stats(
-    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float, eps: float
-) -> tuple[Tensor, Tensor]:
+def bn_stats(x: Tensor, running: RunningStatistics) -> tuple[Tensor, Tensor]:
     x, shape = _activation(x)
     mean, invstd = _two_vectors(x)
-    moved_mean, moved_var = vectors_of(running_mean, running_var)
+    running_mean, running_var, momentum, eps = running
+    moved_mean, moved_var = vectors_of((running_mean, running_var))
     extension.bn_stats(shape, x, mean, invstd, moved_mean, moved_var, momentum, eps)
     if moved_mean is not running_mean or moved_var is not running_var:
-        for running, moved in ((running_mean, moved_mean), (running_var, moved_var)):
-            if running is not None and moved is not None:
-                running.copy_(moved)
+        for vector, moved in ((running_mean, moved_mean), (running_var, moved_var)):
+            if vector is not None and moved is not None:
+                vector.copy_(moved)
     return mean, invstd
 
 
-def bn_apply(
-    x: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    relu: bool,
-) -> Tensor:
+def bn_apply(x: Tensor, norm: Norm, residual: Tensor | None, relu: bool) -> Tensor:
     x, shape = _activation(x)
     residual = None if residual is None else _like(residual, x)
     out = empty_strided(x.shape, x.stride(), x.dtype)
-    extension.bn_apply(shape, x, vectors_of(mean, invstd, weight, bias), residual, relu, out)
+    extension.bn_apply(shape, x, vectors_of(norm), residual, relu, out)
     return out
 
 
-def bn_apply_dual(
-    x: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    x2: Tensor,
-    mean2: Tensor,
-    invstd2: Tensor,
-    weight2: Tensor | None,
-    bias2: Tensor | None,
-    relu: bool,
-) -> Tensor:
+def bn_apply_dual(x: Tensor, norm: Norm, x2: Tensor, norm2: Norm, relu: bool) -> Tensor:
     x, shape = _activation(x)
     x2 = _like(x2, x)
     out = empty_strided(x.shape, x.stride(), x.dtype)
-    norm, norm2 = vectors_of(mean, invstd, weight, bias), vectors_of(mean2, invstd2, weight2, bias2)
-    extension.bn_apply_dual(shape, x, norm, x2, norm2, relu, out)
+    extension.bn_apply_dual(shape, x, vectors_of(norm), x2, vectors_of(norm2), relu, out)
     return out
 
 
 def bn_grad_stats(
-    grad_out: Tensor,
-    x: Tensor,
-    out: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    relu: bool,
+    grad_out: Tensor, x: Tensor, out: Tensor | None, norm: Norm, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, shape = _activation(x)
     grad_out, dz = _like(grad_out, x), None
@@ -86,26 +58,15 @@ def bn_grad_stats(
         if not relu:
             dz.copy_(grad_out)
     sum_dz, sum_dz_xhat = _two_vectors(x)
-    norm = vectors_of(mean, invstd, weight, bias)
-    extension.bn_grad_stats(shape, grad_out, x, out, dz, norm, relu, sum_dz, sum_dz_xhat)
+    extension.bn_grad_stats(shape, grad_out, x, out, dz, vectors_of(norm), relu, sum_dz, sum_dz_xhat)
     return sum_dz, sum_dz_xhat, x.new_empty(0) if dz is None else dz
 
 
-def bn_grad_apply(
-    grad_out: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    sum_dz: Tensor | None,
-    sum_dz_xhat: Tensor | None,
-    relu: bool,
-) -> Tensor:
+def bn_grad_apply(grad_out: Tensor, x: Tensor, norm: Norm, sums: Sums | None, relu: bool) -> Tensor:
     x, shape = _activation(x)
     grad_out, grad_x = _like(grad_out, x), empty_strided(x.shape, x.stride(), x.dtype)
-    sums = vectors_of(sum_dz, sum_dz_xhat)
-    extension.bn_grad_apply(shape, grad_out, x, vectors_of(mean, invstd, weight, bias), *sums, relu, grad_x)
+    sum_dz, sum_dz_xhat = (None, None) if sums is None else vectors_of(sums)
+    extension.bn_grad_apply(shape, grad_out, x, vectors_of(norm), sum_dz, sum_dz_xhat, relu, grad_x)
     return grad_x
 
 
@@ -140,8 +101,8 @@ def _two_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def vectors_of(*vectors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Per-channel vectors as contiguous float32; themselves where they are that already."""
+def vectors_of(vectors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Per-channel vectors as contiguous float32; the tuple itself where they are that already."""
     for vector in vectors:
         if vector is not None and (vector.dtype is not _FLOAT32 or not vector.is_contiguous()):
             return tuple(None if each is None else each.to(_FLOAT32).contiguous() for each in vectors)
