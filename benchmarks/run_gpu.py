@@ -31,7 +31,6 @@ from typing import Any
 
 from fused_resnet.bench.report import figures, tables
 from fused_resnet.bench.report.condition import merged
-from fused_resnet.bench.report.sections import sections
 from fused_resnet.bench.result import ABSENT, OP, Result
 from fused_resnet.bench.suite.measure import NO_TIME
 
@@ -258,12 +257,12 @@ def write_summary(work: Path, state: dict[str, dict[str, Any]], dry: bool) -> No
             results.append(Result.load(path))
         except (OSError, ValueError, KeyError, TypeError) as error:
             lines.append(f"- {path.name} cannot be read: {error}")
-    found = sections(merged(results))
-    headline = tables.headline([section for section in found if section.level != OP])
+    found = tables.entries(merged(results))
+    headline = tables.headline([entry for entry in found if entry.measurement.level != OP])
     parts += ["\n".join(lines)] if lines else []
     parts.append(figures.text_table(headline.header, [[cell.text for cell in row] for row in headline.rows]))
     ratios: dict[tuple[str, int], list[float]] = {}
-    for entry in [column.measurement for section in found if section.level == OP for column in section.columns]:
+    for entry in [entry.measurement for entry in found if entry.measurement.level == OP]:
         if (eager := figures.best_eager(entry)) is not None:
             for name in filter(figures.is_ours, figures.right_timings(entry)):
                 ratio = figures.times_faster(entry, name, eager)

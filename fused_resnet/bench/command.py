@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import math
 import sys
 import warnings
 from pathlib import Path
@@ -44,8 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     several(what, "--mode", "MODE", f"{', '.join(modes)} (default: {modes[0]} and {modes[-1]})", choices=modes)
     batch_help = "images (default: inference 1 8 and training 16; on a GPU 1 32 256)"
     several(what, "--batch-size", "N", batch_help, type=positive)
-    what.add_argument("--sweep", action="store_true", help="double the batch size until memory or patience ends")
-    what.add_argument("--latency", action="store_true", help="inference at batch 1 only")
     dtype_help = f"of activations: {', '.join(options.DTYPES)} (default: float32)"
     several(what, "--dtype", "DTYPE", dtype_help, choices=options.DTYPES)
     size_help = "of an image's side (default: 224)"
@@ -118,7 +115,6 @@ def _settings(arguments: argparse.Namespace, selection: selections.Selection, co
         device=selection.device,
         method=selections.method_for(arguments, selection.device),
         budget=selections.budget_of(arguments),
-        longest_run=selections.SWEEP_SECONDS if selection.sweep else math.inf,
         seed=arguments.seed,
         ceiling_rounds=0 if arguments.dry else ROUNDS,
         arguments={name: value for name, value in given.items() if name not in ("run", "command")} | chosen,
@@ -143,7 +139,7 @@ def _earlier(path: Path, resume: bool, settings: Settings) -> Result | None:
 
 def _run(tasks: list[Task], contenders: list[Contender], settings: Settings, path: Path, before: Result | None) -> int:
     from fused_resnet.bench.console import make_console
-    from fused_resnet.bench.suite.table import BenchProgress
+    from fused_resnet.bench.suite.progress import BenchProgress
 
     console = make_console()
     if settings.device.type == "cuda":

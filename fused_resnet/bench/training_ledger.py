@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ import fused_resnet
 from fused_resnet.bench import options
 from fused_resnet.bench.dry_run import DryRun
 from fused_resnet.bench.ledger import Ledger, ledger
-from fused_resnet.bench.result import MODEL, TRAINING_FORWARD, TRAINING_STEP, Measurement
 from fused_resnet.bench.saved_bytes import saved_bytes
 from fused_resnet.bench.suite.subjects import build, builder_names
 from fused_resnet.ops.route.request import asking
@@ -44,22 +43,6 @@ MEGABYTE = 1e6
 def column(level: int | str) -> str:
     """The name of a level in tables."""
     return level if isinstance(level, str) else f"level {level}"
-
-
-def step_ledgers(measurement: Measurement, known: Collection[str] = ()) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """An entry for ``Result.ledgers`` from a measured model, counted for its dtype, batch and image size; none of a
-    model that this package has no builder for, of inference, of an op, and of a model in ``known``."""
-    name, training = measurement.subject, measurement.mode in (TRAINING_FORWARD, TRAINING_STEP)
-    if measurement.level != MODEL or not training or name in known or name not in builder_names():
-        return {}
-    settings = (measurement.batch_size, getattr(torch, measurement.dtype), measurement.image_size or 224)
-    found = {column(level): training_ledger(name, level, *settings) for level in LEVELS}
-    return {
-        name: {
-            title: [{"phase": e.phase, "kind": e.kind, "bytes": e.total / one.images} for e in one.by_pass()]
-            for title, one in found.items()
-        }
-    }
 
 
 def training_ledger(

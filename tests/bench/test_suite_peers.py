@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torchvision.models import resnet
 
-from fused_resnet.bench.result import INFERENCE, TRAINING_FORWARD, TRAINING_STEP
+from fused_resnet.bench.result import INFERENCE, TRAINING_FORWARD
 from fused_resnet.bench.suite.networks import ModelTask, block_tasks
 from fused_resnet.bench.suite.registry import contenders
 from fused_resnet.bench.suite.task import Contender
@@ -63,31 +63,6 @@ def test_a_runtime_with_another_model_is_called_wrong(package: str):
         prepared = by_name(package).prepare(task)
         task.module.get_parameter("fc.bias").copy_(kept)
     assert (task.why_wrong(prepared)[1] or "").startswith("the error of output")
-
-
-@pytest.mark.parametrize("mode", [INFERENCE, TRAINING_STEP])
-def test_timms_network_has_the_same_numbers(mode: str):
-    pytest.importorskip("timm")
-    task = ModelTask("resnet18", mode, 2, image_size=64)
-    contender = by_name("timm")
-    assert contender.why_absent(task) == []
-    assert task.why_wrong(contender.prepare(task))[1] is None
-    block = block_tasks(["resnet50"], [mode], [2], [torch.float32], "cpu", 32)[0]
-    assert block.why_wrong(contender.prepare(block))[1] is None
-
-
-def test_every_builders_network_has_a_twin_in_timm_with_the_same_parameters():
-    pytest.importorskip("timm")
-    why_absent = by_name("timm").why_absent
-    absent = {
-        name: why_absent(ModelTask(name, INFERENCE, 1, image_size=32))
-        for name in ("resnet34", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "vgg11", "shufflenet_v2_x1_0")
-    }
-    assert {name for name, reasons in absent.items() if not reasons} == {
-        *("resnet34", "resnet50", "resnext50_32x4d", "wide_resnet50_2")
-    }
-    assert absent["shufflenet_v2_x1_0"] == ["timm has no shufflenet_v2_x1_0"]
-    assert why_absent(ModelTask("timm:resnet18", INFERENCE, 1)) == ["eager is timm's already"]
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,6 @@ def _one(group: Sequence[Result]) -> Result:
     for result in group:
         measurements |= {measurement.key: measurement for measurement in result.measurements}
         found.ceilings.update(result.ceilings)
-        found.ledgers.update(result.ledgers)
     found.measurements.extend(measurements.values())
     loads = [load for result in group if (load := result.machine.get("load_average")) is not None]
     found.machine["load_average"] = max(loads, default=None)

@@ -15,8 +15,8 @@ from typing import Any
 
 from fused_resnet.bench.report import condition, tables
 from fused_resnet.bench.report.figures import figures, text_table
-from fused_resnet.bench.report.sections import READING, TITLE, letters, sections
-from fused_resnet.bench.result import Measurement, Result
+from fused_resnet.bench.report.tables import Entry, entries, letters
+from fused_resnet.bench.result import Result
 
 PAGE_NEEDS = ("jinja2", "matplotlib")
 MEASUREMENT = ("level", "subject", "mode", "batch_size", "dtype", "image_size")
@@ -72,24 +72,23 @@ def csv_text(results: Sequence[Result]) -> str:
     target = io.StringIO()
     writer = csv.DictWriter(target, COLUMNS, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
-    for result in results:
-        for measurement in result.measurements:
-            writer.writerows(_row(result, measurement, contender) for contender in measurement.outcomes)
+    for entry in entries(results):
+        writer.writerows(_row(entry, contender) for contender in entry.measurement.outcomes)
     return target.getvalue()
 
 
-def _row(result: Result, measurement: Measurement, contender: str) -> dict[str, Any]:
-    outcome = measurement.outcomes[contender]
-    row = vars(measurement) | vars(outcome) | vars(figures(measurement, contender, result.ceilings))
+def _row(entry: Entry, contender: str) -> dict[str, Any]:
+    measurement, outcome = entry.measurement, entry.measurement.outcomes[contender]
+    row = vars(measurement) | vars(outcome) | vars(figures(measurement, contender, entry.result.ceilings))
     if (timing := outcome.timing) is not None:
         row |= zip(TIMES, (timing.median, timing.p20, timing.p80, len(timing.samples)), strict=True)
-    return row | {"contender": contender} | {name: result.machine.get(name) for name in MACHINE}
+    return row | {"contender": contender} | {name: entry.result.machine.get(name) for name in MACHINE}
 
 
 def markdown_report(results: Sequence[Result]) -> str:
     """Everything that the results hold; several stand beside each other, each under a letter."""
-    found = sections(results)
-    parts = [f"# {TITLE}"]
+    found = entries(results)
+    parts = ["# fused_resnet benchmark"]
     for result, letter in zip(results, letters(results), strict=True):
         parts.append(f"## Condition{' ' + letter if letter else ''}")
         parts.append("\n".join(f"- {title}: {text}" for title, text in condition.lines(result)))
@@ -98,11 +97,9 @@ def markdown_report(results: Sequence[Result]) -> str:
     sentences, of = tables.losses(found), tables.contests(found)
     lost = "\n".join([f"In {len(sentences)} of {of} measurements:", "", *(f"- {sentence}" for sentence in sentences)])
     parts += ["## Where ours is not the fastest", lost if sentences else f"Nowhere, in {of} measurements."]
-    parts += ["## Measured", READING]
-    for section in found:
-        parts += [f"### {section.title}", _table(tables.speed(section))]
-    for title, table in tables.appendix(found):
-        parts += [f"## {title}", *([table.note] if table.note else []), _table(table)]
+    parts += ["## Summary", _table(tables.headline(found)), "## Measured", tables.READING]
+    for entry in found:
+        parts += [f"### {entry.title}", _table(tables.measured(entry))]
     if reasons := tables.reasons(found):
         parts += ["## Absent, failed or wrong", "\n".join(f"- {line}" for line in reasons)]
     return "\n\n".join(parts) + "\n"

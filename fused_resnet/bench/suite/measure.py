@@ -16,7 +16,6 @@ import torch
 from fused_resnet.bench.options import dtype_name
 from fused_resnet.bench.report.figures import PLAIN_EAGER
 from fused_resnet.bench.result import ABSENT, FAILED, OP, RIGHT, WRONG, Measurement, Outcome
-from fused_resnet.bench.suite.clocks import Clocks
 from fused_resnet.bench.suite.peak_memory import peak_bytes
 from fused_resnet.bench.suite.rounds import Method, measure_rounds
 from fused_resnet.bench.suite.task import Contender, Prepared, Task
@@ -55,7 +54,6 @@ def measure(
         stage: called with what happens now, and how much is done of all, from 0 to 1.
     """
     _free(task.device)  # what the measurement before has left
-    clocks = Clocks(task.device)
     together = _Group(task, method, clock, sleep, stage, clock() + seconds)
     outcomes = together.measure(contenders, seconds)
     for contender in together.crowded_out:
@@ -66,7 +64,7 @@ def measure(
     counted = [o.moved_bytes for o in outcomes.values() if o.status == RIGHT and o.moved_bytes is not None]
     least_bytes = task.least_bytes() if hasattr(task, "least_bytes") else min(counted, default=None)
     flop = _or_none(task.flop)
-    return describe(task, outcomes=outcomes, least_bytes=least_bytes, flop=flop, clocks=clocks.facts())
+    return describe(task, outcomes=outcomes, least_bytes=least_bytes, flop=flop)
 
 
 def describe(task: Task, outcomes: dict[str, Outcome] | None = None, **facts: Any) -> Measurement:

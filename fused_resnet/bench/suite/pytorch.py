@@ -1,4 +1,4 @@
-"""Plain PyTorch: eager in its two memory formats, timm's twin, CUDA graphs and ``torch.compile``."""
+"""Plain PyTorch: eager in its two memory formats, CUDA graphs and ``torch.compile``."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 import fused_resnet
 from fused_resnet.bench.result import TRAINING_FORWARD
-from fused_resnet.bench.suite.moved_bytes import EAGER, Way, moved_bytes
+from fused_resnet.bench.suite.moved_bytes import EAGER, moved_bytes
 from fused_resnet.bench.suite.network_task import NetworkTask, loss_of
 from fused_resnet.bench.suite.preparing import (
     cuda_only,
     inference_only,
-    installed,
     module_in,
     network_contender,
     only,
@@ -28,9 +27,7 @@ from fused_resnet.bench.suite.preparing import (
     prepared_module,
     prepared_training,
 )
-from fused_resnet.bench.suite.subjects import TIMM, USER, Subject, find_subject
 from fused_resnet.bench.suite.task import Contender, Prepared
-from fused_resnet.bench.suite.torchvision_ops import import_or_none
 from fused_resnet.bench.suite.training import Training, batches, make_optimizer, results_of
 
 FORMATS = {"eager NCHW": torch.contiguous_format, "eager channels_last": torch.channels_last}
@@ -49,34 +46,6 @@ def eager_contenders() -> list[Contender]:
         return network_contender(name, lambda task: prepared_module(task, task.copy(), **settings))
 
     return [of(name, memory_format) for name, memory_format in FORMATS.items()]
-
-
-def timm_contender() -> Contender:
-    """timm's network of the same name in eager, channels_last, with the same weights; absent where eager is timm's
-    network already, or where timm's has other parameters than the task's."""
-    return network_contender("timm", _prepare_timm, installed("timm"), _why_no_twin)
-
-
-def _why_no_twin(task: NetworkTask) -> list[str]:
-    reasons = {TIMM: "eager is timm's already", USER: "a user's network has no twin in timm"}
-    if task.network.source in reasons:
-        return [reasons[task.network.source]]
-    timm, name = import_or_none("timm"), task.network.name
-    if timm is None or not timm.is_model(name):
-        return ["timm cannot be imported" if timm is None else f"timm has no {name}"]
-    modules = (network.without_memory(task.path) for network in (task.network, _of_timm(task)))
-    ours, theirs = ([(key, value.shape) for key, value in module.state_dict().items()] for module in modules)
-    return [] if ours == theirs else [f"the parameters of timm's {name} are not those of {task.network.source}'s"]
-
-
-def _of_timm(task: NetworkTask) -> Subject:
-    return find_subject(f"timm:{task.network.name}")
-
-
-def _prepare_timm(task: NetworkTask) -> Prepared:
-    twin = _of_timm(task).build().get_submodule(task.path)
-    twin.load_state_dict(task.module.state_dict())
-    return prepared_module(task, twin.to(task.device).train(task.training), way=EAGER)
 
 
 def graph_contender() -> Contender:
@@ -138,7 +107,7 @@ class WithInputGradient(nn.Module):
         return self.block(self.leaf)
 
 
-def prepared_graph_step(task: NetworkTask, module: nn.Module, way: Way = None) -> Prepared:
+def prepared_graph_step(task: NetworkTask, module: nn.Module, way: str | None = None) -> Prepared:
     """``graph_step`` of a module: where there is no CUDA device, the same step without a graph."""
     module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = WithInputGradient(module) if task.takes_input_gradient else module

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from fused_resnet.bench.result import OP
 from fused_resnet.bench.suite.op_task import op_contenders
 from fused_resnet.bench.suite.ours import our_contenders
-from fused_resnet.bench.suite.pytorch import compiled_contenders, eager_contenders, graph_contender, timm_contender
+from fused_resnet.bench.suite.pytorch import compiled_contenders, eager_contenders, graph_contender
 from fused_resnet.bench.suite.runtimes import onnxruntime_contender, openvino_contender
 from fused_resnet.bench.suite.task import Contender
 
@@ -17,7 +17,7 @@ def contenders() -> list[Contender]:
     """All of them: PyTorch's first, then this package's, then peers, then those of ops alone. A name is there once,
     also where one contender does networks and another one of that name does ops."""
     found: dict[str, Contender] = {}
-    peers = [onnxruntime_contender(), openvino_contender(), timm_contender()]
+    peers = [onnxruntime_contender(), openvino_contender()]
     everyone = [*eager_contenders(), *compiled_contenders(), graph_contender(), *our_contenders(), *peers]
     for contender in (*everyone, *op_contenders()):
         before = found.get(contender.name)

@@ -14,20 +14,16 @@ import torch
 from fused_resnet.bench.machine import machine_facts
 from fused_resnet.bench.options import dtype_name
 from fused_resnet.bench.report.condition import reasons_to_start_anew
-from fused_resnet.bench.result import FAILED, TRAINING_FORWARD, TRAINING_STEP, Measurement, Result
+from fused_resnet.bench.result import TRAINING_FORWARD, TRAINING_STEP, Measurement, Result
 from fused_resnet.bench.roofline import ROUNDS, measure_ceilings
 from fused_resnet.bench.suite.measure import NO_TIME, describe, measure
-from fused_resnet.bench.suite.peak_memory import available_bytes
 from fused_resnet.bench.suite.rounds import Method
 from fused_resnet.bench.suite.task import Contender, Task
-from fused_resnet.bench.training_ledger import step_ledgers
 
 SETUP_WEIGHT = 8
 """What a measurement costs beside its runs, in images of inference."""
 IMAGE_WEIGHT = {TRAINING_STEP: 4, TRAINING_FORWARD: 2}
 """Of an image in training, in images of inference."""
-MOST_MEMORY = 0.8
-"""Of what is available, that a batch may be expected to take; on a CPU nothing else would stop the system's killer."""
 INTERRUPTED, LEFT_OUT = "interrupted", "left_out"
 """Keys of ``Result.arguments``: whether the run was stopped, and the titles of what it left out, with reasons."""
 
@@ -35,13 +31,12 @@ INTERRUPTED, LEFT_OUT = "interrupted", "left_out"
 @dataclass(frozen=True)
 class Settings:
     """How a run measures: each measurement gets a share of what is left of the ``budget``, in seconds, by its weight;
-    a doubling of batch sizes ends once the quickest contender takes ``longest_run`` seconds; ``seed`` is that of
-    PyTorch's generator; without ``ceiling_rounds`` there is no roofline; ``arguments`` are for the file."""
+    ``seed`` is that of PyTorch's generator; without ``ceiling_rounds`` there is no roofline; ``arguments`` are for the
+    file."""
 
     device: torch.device
     method: Method = field(default_factory=Method)
     budget: float = math.inf
-    longest_run: float = math.inf
     seed: int = 0
     ceiling_rounds: int = ROUNDS
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -119,7 +114,6 @@ class _Run:
         loads = [load for one in (before, self.result) if (load := one.machine.get("load_average")) is not None]
         self.result.machine.update({"load_average": max(loads)} if loads else {})
         self.result.ceilings.update(before.ceilings)
-        self.result.ledgers.update(before.ledgers)
 
     def run(self) -> Result:
         self._listener.start(self._weights)
@@ -144,7 +138,7 @@ class _Run:
         if known is None or not self._names <= had_a_turn:  # somebody is missing in it
             others = ", ".join(sorted(had_a_turn - self._names))
             kept = f"it was measured with {others}, not asked for now" if others else None
-            reason = kept or self._why_not(task, like)
+            reason = kept or (NO_TIME if self._clock() >= self._end else None)
             if reason is None:
                 made = self._measure(task, share)
                 measurement = made if had_a_turn <= _had_a_turn(made) else known  # the fuller one
@@ -155,7 +149,6 @@ class _Run:
                 return
         assert measurement is not None
         self.result.measurements.append(measurement)
-        self.result.ledgers.update(step_ledgers(measurement, known=self.result.ledgers))
         self._save(self._so_far())
         self._listener.finish(measurement, self.result)
 
@@ -178,27 +171,6 @@ class _Run:
         left = self._weights[-len(self._tasks) - 1 :]
         return (self._end - self._clock()) * left[0] / sum(left)
 
-    def _why_not(self, task: Task, like: Measurement) -> str | None:
-        """Why the task is not measured: no time, no memory, or longer runs than wanted; None if it is."""
-        if self._clock() >= self._end:
-            return NO_TIME
-        line = _without_batch(like)
-        smaller = [m for m in self.result.measurements if _without_batch(m) == line and m.batch_size < task.batch_size]
-        if not smaller:
-            return None
-        last = max(smaller, key=lambda measurement: measurement.batch_size)
-        outcomes = last.outcomes.values()
-        medians = [outcome.timing.median for outcome in outcomes if outcome.timing is not None]
-        if not medians and any(outcome.status == FAILED for outcome in outcomes):
-            return f"nobody managed batch {last.batch_size}"
-        if min(medians, default=0.0) > self._settings.longest_run:
-            return f"a run of batch {last.batch_size} took {min(medians):.1f} s"
-        peak = max((outcome.peak_bytes or 0 for outcome in outcomes), default=0)
-        expected, available = peak * task.batch_size / last.batch_size, available_bytes(task.device)
-        if task.device.type == "cpu" and available is not None and expected > MOST_MEMORY * available:
-            return f"it would take {expected / 1e9:.1f} GB, and {available / 1e9:.1f} GB are available"
-        return None
-
     def _measure_ceilings(self, dtype: torch.dtype) -> None:
         """The most that was ever reached."""
         if self._settings.ceiling_rounds:
@@ -211,8 +183,3 @@ class _Run:
 def _had_a_turn(measurement: Measurement) -> set[str]:
     """Who was not left out for want of time."""
     return {name for name, outcome in measurement.outcomes.items() if outcome.reason != NO_TIME}
-
-
-def _without_batch(measurement: Measurement) -> tuple[object, ...]:
-    """What measurements at growing batch sizes have in common."""
-    return (*measurement.key[:3], *measurement.key[4:])

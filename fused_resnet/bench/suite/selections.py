@@ -18,13 +18,9 @@ from fused_resnet.bench.suite.task import Contender, Task
 
 CPU_BATCHES, GPU_BATCHES = ((1, 8), (16,)), ((1, 32, 256), (1, 32, 256))
 """Of inference, of training."""
-CPU_SWEEP, GPU_SWEEP = 256, 8192
-"""The largest batch of a doubling; memory or patience ends it before."""
-SWEEP_SECONDS = 10.0
-"""A doubling ends when the quickest run takes longer."""
 QUICK_SECONDS = 60.0
-NOT_QUICKLY = (*SLOW_TO_SET_UP, "fused native", "fused separate", "fused reference", "fused level ?", "ours reference")
-"""Patterns of the contenders that a quick run leaves out: slow compilers, and ours one by one."""
+NOT_QUICKLY = (*SLOW_TO_SET_UP, "ours reference")
+"""Patterns of the contenders that a quick run leaves out."""
 DRY_IMAGE, DRY_BATCH, QUICK_BATCH = 32, 2, 4
 
 
@@ -34,7 +30,6 @@ class Selection:
 
     Attributes:
         batch_sizes: by mode.
-        sweep: batch sizes double until memory or `SWEEP_SECONDS` ends it.
         one_of_each: of the blocks of a model, and of the shapes of an op, the first only.
     """
 
@@ -44,7 +39,6 @@ class Selection:
     dtypes: tuple[torch.dtype, ...]
     device: torch.device
     image_size: int
-    sweep: bool = False
     one_of_each: bool = False
 
     @property
@@ -56,13 +50,6 @@ def select(options: argparse.Namespace) -> Selection:
     """What the options ask for; what was not given is chosen for the device."""
     device = find_device(options.device)
     modes = tuple(dict.fromkeys(mode.replace("-", " ") for mode in options.mode or (INFERENCE, TRAINING_STEP)))
-    if options.latency:
-        for name, given in (("--mode", options.mode), ("--batch-size", options.batch_size), ("--sweep", options.sweep)):
-            if given:
-                raise ValueError(f"--latency is inference at batch 1; got {name} beside it")
-        modes = (INFERENCE,)
-    if options.sweep and options.batch_size:
-        raise ValueError("--sweep chooses the batch sizes; got --batch-size beside it")
     is_small = options.quick or options.dry
     return Selection(
         models=tuple(dict.fromkeys(options.model or (["resnet18"] if is_small else ["resnet50"]))),
@@ -71,7 +58,6 @@ def select(options: argparse.Namespace) -> Selection:
         dtypes=tuple(dict.fromkeys(getattr(torch, name) for name in options.dtype or ["float32"])),
         device=device,
         image_size=options.image_size or (DRY_IMAGE if options.dry else 224),
-        sweep=options.sweep,
         one_of_each=options.dry,
     )
 
@@ -140,10 +126,6 @@ def _batch_sizes(options: argparse.Namespace, mode: str, device: torch.device) -
     on_gpu = device.type == "cuda"
     if options.batch_size:
         return tuple(sorted(set(options.batch_size)))
-    if options.latency:
-        return (1,)
-    if options.sweep:
-        return tuple(2**power for power in range((GPU_SWEEP if on_gpu else CPU_SWEEP).bit_length()))
     if options.dry or options.quick:
         return (DRY_BATCH if options.dry else QUICK_BATCH,)
     return (GPU_BATCHES if on_gpu else CPU_BATCHES)[mode != INFERENCE]
