@@ -133,7 +133,7 @@ def units(work: Path, dry: bool) -> list[Unit]:
         bench("blocks", name, [name], "--batch-size 32 256 --rounds 9 --min-seconds 0.05")
     for name in NETWORKS[:1] if dry else MODEL_NETWORKS:
         bench("models", name, [name], "--batch-size 1 32 256 --rounds 9 --min-seconds 0.2")
-    tune = "--dry --device cpu" if dry else f"--jobs {JOBS} --mode inference training"
+    tune = "--dry --device cpu" if dry else "--mode inference training"
     for name in NETWORKS[:1] if dry else NETWORKS:
         words = [*python, "fused_resnet", "tune", "--model", name, *tune.split()]
         add("tune", name, [*words, "--output", results / f"plan_{name}.json"], left=left_in_log, budget=True)

@@ -1,4 +1,4 @@
-"""The passes of a norm one by one: what each is given and what it moves, what eager runs for it, what is right.
+"""The passes of a norm one by one: what each is given and what it moves, and what eager runs for it.
 
 Counted as the docstrings in ``ops/reference/norm.py`` and ``ops/reference/mask.py`` say: T is the bytes of one
 activation, and a mask has a bit an element. Vectors of C are not counted.
@@ -7,7 +7,7 @@ activation, and a mask has a bit an element. Vectors of C are not counted.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_resnet.bench.accuracy import Results, listed
 from fused_resnet.bench.norm_inputs import EPS, Norm
 from fused_resnet.bench.sites import ENDINGS, PROJECTION, RELU, RESIDUAL
 from fused_resnet.ops import reference
 
-WRONG_BITS = 1e-5
-"""The part of a mask's bits that rounding may turn over."""
-Results = Sequence[Tensor | None]
 Eager = Callable[[Norm], Results]
 
 
@@ -61,56 +59,6 @@ class NormPass:
         """The op on these tensors, on the backend that is asked for when it is called."""
         function, arguments = getattr(torch.ops.fused_resnet, self.op), self.arguments(norm)
         return lambda: listed(function(*arguments))
-
-    def why_wrong(self, actual: Results, norm: Norm) -> str | None:
-        """None if these results are right, by the project's rule: against float64, at most twice eager's error."""
-
-        def judge(index: int, ours: Tensor, theirs: Tensor | None, right: Tensor) -> str | None:
-            if right.dtype == torch.uint8:
-                turned = reference.unpack_mask(ours, norm.x) != reference.unpack_mask(right, norm.x)
-                part = turned.double().mean().item()
-                return None if part <= WRONG_BITS else f"{part:.3g} of the bits differ"
-            magnitude = norm.x.abs().max().item() if index == self.mean else None
-            return why_wrong(ours, theirs, right, norm.values if index in self.sums else 1, magnitude)
-
-        exact = listed(getattr(reference, self.op)(*doubled(self.arguments(norm))))
-        return first_wrong(actual, self.eager(norm), exact, judge)
-
-
-def first_wrong(actual: Results, baseline: Results, exact: Results, judge: Callable[..., str | None]) -> str | None:
-    """What is wrong with the first wrong result; results that this form or contender has not are passed over."""
-    for index, (ours, theirs, right) in enumerate(zip(actual, baseline, exact, strict=True)):
-        if ours is not None and right is not None and right.numel() and (wrong := judge(index, ours, theirs, right)):
-            return f"result {index}: {wrong}"
-    return None
-
-
-def why_wrong(
-    actual: Tensor, baseline: Tensor | None, exact: Tensor, terms: int = 1, magnitude: float | None = None
-) -> str | None:
-    """What is wrong with a result, None if nothing is: ``tests/accuracy.py``, on the device and for finite numbers.
-
-    Its error against ``exact`` may be twice that of ``baseline``, and a rounding of a sum of ``terms`` numbers of this
-    magnitude, which is that of ``exact`` unless given.
-    """
-    if actual.shape != exact.shape:
-        return f"its shape is {tuple(actual.shape)}, not {tuple(exact.shape)}"
-    error = (actual.double() - exact).abs().max().item()
-    theirs = 0.0 if baseline is None else (baseline.double() - exact).abs().max().item()
-    size = exact.abs().max().item() if magnitude is None else magnitude
-    floor = torch.finfo(actual.dtype).eps * size * math.sqrt(terms)
-    if error <= 2 * theirs + floor:  # not if it is NaN
-        return None
-    return f"its error is {error:.3g} against float64, PyTorch's own {theirs:.3g}, the floor {floor:.3g}"
-
-
-def doubled(values: Iterable[Any]) -> list[Any]:
-    """Floating point tensors in float64; everything else as it is."""
-    return [v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in values]
-
-
-def listed(results: Any) -> Results:
-    return [results] if isinstance(results, Tensor) else list(results)
 
 
 def eager_norm(n: Norm) -> Tensor:

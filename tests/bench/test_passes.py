@@ -10,8 +10,12 @@ from torch import Tensor
 
 from benchmarks.device_clock import Moment, before_each_round
 from fused_resnet.bench import norm_inputs
+from fused_resnet.bench.accuracy import why_wrong
 from fused_resnet.bench.norm_inputs import Norm
-from fused_resnet.bench.passes import PASSES, STATS_APPLY, NormPass, why_wrong
+from fused_resnet.bench.passes import PASSES, STATS_APPLY, NormPass
+from fused_resnet.bench.sites import NormSite
+from fused_resnet.bench.suite.op_pass import PassTask
+from fused_resnet.bench.suite.task import Prepared
 from fused_resnet.ops import reference, use_backend
 from tests.accuracy import assert_at_most_twice
 
@@ -55,16 +59,20 @@ def test_bytes_are_those_of_the_tensors(norm_pass: NormPass):
 
 @pytest.mark.parametrize("norm_pass", NAMED.values(), ids=str)
 def test_a_wrong_result_is_marked(norm_pass: NormPass):
-    norm = Norm(SHAPE, torch.float32, "cpu")
+    task = PassTask(norm_pass, NormSite("here", 40, 2, 5, "residual", 1), 3, torch.float32, "cpu")
     with use_backend("reference"):
-        right = norm_pass.call(norm)()
-    assert norm_pass.why_wrong(right, norm) is None
+        right = norm_pass.call(task.first)()
+
+    def why_wrong(results: list[Tensor | None]) -> str | None:
+        return task.why_wrong(Prepared(run=lambda: None, results=lambda: results))[1]
+
+    assert why_wrong(right) is None
     for index, result in enumerate(right):
         if result is None or result.numel() == 0:
             continue
         wrong, first = result.clone(), (0,) * result.dim()
         wrong[first] = ~wrong[first] if wrong.dtype == torch.uint8 else wrong[first] + 0.01
-        message = norm_pass.why_wrong([*right[:index], wrong, *right[index + 1 :]], norm)
+        message = why_wrong([*right[:index], wrong, *right[index + 1 :]])
         assert message is not None
         assert message.startswith(f"result {index}: ")
 

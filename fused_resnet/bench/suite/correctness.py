@@ -25,10 +25,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fused_resnet.bench.accuracy import Results
 from fused_resnet.bench.result import TRAINING_STEP
 from fused_resnet.bench.suite.network_task import NetworkTask
 from fused_resnet.bench.suite.subjects import is_residual_block
-from fused_resnet.bench.suite.task import Prepared, Results
+from fused_resnet.bench.suite.task import Prepared
 from fused_resnet.bench.suite.training import Training, result_names
 
 FORMATS = (torch.channels_last, torch.contiguous_format)

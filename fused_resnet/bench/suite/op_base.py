@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_resnet.bench.accuracy import Results, doubled, first_wrong, listed, relative_error, why_wrong
 from fused_resnet.bench.ledger import ledger
 from fused_resnet.bench.options import dtype_name
-from fused_resnet.bench.passes import doubled, first_wrong, listed, why_wrong
 from fused_resnet.bench.result import OP
-from fused_resnet.bench.suite.task import Prepared, Results, Task
+from fused_resnet.bench.suite.task import Prepared, Task
 from fused_resnet.ops import reference, use_backend
 from fused_resnet.ops.route.choose import why_not
 from fused_resnet.ops.route.reasons import unavailable
@@ -88,19 +88,14 @@ class OpTask(Task):
         op, arguments = self.ops(self.first)[0]
         return listed(getattr(reference, op)(*doubled(arguments)))
 
-    def why_results_are_wrong(self, results: Results) -> str | None:
-        """By the project's rule: at most twice the error of PyTorch's eager mode in the same dtype."""
-
-        def judge(index: int, ours: Tensor, theirs: Tensor | None, right: Tensor) -> str | None:
-            return why_wrong(ours, theirs, right, self.terms(right), self.magnitude(index))
-
-        with torch.no_grad():
-            return first_wrong(results, self.baseline(), self._exact, judge)
+    def judge(self, index: int, ours: Tensor, theirs: Tensor | None, right: Tensor) -> str | None:
+        """What is wrong with one of the results, None if nothing is."""
+        return why_wrong(ours, theirs, right, self.terms(index, right), self.magnitude(index))
 
     def baseline(self) -> Results:
         return self.eager(self.first)
 
-    def terms(self, exact: Tensor) -> int:
+    def terms(self, index: int, exact: Tensor) -> int:
         """How many rounded numbers a result adds up, for the floor of the rule."""
         return 1
 
@@ -168,7 +163,9 @@ class OpTask(Task):
 
     def why_wrong(self, prepared: Prepared) -> tuple[float | None, str | None]:
         results = prepared.results()
-        return relative_error(results, self._exact), self.why_results_are_wrong(results)
+        with torch.no_grad():
+            wrong = first_wrong(results, self.baseline(), self._exact, self.judge)
+        return relative_error(results, self._exact), wrong
 
     @functools.cached_property
     def _exact(self) -> Results:
@@ -215,19 +212,3 @@ def counted(call: Callable[[], object]) -> int | None:
         return ledger(call).total
     except NotImplementedError:
         return None
-
-
-def terms_of_products(dtype: torch.dtype, count: int) -> int:
-    """How many rounded numbers a sum of so many products adds up, for the floor of the project's rule. Sums are
-    float32: their rounding is lost in that of a narrower result."""
-    return count if dtype == torch.float32 else 1
-
-
-def relative_error(results: Results, exact: Results) -> float | None:
-    """The largest difference to the exact results, each as a fraction of its own largest value; bits left out."""
-    found = [
-        ((ours.detach().double() - right).abs().max() / right.abs().max().clamp(min=1e-30)).item()
-        for ours, right in zip(results, exact, strict=True)
-        if ours is not None and right is not None and right.numel() > 0 and right.is_floating_point()
-    ]
-    return max(found, key=lambda error: (error != error, error)) if found else None

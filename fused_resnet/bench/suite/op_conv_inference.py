@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_resnet.bench.accuracy import Results, terms_of_products
 from fused_resnet.bench.norm_inputs import EPS
 from fused_resnet.bench.result import INFERENCE
 from fused_resnet.bench.sites import ADDED, SHORTCUT, ConvSite
 from fused_resnet.bench.suite import op_base
 from fused_resnet.bench.suite.op_base import EAGER, SEPARATE, Call, OpTask, counted, without_gradients
-from fused_resnet.bench.suite.task import Results
 from fused_resnet.ops.backends.onednn import pack_conv_weight, packed_conv_act, why_not_packed
 from fused_resnet.ops.conv_bn_act import fold
 
@@ -88,8 +88,8 @@ class ConvInferenceTask(OpTask):
             reasons.append("with groups and a residual it takes float32 only")
         return reasons
 
-    def terms(self, exact: Tensor) -> int:
-        return op_base.terms_of_products(self.dtype, math.prod(self.site.conv.weight_shape[1:]))
+    def terms(self, index: int, exact: Tensor) -> int:
+        return terms_of_products(self.dtype, math.prod(self.site.conv.weight_shape[1:]))
 
     def least_bytes(self) -> int:
         conv = self.site.conv

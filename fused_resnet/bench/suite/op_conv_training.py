@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_resnet.bench.accuracy import Results, terms_of_products
 from fused_resnet.bench.norm_inputs import EPS, NEAR_ZERO, Norm
 from fused_resnet.bench.passes import eager_norm, eager_statistics, eager_sums, eager_through_norm
 from fused_resnet.bench.result import TRAINING_FORWARD, TRAINING_STEP
 from fused_resnet.bench.sites import ConvSite
 from fused_resnet.bench.suite import op_base
 from fused_resnet.bench.suite.op_base import COMPILE, EAGER, SEPARATE, Call, OpTask, on_backend, without_gradients
-from fused_resnet.bench.suite.task import Prepared, Results
+from fused_resnet.bench.suite.task import Prepared
 from fused_resnet.ops import reference
 from fused_resnet.ops.reference.norm import normalize
 
@@ -107,9 +108,9 @@ class ConvTrainingTask(OpTask):
             make = lambda inputs: on_backend("auto", without_gradients(lambda: separate(inputs)))  # noqa: E731
         return super().prepare(name, make)
 
-    def terms(self, exact: Tensor) -> int:
+    def terms(self, index: int, exact: Tensor) -> int:
         weight = self.first.weight
-        terms = op_base.terms_of_products(self.dtype, (weight[0] if self.product == FORWARD else weight[:, 0]).numel())
+        terms = terms_of_products(self.dtype, (weight[0] if self.product == FORWARD else weight[:, 0]).numel())
         pixels = (self.first.before if self.product == GRAD_INPUT else self.first.behind).values
         return terms * pixels if exact.dim() == 1 or self.product == GRAD_WEIGHT else terms
 

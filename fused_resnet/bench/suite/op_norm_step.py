@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fused_resnet.bench.accuracy import Results
 from fused_resnet.bench.norm_inputs import EPS, NEAR_ZERO, Norm
 from fused_resnet.bench.passes import PASSES, STATS_APPLY
 from fused_resnet.bench.result import TRAINING_STEP
 from fused_resnet.bench.saved_bytes import saved_bytes
 from fused_resnet.bench.sites import PROJECTION, RELU, RESIDUAL, NormSite
 from fused_resnet.bench.suite.op_base import COMPILE, EAGER, Call, OpTask
-from fused_resnet.bench.suite.task import Results
 from fused_resnet.ops import BatchNorm, bn_act, bn_act_dual, use_backend
 from fused_resnet.ops.route.routes import pass_route
 
@@ -110,7 +110,7 @@ class NormStepTask(OpTask):
             out = plain(inputs.ending, leaves, inputs.running_in_float64)
         return [out.detach(), *torch.autograd.grad(out, leaves, inputs.grad_out.double())]
 
-    def terms(self, exact: Tensor) -> int:
+    def terms(self, index: int, exact: Tensor) -> int:
         return self.first.norm.values if exact.dim() == 1 else 1
 
     def least_bytes(self) -> int:

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_resnet.bench.accuracy import Results, terms_of_products
 from fused_resnet.bench.norm_inputs import EPS
 from fused_resnet.bench.result import INFERENCE
 from fused_resnet.bench.suite import op_base
 from fused_resnet.bench.suite.op_base import OpTask
-from fused_resnet.bench.suite.task import Results
 from fused_resnet.ops import reference
 from fused_resnet.ops.conv_bn_act import fold
 
@@ -88,8 +88,8 @@ class StemTask(OpTask):
         z = F.conv2d(inputs.scaled(), inputs.weight, stride=2, padding=3)
         return [pool(F.batch_norm(z, mean, variance, weight, bias, eps=EPS).relu_())]
 
-    def terms(self, exact: Tensor) -> int:
-        return op_base.terms_of_products(self.dtype, self.first.weight[0].numel())
+    def terms(self, index: int, exact: Tensor) -> int:
+        return terms_of_products(self.dtype, self.first.weight[0].numel())
 
     def least_bytes(self) -> int:
         """Images, weight, result; vectors are not counted."""

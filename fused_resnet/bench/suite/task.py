@@ -4,15 +4,13 @@ takes part."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-Results = Sequence[Tensor | None]
-"""What a run gives: logits of a network; the loss of a training step; the results of an op."""
+from fused_resnet.bench.accuracy import Results
 
 
 class Task(ABC):

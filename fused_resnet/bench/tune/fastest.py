@@ -13,7 +13,7 @@ import torch
 
 from fused_resnet.bench.suite.measure import last_line
 from fused_resnet.bench.suite.rounds import Method, measure_rounds
-from fused_resnet.bench.suite.task import Prepared
+from fused_resnet.bench.suite.task import Prepared, Task
 from fused_resnet.bench.timer import Timing
 
 METHOD = Method(rounds=15, min_seconds=0.1, most_rounds=40, sample_seconds=0.002, pause=0.0)
@@ -49,10 +49,9 @@ class NothingRan(RuntimeError):
 
 
 def find_fastest(
+    task: Task,
     candidates: Mapping[str, Callable[[], Prepared]],
     heuristic: str,
-    why_wrong: Callable[[Prepared], str | None],
-    device: torch.device,
     method: Method = METHOD,
     *,
     seconds: float = math.inf,
@@ -62,17 +61,16 @@ def find_fastest(
     more against the heuristic's choice alone: of many candidates the fastest looks faster than it is.
 
     Args:
+        task: what they do; on a GPU the L2 cache is flushed before each call.
         candidates: from a name to a function that makes it ready, or raises.
         heuristic: the name of what would be chosen anyway.
-        why_wrong: what is wrong with the numbers of a candidate, or None.
-        device: where they run; on a GPU the L2 cache is flushed before each call.
         seconds: for the rounds; a few are measured in any case.
 
     Raises:
         NothingRan: no candidate can run.
         RuntimeError: a CUDA graph is being captured.
     """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if task.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("candidates cannot be measured while a CUDA graph is captured")
     ready: dict[str, Prepared] = {}
     dropped: dict[str, str] = {}
@@ -80,14 +78,14 @@ def find_fastest(
 
     def measured(names: list[str], method: Method, share: float) -> dict[str, Timing]:
         runs, left = {name: ready[name].run for name in names}, max(0.0, end - clock()) * share
-        rounds = measure_rounds(runs, device, method, flush_cache=True, seconds=left, clock=clock)
+        rounds = measure_rounds(runs, task.device, method, flush_cache=True, seconds=left, clock=clock)
         dropped.update({name: f"failed: {last_line(error)}" for name, error in rounds.failures.items()})
         medians.update({name: timing.median for name, timing in rounds.timings.items()})
         return rounds.timings
 
     try:
         for name, prepare in candidates.items():
-            if reason := _make_ready(name, prepare, why_wrong, ready):
+            if reason := _make_ready(task, name, prepare, ready):
                 dropped[name] = reason
         names, end = list(ready), clock() + seconds
         if len(names) > SHORTLIST + 1:
@@ -119,16 +117,14 @@ def is_faster(before: Timing, after: Timing) -> bool:
     return float(numpy.percentile(_quotients(before, after), SURE)) > MARGIN
 
 
-def _make_ready(
-    name: str, prepare: Callable[[], Prepared], why_wrong: Callable[[Prepared], str | None], ready: dict[str, Prepared]
-) -> str | None:
+def _make_ready(task: Task, name: str, prepare: Callable[[], Prepared], ready: dict[str, Prepared]) -> str | None:
     """Puts it among the ``ready`` ones; the reason why not."""
     try:
         prepared = prepare()
     except Exception as error:
         return f"failed: {last_line(error)}"
     try:
-        wrong = why_wrong(prepared)
+        _, wrong = task.why_wrong(prepared)
     except Exception as error:
         wrong = last_line(error)
     if wrong is None:
