@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -11,21 +11,21 @@ from typing import Any
 
 import torch
 
-from fused_resnet.bench import options
-from fused_resnet.bench.options import dtype_name
+from fused_resnet.bench import options, training_ledger
+from fused_resnet.bench.report import compare, files
 from fused_resnet.bench.report.condition import file_name, reasons_to_start_anew
-from fused_resnet.bench.result import FAILED, LEVELS, MODES, WRONG, Result
+from fused_resnet.bench.result import FAILED, LEVELS, WRONG, Result
 from fused_resnet.bench.roofline import ROUNDS
-from fused_resnet.bench.suite import selections
+from fused_resnet.bench.suite import registry, selections
 from fused_resnet.bench.suite.runner import INTERRUPTED, LEFT_OUT, Settings, run
 from fused_resnet.bench.suite.task import Contender, Task
 
-COMMANDS = {
-    "compare": ("fused_resnet.bench.report.compare", "what changed between two results, beyond noise"),
-    "report": ("fused_resnet.bench.report.files", "CSV, Markdown and an HTML page again, from saved results"),
-    "bytes": ("fused_resnet.bench.training_ledger", "what a training step moves and keeps in memory; nothing is run"),
+COMMANDS: dict[str, tuple[Any, str]] = {
+    "compare": (compare, "what changed between two results, beyond noise"),
+    "report": (files, "CSV, Markdown and an HTML page again, from saved results"),
+    "bytes": (training_ledger, "what a training step moves and keeps in memory; nothing is run"),
 }
-"""The module of each sub-command, with ``add_arguments`` and ``main``, imported when it is asked for."""
+"""The module of each sub-command, with ``add_arguments`` and ``main``."""
 REFUSED, STOPPED = 1, 130
 
 
@@ -39,8 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is measured")
     several(what, "--model", "NAME", "torchvision's or timm's names, or module:callable (default: resnet50)")
     several(what, "--level", "LEVEL", "op, block, model (default: model)", choices=LEVELS)
-    modes = [mode.replace(" ", "-") for mode in MODES]
-    several(what, "--mode", "MODE", f"{', '.join(modes)} (default: {modes[0]} and {modes[-1]})", choices=modes)
+    several(what, "--mode", "MODE", f"{' and '.join(selections.MODES)} (default: both)", choices=selections.MODES)
     batch_help = "images (default: inference 1 8 and training 16; on a GPU 1 32 256)"
     several(what, "--batch-size", "N", batch_help, type=positive)
     dtype_help = f"of activations: {', '.join(options.DTYPES)} (default: float32)"
@@ -50,7 +49,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     who = parser.add_argument_group("who takes part")
     several(who, "--contenders", "PATTERN", "such as 'eager*' onnxruntime (default: all)")
     several(who, "--without", "PATTERN", "such as '*max-autotune*'")
-    who.add_argument("--list", action="store_true", help="who there is, and why some are absent here; then end")
     how = parser.add_argument_group("where and how")
     how.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU where there is one)")
     how.add_argument("--threads", type=positive, metavar="N", help="of PyTorch on the CPU (default: its choice)")
@@ -59,7 +57,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--min-seconds", type=seconds, metavar="SECONDS", help=seconds_help)
     how.add_argument("--budget", type=seconds, metavar="SECONDS", help="for the whole run; says what it left out")
     how.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    how.add_argument("--quick", action="store_true", help="a small selection, in about a minute")
     how.add_argument("--dry", action="store_true", help="tiny shapes, one round: does it run? Measures nothing")
     where = parser.add_argument_group("what is written")
     output_help = "folder (default: %(default)s)"
@@ -67,9 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--name", help="of the files, without an ending (default: the condition)")
     resume_help = "go on with the file of an earlier run of the same condition and commit"
     where.add_argument("--resume", action="store_true", help=resume_help)
-    commands = parser.add_subparsers(metavar="COMMAND", parser_class=_LateParser, title="commands instead of a run")
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands instead of a run")
     for name, (module, summary) in COMMANDS.items():
-        commands.add_parser(name, help=summary, description=summary, module=module)
+        command = commands.add_parser(name, help=summary, description=summary)
+        module.add_arguments(command)
+        command.set_defaults(bench_command=module.main)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -79,18 +78,16 @@ def main(arguments: argparse.Namespace) -> int:
     What was measured until then is on disk in any case.
     """
     if (command := getattr(arguments, "bench_command", None)) is not None:
-        return importlib.import_module(command).main(arguments)
+        return command(arguments)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     try:
         if missing := options.missing_packages("bench", {"rich": "rich"}):
             raise ValueError(missing)
         selection = selections.select(arguments)
-        contenders = selections.make_contenders(arguments)
+        contenders = registry.select(arguments.contenders, arguments.without)
         tasks = selections.make_tasks(selection)
         settings = _settings(arguments, selection, contenders)
-        if arguments.list:
-            return _list(tasks, contenders)
         path = arguments.output / f"{arguments.name or _name(arguments, selection)}.json"
         before = _earlier(path, arguments.resume, settings)
     except (ValueError, ImportError) as error:
@@ -114,7 +111,7 @@ def _settings(arguments: argparse.Namespace, selection: selections.Selection, co
     return Settings(
         device=selection.device,
         method=selections.method_for(arguments, selection.device),
-        budget=selections.budget_of(arguments),
+        budget=math.inf if arguments.budget is None else arguments.budget,
         seed=arguments.seed,
         ceiling_rounds=0 if arguments.dry else ROUNDS,
         arguments={name: value for name, value in given.items() if name not in ("run", "command")} | chosen,
@@ -151,7 +148,7 @@ def _run(tasks: list[Task], contenders: list[Contender], settings: Settings, pat
     stopped = bool(result.arguments.get(INTERRUPTED))
     lines = [f"not measured: {line}" for line in result.arguments[LEFT_OUT]]
     lines += ["Stopped. With --resume it goes on from here."] if stopped else []
-    written = importlib.import_module("fused_resnet.bench.report").write_all(result, path.parent, path.stem)
+    written = files.write_all(result, path.parent, path.stem)
     for line in [*lines, *(f"wrote {each}" for each in written)]:
         console.print(line, markup=False, soft_wrap=True)
     if result.arguments.get("dry"):
@@ -160,37 +157,7 @@ def _run(tasks: list[Task], contenders: list[Contender], settings: Settings, pat
     return STOPPED if stopped else 0
 
 
-def _list(tasks: list[Task], contenders: list[Contender]) -> int:
-    """Who there is, and of each kind of task the reasons why somebody is absent."""
-    kinds: dict[str, Task] = {}
-    for task in tasks:
-        kinds.setdefault(f"{task.level}, {task.mode}, {dtype_name(task.dtype)}", task)
-    for contender in contenders:
-        print(contender.name)
-        reasons: dict[str, list[str]] = {}
-        for kind, task in kinds.items():
-            reasons.setdefault("; ".join(contender.why_absent(task)) or "takes part", []).append(kind)
-        for reason, where in reasons.items():
-            print(f"    {reason}" if len(reasons) == 1 else f"    {' / '.join(where)}: {reason}")
-    return 0
-
-
 def _name(arguments: argparse.Namespace, selection: selections.Selection) -> str:
     what = (selection.models, selection.levels, selection.batch_sizes, selection.dtype_names, selection.image_size)
     name = file_name(selection.device, torch.get_num_threads(), *what)
     return f"dry_{name}" if arguments.dry else name
-
-
-class _LateParser(argparse.ArgumentParser):
-    """A sub-command whose module is imported when its arguments are parsed."""
-
-    def __init__(self, *args: Any, module: str, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._module: str | None = module
-        self.set_defaults(bench_command=module)
-
-    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
-        if self._module is not None:
-            importlib.import_module(self._module).add_arguments(self)
-            self._module = None
-        return super().parse_known_args(*args, **kwargs)

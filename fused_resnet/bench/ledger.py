@@ -22,17 +22,14 @@ FORWARD, BACKWARD, OPTIMIZER = "forward", "backward", "optimizer"
 
 @dataclass(frozen=True)
 class Entry:
-    """All passes of one kind by one op in one phase; bytes of them together."""
+    """All passes of one kind in one phase; bytes of them together."""
 
-    op: str
-    """Such as "aten.convolution"; of `Ledger.by_pass`, every op of the kind, separated by commas."""
     phase: str
     """"forward", "backward" or "optimizer"."""
     kind: str
     """Such as "convolution", "statistics" or "add"."""
     reads: int
     writes: int
-    count: int
 
     @property
     def total(self) -> int:
@@ -41,7 +38,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Ledger:
-    """Every pass of one step. The bytes are those of the step; ``images`` is how many it processed."""
+    """Every pass of one step, in the order in which they first ran. The bytes are those of the step; ``images`` is how
+    many it processed."""
 
     entries: tuple[Entry, ...]
     images: int = 1
@@ -53,18 +51,6 @@ class Ledger:
     @property
     def bytes_per_image(self) -> float:
         return self.total / self.images
-
-    def by_pass(self) -> list[Entry]:
-        """One entry for each phase and kind, in the order in which they first ran."""
-        groups: dict[tuple[str, str], list[Entry]] = {}
-        for entry in self.entries:
-            groups.setdefault((entry.phase, entry.kind), []).append(entry)
-
-        def merged(key: tuple[str, str], group: list[Entry]) -> Entry:
-            sums = (sum(getattr(entry, name) for entry in group) for name in ("reads", "writes", "count"))
-            return Entry(", ".join(entry.op for entry in group), *key, *sums)
-
-        return [merged(key, group) for key, group in groups.items()]
 
 
 def ledger(step: Callable[[], object], images: int = 1) -> Ledger:
@@ -91,15 +77,15 @@ class _Observer(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._updating = False
-        self.found: dict[tuple[str, str, str], list[int]] = {}
-        """By op, phase and kind: bytes read and written, and passes."""
+        self.found: dict[tuple[str, str], list[int]] = {}
+        """By phase and kind: bytes read and written."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         results = func(*args, **kwargs)  # the mode is off in here: what an op of ours is composed of is not seen
         for kind, reads, writes in passes(func, args, kwargs, results):
-            sums = self.found.setdefault((func._schema.name.replace("::", "."), self._phase(), kind), [0, 0, 0])
-            sums[:] = sums[0] + reads, sums[1] + writes, sums[2] + 1
+            sums = self.found.setdefault((self._phase(), kind), [0, 0])
+            sums[:] = sums[0] + reads, sums[1] + writes
         return results
 
     def _phase(self) -> str:

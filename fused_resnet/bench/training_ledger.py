@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,7 @@ from fused_resnet.bench.ledger import Ledger, ledger
 from fused_resnet.bench.saved_bytes import saved_bytes
 from fused_resnet.bench.suite.subjects import build, builder_names
 from fused_resnet.ops.route.request import asking
-from fused_resnet.training.loop import MOMENTUM, WEIGHT_DECAY, autocast
+from fused_resnet.training.loop import autocast
 
 EAGER = "eager"
 MASKS = "level 3, masks"
@@ -52,7 +51,6 @@ def training_ledger(
     dtype: torch.dtype = torch.bfloat16,
     image_size: int = 224,
     memory: str = "default",
-    optimizer: bool = False,
 ) -> Ledger:
     """The ledger of a training step (forward, cross entropy, backward) of one of this package's networks.
 
@@ -66,24 +64,12 @@ def training_ledger(
             automatic choice.
         dtype: of activations and convolutions; parameters are float32, and another dtype is autocast's.
         memory: "default" or "efficient", as ``fused_resnet.fuse`` takes it.
-        optimizer: also count the update, SGD with momentum and weight decay as one kernel, in the steady state.
 
     Raises:
         ValueError: there is no builder or no level of this name.
     """
-    with _dry_training(model_name, level, batch_size, dtype, image_size, memory) as (model, forward):
-        settings: dict[str, Any] = {"momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY, "nesterov": True, "fused": True}
-        update = torch.optim.SGD(model.parameters(), lr=1e-3, **settings)
-
-        def step() -> None:
-            update.zero_grad()
-            forward().backward()
-            if optimizer:
-                update.step()
-
-        if optimizer:
-            step()  # the first update makes the momenta
-        return ledger(step, batch_size)
+    with _dry_training(model_name, level, batch_size, dtype, image_size, memory) as (_, forward):
+        return ledger(lambda: forward().backward(), batch_size)
 
 
 def training_saved_bytes(
@@ -148,7 +134,7 @@ def main(arguments: argparse.Namespace) -> int:
     ledgers = {column(level): training_ledger(name, level, *settings) for level in LEVELS}
     cells: dict[str, dict[str, float]] = {}
     for level, one in ledgers.items():
-        for entry in one.by_pass():
+        for entry in one.entries:
             cells.setdefault(f"{entry.phase} {entry.kind}", {})[level] = entry.total / batch / MEGABYTE
     eager = ledgers[EAGER].bytes_per_image
     print(f"{name}, {arguments.dtype}, {size}x{size}, batch {batch}; MB (10^6 bytes) an image\n")

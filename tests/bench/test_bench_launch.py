@@ -82,7 +82,7 @@ def prepared_on_cuda(task: OpTask) -> Prepared:
 def test_the_backend_takes_what_the_benchmark_of_passes_gives_it(norm_pass: NormPass):
     with bench_launch.on_host() as machine:
         machine.skip_launches(False)
-        site = NormSite("here", 40, 5, 7, norm_pass.endings[0], 1)
+        site = NormSite(40, 5, 7, norm_pass.endings[0])
         prepared = prepared_on_cuda(PassTask(norm_pass, site, 2, torch.bfloat16, "cpu"))
         machine.launches()
         prepared.run()
@@ -103,7 +103,7 @@ def test_the_backend_takes_what_the_benchmark_of_the_stem_gives_it(layout: str):
 def test_a_step_runs_on_the_backend_and_moves_less_in_one_launch(ending: str):
     with bench_launch.on_host() as machine:
         machine.skip_launches(False)
-        task = NormStepTask(NormSite("here", 64, 3, 3, ending, 1), 2, torch.float16, "cpu")
+        task = NormStepTask(NormSite(64, 17, 17, ending), 8, torch.float16, "cpu")
         moved = prepared_on_cuda(task).moved_bytes()
         one = task.first.norm.x.nbytes
         bits = one // 16
@@ -112,7 +112,7 @@ def test_a_step_runs_on_the_backend_and_moves_less_in_one_launch(ending: str):
             "residual": {(1 + 3 + 2 + 4) * one + 3 * bits, (3 + 2 + 4) * one + 3 * bits},
             "projection": {(1 + 1 + 3 + 2 * (2 + 3)) * one + 5 * bits},
         }
-        assert moved in by_hand[ending]
+        assert any(0 <= moved - expected < bits for expected in by_hand[ending])  # and vectors
 
 
 def test_only_some_ops_and_a_profile(tmp_path, capsys):

@@ -24,7 +24,7 @@ from fused_resnet.bench.suite.op_task import op_contenders
 from fused_resnet.bench.suite.task import Contender, Prepared
 
 ROOT = Path(__file__).resolve().parents[2]
-SITE = NormSite("here", 40, 2, 5, RELU, 1)
+SITE = NormSite(40, 2, 5, RELU)
 APPLY = next(norm_pass for norm_pass in PASSES if norm_pass.name == "bn_apply")
 BYTES = 2 * 3 * 40 * 2 * 5 * 2  # read and written of three images in float16
 

@@ -25,7 +25,7 @@ CONVOLUTIONS = ("convolution", "input gradient", "weight gradient")
 
 
 def groups(found: Ledger) -> dict[tuple[str, str], tuple[int, int]]:
-    return {(entry.phase, entry.kind): (entry.reads, entry.writes) for entry in found.by_pass()}
+    return {(entry.phase, entry.kind): (entry.reads, entry.writes) for entry in found.entries}
 
 
 def test_convolution_norm_relu_in_eager_by_hand():
@@ -76,17 +76,9 @@ def test_statistics_alone_by_hand():
     x = torch.randn(2, 5, 8, 8)
     total, c = 2 * 5 * 8 * 8 * FLOAT, 5 * FLOAT
     assert groups(ledger(lambda: torch.var_mean(x, (0, 2, 3)))) == {(FORWARD, "statistics"): (total, 2 * c)}
-    # as nn.SyncBatchNorm calls them; they are CUDA's, so their results are made up
-    vectors = [torch.rand(5) for _ in range(7)]
-    aten = torch.ops.aten
-    gathered = passes(
-        aten.batch_norm_gather_stats_with_counts.default,
-        (x, *(torch.rand(2, 5) for _ in range(2)), *vectors[:2], 0.1, 1e-5, torch.ones(2)),
-        {},
-        tuple(vectors[2:4]),
-    )
-    assert [(one.reads, one.writes) for one in gathered] == [(4 * c + 2 * c + 2 * FLOAT, 4 * c)]
-    (applied,) = passes(aten.batch_norm_elemt.default, (x, *vectors[:4], 1e-5), {}, torch.empty_like(x))
+    # CUDA's, so its result is made up
+    vectors, aten = [torch.rand(5) for _ in range(4)], torch.ops.aten
+    (applied,) = passes(aten.batch_norm_elemt.default, (x, *vectors, 1e-5), {}, torch.empty_like(x))
     assert (applied.kind, applied.reads, applied.writes) == ("normalise", total + 4 * c, total)
 
 
@@ -102,7 +94,7 @@ def test_views_allocations_and_inference_of_shapes_move_nothing():
 
 
 def test_what_expand_repeats_is_read_once():
-    assert ledger(lambda: torch.ones(1).expand(1000) / 4).by_pass()[-1].reads == FLOAT
+    assert ledger(lambda: torch.ones(1).expand(1000) / 4).entries[-1].reads == FLOAT
 
 
 def case(
@@ -157,8 +149,6 @@ def test_a_fused_op_reads_what_its_docstring_says_once_and_writes_its_results(op
 
     with fused_resnet.use_backend("reference"):
         (entry,) = ledger(call).entries
-    assert entry.op == f"fused_resnet.{op}"
-    assert entry.count == 1
     assert entry.reads == sum(values[name].numel() for name in read.split()) * FLOAT
     assert entry.writes == sum(t.numel() for t in [*results, *(values[name] for name in rewritten.split())]) * FLOAT
 
@@ -170,26 +160,17 @@ def test_bytes_grow_linearly_with_the_images(level):
 
 
 def test_the_update_is_one_pass_over_parameters_gradients_and_momenta():
-    parameters = sum(parameter.numel() for parameter in fused_resnet.resnet18().parameters()) * FLOAT
-    without, with_update = (training_ledger("resnet18", 0, 2, image_size=64, optimizer=flag) for flag in (False, True))
-    assert with_update.total - without.total == 5 * parameters
-    (update,) = (entry for entry in with_update.entries if entry.phase == OPTIMIZER)
-    assert (update.reads, update.writes) == (3 * parameters, 2 * parameters)
-
-
-@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam])
-@pytest.mark.parametrize("foreach", [False, True])
-def test_other_updates_are_counted_as_they_run(make, foreach):
     weight = nn.Parameter(torch.randn(1000))
-    optimizer = make([weight], lr=0.1, foreach=foreach)
+    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True, fused=True)
 
     def step() -> None:
         weight.sum().backward()
         optimizer.step()
 
-    phases = [entry.phase for entry in ledger(step).by_pass()]
-    assert phases == sorted(phases, key=[FORWARD, BACKWARD, OPTIMIZER].index)
-    assert sum(e.total for e in ledger(optimizer.step).entries if e.phase == OPTIMIZER) >= 3 * 1000 * FLOAT
+    step()  # makes the momentum
+    phases = {entry.phase: entry for entry in ledger(step).entries}
+    assert list(phases) == [FORWARD, BACKWARD, OPTIMIZER]
+    assert (phases[OPTIMIZER].reads, phases[OPTIMIZER].writes) == (3 * 1000 * FLOAT, 2 * 1000 * FLOAT)
 
 
 def step_on(model: nn.Module, autocast: bool = False, size: int = 64):

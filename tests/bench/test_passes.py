@@ -59,7 +59,7 @@ def test_bytes_are_those_of_the_tensors(norm_pass: NormPass):
 
 @pytest.mark.parametrize("norm_pass", NAMED.values(), ids=str)
 def test_a_wrong_result_is_marked(norm_pass: NormPass):
-    task = PassTask(norm_pass, NormSite("here", 40, 2, 5, "residual", 1), 3, torch.float32, "cpu")
+    task = PassTask(norm_pass, NormSite(40, 2, 5, "residual"), 3, torch.float32, "cpu")
     with use_backend("reference"):
         right = norm_pass.call(task.first)()
 

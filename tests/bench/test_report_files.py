@@ -11,7 +11,7 @@ import json
 
 import pytest
 
-from fused_resnet.bench.report import condition, files, write_all
+from fused_resnet.bench.report import condition, files
 from fused_resnet.bench.report.condition import merged
 from fused_resnet.bench.report.figures import best_eager, best_of_ours, best_rival, figures, text_table, times_faster
 from fused_resnet.bench.report.files import COLUMNS, csv_text, markdown_report
@@ -211,7 +211,7 @@ def test_write_all_without_what_the_page_needs(tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
     with pytest.warns(UserWarning, match=r"run.html was not made: matplotlib"):
-        paths = write_all(result(inference()), tmp_path / "new", "run")
+        paths = files.write_all(result(inference()), tmp_path / "new", "run")
     assert [path.name for path in paths] == ["run.json", "run.csv", "run.md"]
     assert Result.load(paths[0]) == result(inference())
 
@@ -235,7 +235,7 @@ def run(*words: object) -> int:
 def test_the_command_remakes_the_files_and_refuses_others(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     pytest.importorskip("jinja2")
-    paths = write_all(result(inference(), training()), tmp_path, "run")
+    paths = files.write_all(result(inference(), training()), tmp_path, "run")
     before = {path: path.read_bytes() for path in paths}
     assert [path.suffix for path in paths] == [".json", ".csv", ".md", ".html"]
     for path in paths[1:]:

@@ -359,7 +359,7 @@ def test_the_real_plan_asks_bench_and_tune_for_what_they_take(tmp_path: Path):
     import argparse
 
     from fused_resnet.bench import command as bench
-    from fused_resnet.bench.suite import selections
+    from fused_resnet.bench.suite import registry
     from fused_resnet.bench.tune import command as tune
 
     parsed = 0
@@ -374,7 +374,7 @@ def test_the_real_plan_asks_bench_and_tune_for_what_they_take(tmp_path: Path):
             arguments = parser.parse_args(words[4:])
             assert arguments.budget == 100.0 or "--dry" in words
             if module is bench:
-                assert selections.make_contenders(arguments)
+                assert registry.select(arguments.contenders, arguments.without)
             parsed += 1
     assert parsed > 10
 

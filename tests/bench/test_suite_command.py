@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import time
-import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,17 @@ import torch
 
 from fused_resnet.__main__ import main
 from fused_resnet.bench import command
+from fused_resnet.bench.report import files
 from fused_resnet.bench.result import (
     INFERENCE,
+    LEVELS,
     MODEL,
     RIGHT,
     TRAINING_STEP,
     Result,
 )
 from fused_resnet.bench.roofline import Ceilings
-from fused_resnet.bench.suite import runner, selections
-from fused_resnet.bench.suite.registry import fits
+from fused_resnet.bench.suite import registry, runner, selections
 from fused_resnet.bench.suite.rounds import Method
 from fused_resnet.bench.suite.selections import make_tasks, method_for, select
 from fused_resnet.bench.suite.task import Contender, Prepared, Task
@@ -74,14 +74,9 @@ EVERYONE = [
 @pytest.fixture(autouse=True)
 def planted(monkeypatch, tmp_path) -> Iterator[None]:
     """Tasks and contenders of the tests' own, and a report that is the JSON file only."""
-    registry: Any = types.ModuleType("fused_resnet.bench.suite.registry")
-    registry.fits = fits
-    registry.select = lambda patterns: [c for c in EVERYONE if not patterns or any(fits(c.name, p) for p in patterns)]
-    monkeypatch.setitem(sys.modules, registry.__name__, registry)
-    monkeypatch.setattr(selections, "_maker", fake_maker)
-    report: Any = types.ModuleType("fused_resnet.bench.report")
-    report.write_all = write_all
-    monkeypatch.setitem(sys.modules, report.__name__, report)
+    monkeypatch.setattr(registry, "contenders", lambda: EVERYONE)
+    monkeypatch.setattr(selections, "MAKERS", {level: fake_maker(level) for level in LEVELS})
+    monkeypatch.setattr(files, "write_all", write_all)
     monkeypatch.setattr(runner, "measure_ceilings", lambda device, dtype, rounds: Ceilings(1e10, 1e11))
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
@@ -177,14 +172,6 @@ def test_an_interrupt_writes_what_there_is(tmp_path, monkeypatch, capsys):
     assert "--resume" in capsys.readouterr().out
 
 
-def test_list_gives_the_reasons_and_measures_nothing(tmp_path, capsys):
-    assert main([*QUICKLY, "--list"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[lines.index("onnxruntime") + 1].strip() == "onnxruntime is not installed"
-    assert lines[lines.index("ours") + 1].strip() == "takes part"
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_dry_run_is_marked_and_tiny(tmp_path):
     assert main(["bench", "--device", "cpu", "--dry", "--output", str(tmp_path)]) == 0
     (path,) = tmp_path.iterdir()
@@ -216,8 +203,7 @@ def test_defaults_of_the_cpu_and_of_a_gpu(monkeypatch):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--mode", "training-forward", "--batch-size", "4", "2", "4"], {"training forward": (2, 4)}),
-        (["--quick"], {INFERENCE: (4,), TRAINING_STEP: (4,)}),
+        (["--mode", "training-step", "--batch-size", "4", "2", "4"], {TRAINING_STEP: (2, 4)}),
         (["--dry"], {INFERENCE: (2,), TRAINING_STEP: (2,)}),
     ],
 )
@@ -225,17 +211,8 @@ def test_batch_sizes(words, expected):
     assert selected(*words).batch_sizes == expected
 
 
-def test_a_quick_run_leaves_compilers_out_unless_they_are_asked_for():
-    names = [c.name for c in selections.make_contenders(options_of("--quick"))]
-    assert "torch.compile default" not in names and "ours" in names
-    (asked,) = selections.make_contenders(options_of("--quick", "--contenders", "torch.compile*"))
-    assert asked.name == "torch.compile default"
-    assert selections.budget_of(options_of("--quick")) == 60
-    assert selections.budget_of(options_of("--quick", "--budget", "9")) == 9
-
-
 def test_patterns_choose_contenders():
-    chosen = selections.make_contenders(options_of("--contenders", "EAGER*", "ours", "--without", "*NCHW"))
+    chosen = registry.select(["EAGER*", "ours"], ["*NCHW"])
     assert [c.name for c in chosen] == ["eager channels_last", "ours"]
 
 
@@ -252,7 +229,7 @@ def test_a_dry_run_takes_one_shape_of_each_op(monkeypatch):
     def tasks(names, modes, batch_sizes, dtypes, device, image_size):
         return [FakeTask("op", shape, modes[0], batch_sizes[0], dtypes[0], device, None) for shape in shapes]
 
-    monkeypatch.setattr(selections, "_maker", lambda level: tasks)
+    monkeypatch.setitem(selections.MAKERS, "op", tasks)
     words = ["--level", "op", "--mode", "training-step"]
     assert [task.subject for task in make_tasks(selected(*words, "--dry"))] == [shapes[0], shapes[2]]
     assert [task.subject for task in make_tasks(selected(*words))] == shapes
@@ -272,7 +249,7 @@ def test_options_change_the_method():
         (["--device", "tpu"], "--device must"),
         (["--device", "cuda:77"], "--device must be cpu or a GPU that PyTorch finds here; got 'cuda:77'"),
         (["--model", "nonsense"], "no model is named 'nonsense'"),
-        (["--without", "nobody"], "--without must fit a contender; got 'nobody'"),
+        (["--without", "nobody"], "or a pattern that fits one; got 'nobody'"),
         (["--without", "*"], "--without must leave somebody"),
     ],
 )

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torchvision.models import resnet
 
-from fused_resnet.bench.result import INFERENCE, TRAINING_FORWARD
+from fused_resnet.bench.result import INFERENCE, TRAINING_STEP
 from fused_resnet.bench.suite.networks import ModelTask, block_tasks
 from fused_resnet.bench.suite.registry import contenders
 from fused_resnet.bench.suite.task import Contender
@@ -69,7 +69,7 @@ def test_a_runtime_with_another_model_is_called_wrong(package: str):
     ("name", "dtype", "mode", "reason"),
     [
         ("onnxruntime", torch.bfloat16, INFERENCE, "it takes float32 here"),
-        ("onnxruntime", torch.float32, TRAINING_FORWARD, "it does inference only"),
+        ("onnxruntime", torch.float32, TRAINING_STEP, "it does inference only"),
         ("openvino", torch.float16, INFERENCE, "it takes float32 and bfloat16 here"),
     ],
 )

@@ -110,7 +110,7 @@ INTERPRETED = """
 import torch
 from fused_resnet.bench.suite.op_conv_inference import ConvInferenceTask
 from fused_resnet.bench.suite.op_conv_training import PRODUCTS, ConvTrainingTask
-from fused_resnet.bench.sites import Convolution, ConvSite, Sizes
+from fused_resnet.bench.sites import Convolution, ConvSite
 from fused_resnet.bench.tune import questions
 from fused_resnet.bench.tune.level_task import LevelTask
 from fused_resnet.bench.suite.rounds import ONCE
@@ -119,7 +119,7 @@ from fused_resnet.ops.plan import measured_plan
 from fused_resnet.ops import training_level
 
 torch.set_num_threads(1)
-conv = Convolution(Sizes(16, 3, 3, 16, (1, 1), (1, 1), (0, 0), (1, 1), 1), 3, 3, 1)
+conv = Convolution(16, 3, 3, 16, (1, 1), (1, 1), (0, 0), (1, 1), 1)
 site = ConvSite(conv, "", normed=True, takes_gradient=True)
 settings = (1, torch.float32, torch.device("cpu"))
 tiles = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -146,18 +145,9 @@ class _Cell:
         return is_ours(self.contender) or len(self.references) != 1
 
 
-def compare(before: Result, after: Result, threshold: float = 0.05, only: str | None = None) -> Comparison:
-    """What changed from one result to the other; ValueError if they have no measurement in common or ``only`` is not
-    usable.
-
-    Args:
-        threshold: changes of speed below this fraction are not told.
-        only: a regular expression; where "MEASUREMENT: CONTENDER" does not contain it, nothing is compared.
-    """
-    try:
-        wanted = re.compile(only or "")
-    except re.error as error:
-        raise ValueError(f"--only must be a regular expression; got {only!r}: {error}") from None
+def compare(before: Result, after: Result, threshold: float = 0.05) -> Comparison:
+    """What changed from one result to the other; changes of speed below the threshold, a fraction, are not told.
+    ValueError if they have no measurement in common."""
     first, second = ({entry.key: entry for entry in result.measurements} for result in (before, after))
     common = [_Pair(first[key], second[key]) for key in first if key in second]
     if not common:
@@ -170,28 +160,23 @@ def compare(before: Result, after: Result, threshold: float = 0.05, only: str | 
         *(before, after, threshold, _turned_rivals(common, threshold), _peak_noise(common), only_before, only_after)
     )
     cells: list[_Cell] = []
-    is_any_wanted = False
     for pair in common:
         references = [name for name in pair.references if name not in found.turned_rivals]
         for name in dict.fromkeys([*pair.before.outcomes, *pair.after.outcomes]):
-            title, rounds, timings = f"{pair.after.title}: {name}", pair.rounds(name), pair.timings(name)
+            rounds, timings = pair.rounds(name), pair.timings(name)
             if timings is not None and min(rounds) >= FEWEST_ROUNDS:
                 others = [other for other in references if other != name and pair.rounds(other) == rounds]
                 beside = [both for other in others if (both := pair.timings(other)) is not None]
                 difference = noise.difference(*noise.relative(timings, beside))
                 cells.append(_Cell(pair, name, tuple(others), difference, name in references and bool(others)))
-            if wanted.search(title):
-                is_any_wanted = True
-                found.statuses += _status(pair, name)
-                found.bytes += _bytes(pair, name, found.peak_noise)
-                found.too_few_rounds += [title] if rounds and min(rounds) < FEWEST_ROUNDS else []
-    if not is_any_wanted:
-        raise ValueError(f"nothing that both results have matches --only {only!r}")
-    _judge(found, cells, wanted)
+            found.statuses += _status(pair, name)
+            found.bytes += _bytes(pair, name, found.peak_noise)
+            found.too_few_rounds += [f"{pair.after.title}: {name}"] if rounds and min(rounds) < FEWEST_ROUNDS else []
+    _judge(found, cells)
     return found
 
 
-def _judge(comparison: Comparison, cells: Sequence[_Cell], wanted: re.Pattern[str]) -> None:
+def _judge(comparison: Comparison, cells: Sequence[_Cell]) -> None:
     """Each cell, and of ours those of a contender at one level, in one mode and dtype together. Ops are noisier than
     models, so errors are steadied, and the spread between runs is learnt from the controls, of each level by itself."""
     told: list[_Cell] = []
@@ -202,7 +187,7 @@ def _judge(comparison: Comparison, cells: Sequence[_Cell], wanted: re.Pattern[st
         group = [dataclasses.replace(cell, found=found) for cell, found in zip(group, steadied, strict=True)]
         own = [cell.found for cell in group if cell.is_control]
         comparison.spreads[level] = noise.between_runs(own if len(own) >= noise.FEWEST_CONTROLS else controls)
-        told += [c for c in group if c.tells and wanted.search(f"{c.pair.after.title}: {c.contender}")]
+        told += [cell for cell in group if cell.tells]
     groups: dict[tuple[str, ...], list[_Cell]] = {}
     for cell in filter(lambda cell: is_ours(cell.contender), told):
         entry = cell.pair.after

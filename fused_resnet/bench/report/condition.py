@@ -5,7 +5,6 @@ Results of one condition and commit become one (`merged`).
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -60,7 +59,7 @@ def merged(results: Sequence[Result]) -> list[Result]:
     """One result for each condition and commit, in the order in which they first appear.
 
     What was measured twice is taken from the later run, whole: rounds of two runs are not rounds of one. Ceilings are
-    those of the last run that has them, the load is the highest.
+    those of the last run that has them, the load is the highest, and what each run was asked for is left out.
     """
     groups: list[list[Result]] = []
     for result in results:
@@ -82,18 +81,6 @@ def _one(group: Sequence[Result]) -> Result:
     found.measurements.extend(measurements.values())
     loads = [load for result in group if (load := result.machine.get("load_average")) is not None]
     found.machine["load_average"] = max(loads, default=None)
-    for name in dict.fromkeys(name for result in group for name in result.arguments):
-        values = [result.arguments.get(name) for result in group]
-        found.arguments[name] = values[0] if all(value == values[0] for value in values) else _every(values)
-    return found
-
-
-def _every(values: Sequence[Any]) -> list[Any]:
-    """Every value once."""
-    flat = itertools.chain.from_iterable(value if isinstance(value, list | tuple) else [value] for value in values)
-    found: list[Any] = []
-    for value in flat:
-        found += [] if value is None or value in found else [value]
     return found
 
 

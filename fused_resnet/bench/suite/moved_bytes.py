@@ -10,7 +10,6 @@ from torch import nn
 import fused_resnet
 from fused_resnet.bench.dry_run import DryRun
 from fused_resnet.bench.ledger import ledger
-from fused_resnet.bench.result import TRAINING_STEP
 from fused_resnet.bench.suite.network_task import NetworkTask
 from fused_resnet.bench.suite.training import Training
 from fused_resnet.ops.route.reasons import unavailable
@@ -53,8 +52,7 @@ def _count(task: NetworkTask, way: str) -> int:
     twin.device = torch.device("cpu")
     twin.__dict__ |= {"inputs": [torch.empty(task.input_shape())], "targets": [task.make_target()]}
     training = Training(twin, module)
-    if task.mode == TRAINING_STEP:
-        training.run()  # the first update makes the momenta
+    training.run()  # the first update makes the momenta
     return ledger(training.run, task.batch_size).total
 
 

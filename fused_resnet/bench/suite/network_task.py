@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_resnet.bench.options import dtype_name
-from fused_resnet.bench.result import INFERENCE, MODES, TRAINING_STEP
+from fused_resnet.bench.result import INFERENCE, TRAINING_STEP
 from fused_resnet.bench.suite.subjects import Subject, find_subject
 from fused_resnet.bench.suite.task import Task
 
+MODES = (INFERENCE, TRAINING_STEP)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROTATING = 3
 """Inputs that a contender takes in turn."""
@@ -35,7 +36,7 @@ class NetworkTask(Task):
     """
 
     path, takes_input_gradient = "", False
-    _latest: NetworkTask | None = None
+    made = ("module", "inputs", "targets", "expected")
 
     def __init__(
         self,
@@ -57,7 +58,7 @@ class NetworkTask(Task):
         self.subject, self.mode, self.batch_size, self.dtype = self.network.name, mode, batch_size, dtype
         self.device, self.image_size, self.size = torch.device(device), image_size, image_size
         self.training = mode != INFERENCE
-        self.autocast_dtype = None if dtype == torch.float32 else dtype  # of the training modes; None is no autocast
+        self.autocast_dtype = None if dtype == torch.float32 else dtype  # of training; None is no autocast
 
     def __repr__(self) -> str:
         dtype = dtype_name(self.dtype)
@@ -79,7 +80,7 @@ class NetworkTask(Task):
     def module(self) -> nn.Module:
         """The plain PyTorch module in float32 on the task's device, contiguous, in the mode that is measured. Nobody
         runs or changes it: `copy` it."""
-        self._let_go_of_others()
+        self.let_go_of_others()
         module = self.make_module()
         for norm in module.modules() if self.training else ():
             # Not the statistics of the inputs: whoever does not update them, or uses them, then gives other numbers.
@@ -96,7 +97,7 @@ class NetworkTask(Task):
     @cached_property
     def inputs(self) -> list[Tensor]:
         """The rotating inputs, float32 and contiguous; their values are numbers of the task's dtype."""
-        self._let_go_of_others()
+        self.let_go_of_others()
         generators = [torch.Generator().manual_seed(seed) for seed in range(ROTATING)]
         made = [torch.randn(self.input_shape(), generator=generator).to(self.dtype) for generator in generators]
         return [x.float().to(self.device) for x in made]
@@ -110,7 +111,7 @@ class NetworkTask(Task):
     @cached_property
     def targets(self) -> list[Tensor]:
         """What belongs to each input for the loss."""
-        self._let_go_of_others()
+        self.let_go_of_others()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(ROTATING)
             return [self.make_target().to(self.device) for _ in range(ROTATING)]
@@ -123,20 +124,9 @@ class NetworkTask(Task):
             target = self.make_target()
         with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(self.training):
             out = module(x)
-            if self.mode == TRAINING_STEP:
+            if self.training:
                 loss_of(out, target).backward()
         return counter.get_total_flops()
-
-    def release(self) -> None:
-        """Gives back weights, inputs and what is right; asked for again, they are made again and are the same."""
-        for name in ("module", "inputs", "targets", "expected"):
-            self.__dict__.pop(name, None)
-
-    def _let_go_of_others(self) -> None:
-        """A list of tasks must not hold the weights and the inputs of all of them."""
-        before, NetworkTask._latest = NetworkTask._latest, self
-        if before is not None and before is not self:
-            before.release()
 
 
 def loss_of(out: Tensor, target: Tensor) -> Tensor:

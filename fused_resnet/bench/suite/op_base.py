@@ -39,13 +39,13 @@ class OpTask(Task):
 
     level, image_size, exists = OP, None, True
     compile_backend, compile_mode = "inductor", ""
-    _latest: OpTask | None = None
+    made = ("input_sets", "_exact")
 
     def __init__(
         self, subject: str, mode: str, batch_size: int, dtype: torch.dtype, device: torch.device | str
     ) -> None:
         self.subject, self.mode, self.batch_size, self.dtype = subject, mode, batch_size, dtype
-        self.device, self._users = torch.device(device), 0
+        self.device = torch.device(device)
 
     def __repr__(self) -> str:
         return f"{self.subject} x {self.batch_size} {dtype_name(self.dtype)} {self.device.type}"
@@ -119,9 +119,7 @@ class OpTask(Task):
     @functools.cached_property
     def input_sets(self) -> list[Any]:
         """The rotating inputs; the first is the one that results are checked on."""
-        before, OpTask._latest = OpTask._latest, self
-        if before is not None and before is not self and before._users == 0:
-            before.release()  # a list of tasks must not hold the inputs of all, of those that nobody could do either
+        self.let_go_of_others()
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(0)
             count = max(1, min(MOST_SETS, -(-CACHE_BYTES // max(self.least_bytes(), 1))))
@@ -147,19 +145,8 @@ class OpTask(Task):
         calls = [make(inputs) for inputs in self.input_sets]
         for call in calls:
             call()
-        turns, self._users = itertools.cycle(calls), self._users + 1
-        counts = (lambda: self.saved(name), lambda: self.moved(name))
-        return Prepared(lambda: next(turns)(), calls[0], *counts, self._close)
-
-    def release(self) -> None:
-        """Gives back the inputs and the exact results; asked for again, they are made again and are the same."""
-        for name in ("input_sets", "_exact"):
-            self.__dict__.pop(name, None)
-
-    def _close(self) -> None:
-        self._users -= 1
-        if self._users == 0:
-            self.release()
+        turns = itertools.cycle(calls)
+        return Prepared(lambda: next(turns)(), calls[0], lambda: self.saved(name), lambda: self.moved(name))
 
     def why_wrong(self, prepared: Prepared) -> tuple[float | None, str | None]:
         results = prepared.results()

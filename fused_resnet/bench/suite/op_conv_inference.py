@@ -114,7 +114,7 @@ class ConvInferenceTask(OpTask):
 
     @property
     def _grouped_add(self) -> bool:
-        return self.site.conv.sizes.groups > 1 and self.site.behind == ADDED
+        return self.site.conv.groups > 1 and self.site.behind == ADDED
 
 
 def _nchw(inputs: ConvInferenceInputs) -> Call:

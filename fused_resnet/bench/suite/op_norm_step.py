@@ -12,34 +12,20 @@ from torch import Tensor, nn
 
 from fused_resnet.bench.accuracy import Results
 from fused_resnet.bench.norm_inputs import EPS, NEAR_ZERO, Norm
-from fused_resnet.bench.passes import PASSES, STATS_APPLY
 from fused_resnet.bench.result import TRAINING_STEP
 from fused_resnet.bench.saved_bytes import saved_bytes
 from fused_resnet.bench.sites import PROJECTION, RELU, RESIDUAL, NormSite
-from fused_resnet.bench.suite.op_base import COMPILE, EAGER, Call, OpTask
+from fused_resnet.bench.suite.op_base import COMPILE, EAGER, Call, OpTask, counted
 from fused_resnet.ops import BatchNorm, bn_act, bn_act_dual, use_backend
-from fused_resnet.ops.route.routes import pass_route
 
 MOMENTUM = 0.1
-PASSES_OF = {
-    RELU: ["bn_stats", "bn_apply", "bn_grad_stats recomputed", "bn_grad_apply recomputed"],
-    RESIDUAL: ["bn_stats", "bn_apply residual", "bn_grad_stats of out", "bn_grad_apply no mask"],
-    PROJECTION: [
-        *("bn_stats", "bn_stats", "bn_apply_dual"),
-        *("bn_grad_stats of out", "bn_grad_apply no mask", "bn_grad_stats no mask", "bn_grad_apply no mask"),
-    ],
+ACTIVATIONS = {
+    RELU: 1 + 2 + 2 + 3,
+    RESIDUAL: 1 + 3 + 4 + 3,
+    PROJECTION: (1 + 1) + 3 + (4 + 3) + (2 + 3),
 }
-"""The passes of a step, by what follows the norm, where the output is kept for backward; README counts them."""
-PASSES_WITH_BITS = {
-    RELU: PASSES_OF[RELU],
-    RESIDUAL: ["bn_stats", "bn_apply_mask residual", "bn_grad_stats of bits", "bn_grad_apply of bits, with dz"],
-    PROJECTION: [
-        *("bn_stats", "bn_stats", "bn_apply_dual_mask"),
-        *("bn_grad_stats of bits", "bn_grad_apply of bits", "bn_grad_stats of bits", "bn_grad_apply of bits"),
-    ],
-}
-"""The same where bits are kept."""
-_BYTES = {norm_pass.name: norm_pass for norm_pass in PASSES}
+"""Read and written by the passes of a step (statistics, apply, sums, gradient: ``ops/reference/norm.py``) where the
+output is kept for backward, by what follows the norm; of a projection each norm's."""
 Forward = Callable[[str, list[Tensor], list[list[Tensor]]], Tensor]
 
 
@@ -114,22 +100,16 @@ class NormStepTask(OpTask):
         return self.first.norm.values if exact.dim() == 1 else 1
 
     def least_bytes(self) -> int:
-        """Of a whole step it is the passes of the way that keeps the output; nobody can do without their order."""
-        return self._bytes(PASSES_OF[self.site.ending])
+        """Of the passes of a whole step; nobody can do without their order. Vectors are not counted."""
+        values = torch.Size(self.site.shape(self.batch_size)).numel()
+        return ACTIVATIONS[self.site.ending] * values * self.dtype.itemsize
 
     def moved(self, name: str) -> int | None:
-        if name in (COMPILE, EAGER):
-            return super().moved(name)
-        with use_backend(name):
-            route = pass_route(self.first.norm.x)
-        bits, one_launch = (False, False) if route is None else (route.masks is not None, route.one_launch is not None)
-        names = (PASSES_WITH_BITS if bits else PASSES_OF)[self.site.ending]
-        if not one_launch or self.site.ending == PROJECTION:
-            return self._bytes(names)
-        both = STATS_APPLY.moved(self.site.shape(self.batch_size), self.dtype)
-        if self.site.ending == RELU:  # without residual and mask
-            both = 2 * self.first.norm.x.nbytes
-        return both + self._bytes(names[2:])
+        if name == COMPILE:
+            return None
+        inputs, forward = self.first, plain if name == EAGER else fused
+        with use_backend("auto" if name == EAGER else name):
+            return counted(lambda: _step(inputs, forward))
 
     def saved(self, name: str) -> int | None:
         if name == COMPILE:
@@ -142,10 +122,6 @@ class NormStepTask(OpTask):
         forward: Forward = plain if name == EAGER else fused
         with use_backend("auto" if name == EAGER else name):
             return saved_bytes(owned, lambda: forward(inputs.ending, inputs.leaves, inputs.running))
-
-    def _bytes(self, names: list[str]) -> int:
-        shape = self.site.shape(self.batch_size)
-        return sum(_BYTES[name].moved(shape, self.dtype) for name in names)
 
 
 def plain(ending: str, leaves: list[Tensor], running: list[list[Tensor]], relu: bool = True) -> Tensor:

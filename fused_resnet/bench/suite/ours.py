@@ -18,7 +18,6 @@ from fused_resnet.bench.suite.preparing import (
     prepared_inference,
     prepared_module,
     training_only,
-    training_steps_only,
 )
 from fused_resnet.bench.suite.pytorch import no_float16, prepared_graph_step
 from fused_resnet.bench.suite.subjects import Subject
@@ -40,7 +39,7 @@ def our_contenders() -> list[Contender]:
         ours("fused", lambda task: prepared_module(task, fused_copy(task), way=FUSED), fusable),
         ours("frozen", functools.partial(_prepare_frozen, False), inference_only, fusable),
         ours("frozen graph", functools.partial(_prepare_frozen, True), inference_only, cuda_only, fusable),
-        ours("fused graph", graph, training_steps_only, cuda_only, no_float16, fusable),
+        ours("fused graph", graph, training_only, cuda_only, no_float16, fusable),
         ours("fused efficient", efficient, training_only, fusable),
     ]
 

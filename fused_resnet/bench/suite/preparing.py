@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_resnet.bench.options import dtype_name
-from fused_resnet.bench.result import INFERENCE, TRAINING_STEP
+from fused_resnet.bench.result import INFERENCE
 from fused_resnet.bench.saved_bytes import saved_bytes
 from fused_resnet.bench.suite.moved_bytes import moved_bytes
 from fused_resnet.bench.suite.network_task import NetworkTask
@@ -50,8 +50,7 @@ def only(meets: Callable[[NetworkTask], bool], reason: str) -> Condition:
 
 
 inference_only = only(lambda task: task.mode == INFERENCE, "it does inference only")
-training_only = only(lambda task: task.training, "it differs in training only")
-training_steps_only = only(lambda task: task.mode == TRAINING_STEP, "it does whole training steps only")
+training_only = only(lambda task: task.training, "it does training only")
 cuda_only = only(lambda task: task.device.type == "cuda", "it needs a CUDA device; the task is on {device}")
 cpu_only = only(lambda task: task.device.type == "cpu", "it is measured on CPUs only; the task is on {device}")
 

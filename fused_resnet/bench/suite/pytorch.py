@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 import fused_resnet
-from fused_resnet.bench.result import TRAINING_FORWARD
 from fused_resnet.bench.suite.moved_bytes import EAGER, moved_bytes
 from fused_resnet.bench.suite.network_task import NetworkTask, loss_of
 from fused_resnet.bench.suite.preparing import (
@@ -50,9 +49,6 @@ def eager_contenders() -> list[Contender]:
 
 def graph_contender() -> Contender:
     """Eager, channels_last, as one CUDA graph: inference, or a whole training step."""
-    not_the_forward = only(
-        lambda task: task.mode != TRAINING_FORWARD, "what is captured is inference or a whole training step"
-    )
 
     def prepare(task: NetworkTask) -> Prepared:
         if task.training:
@@ -61,7 +57,7 @@ def graph_contender() -> Contender:
         inputs = task.inputs_as(task.dtype, torch.channels_last)
         return prepared_inference(task, CapturedInference(module, inputs[0]), inputs, way=EAGER)
 
-    return network_contender("eager CUDA graph", prepare, cuda_only, not_the_forward, no_float16)
+    return network_contender("eager CUDA graph", prepare, cuda_only, no_float16)
 
 
 no_float16 = only(

@@ -25,19 +25,22 @@ def contenders() -> list[Contender]:
     return list(found.values())
 
 
-def select(patterns: Sequence[str] | None = None) -> list[Contender]:
-    """Those whose names fit one of the patterns, in their own order; all of them without patterns."""
+def select(patterns: Sequence[str] | None = None, without: Sequence[str] | None = None) -> list[Contender]:
+    """Those whose names fit one of the patterns (all of them without patterns) and none of ``without``, in their own
+    order; ``*``, ``?`` and ``[...]`` as in a shell, in any case."""
     everyone = contenders()
-    for pattern in patterns or ():
-        if not any(fits(contender.name, pattern) for contender in everyone):
+    for pattern in (*(patterns or ()), *(without or ())):
+        if not any(_fits(contender, [pattern]) for contender in everyone):
             names = ", ".join(contender.name for contender in everyone)
             raise ValueError(f"a contender must be one of {names}, or a pattern that fits one; got {pattern!r}")
-    return [c for c in everyone if not patterns or any(fits(c.name, pattern) for pattern in patterns)]
+    found = [each for each in everyone if (not patterns or _fits(each, patterns)) and not _fits(each, without or ())]
+    if not found:
+        raise ValueError("--without must leave somebody; got patterns that fit all contenders")
+    return found
 
 
-def fits(name: str, pattern: str) -> bool:
-    """Whether a contender's name is the pattern, with ``*``, ``?`` and ``[...]`` as in a shell, in any case."""
-    return fnmatch.fnmatchcase(name.lower(), pattern.lower())
+def _fits(contender: Contender, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(contender.name.lower(), pattern.lower()) for pattern in patterns)
 
 
 def _both(networks: Contender, ops: Contender) -> Contender:

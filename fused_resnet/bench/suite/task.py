@@ -15,7 +15,7 @@ from fused_resnet.bench.accuracy import Results
 
 class Task(ABC):
     """One thing to measure. Everything costly (the weights, the exact results) is made when first asked for, once, and
-    shared by all contenders; nobody changes what he is handed."""
+    shared by all contenders; nobody changes what he is handed. ``made`` names these attributes."""
 
     level: str
     subject: str
@@ -24,6 +24,8 @@ class Task(ABC):
     dtype: torch.dtype
     device: torch.device
     image_size: int | None
+    made: tuple[str, ...] = ()
+    _latest: Task | None = None
 
     @abstractmethod
     def why_wrong(self, prepared: Prepared) -> tuple[float | None, str | None]:
@@ -33,6 +35,17 @@ class Task(ABC):
     @abstractmethod
     def flop(self) -> int | None:
         """Additions and multiplications of convolutions and matrix products, in one run."""
+
+    def release(self) -> None:
+        """Gives back what was made; asked for again, it is made again and is the same."""
+        for name in self.made:
+            self.__dict__.pop(name, None)
+
+    def let_go_of_others(self) -> None:
+        """A list of tasks must not hold the tensors of all of them: before this one makes any, the last one's go."""
+        before, Task._latest = Task._latest, self
+        if before is not None and before is not self:
+            before.release()
 
 
 @dataclass

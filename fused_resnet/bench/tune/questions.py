@@ -115,7 +115,7 @@ def _has_a_choice(task: OpTask) -> bool:
 
 
 def _is_fused_by_triton(task: OpTask) -> bool:
-    fusable = isinstance(task, ConvTrainingTask) and task.site.conv.sizes.groups == 1
+    fusable = isinstance(task, ConvTrainingTask) and task.site.conv.groups == 1
     return fusable and not why_not_device(TRITON, task.device)
 
 
@@ -126,7 +126,7 @@ def _level_tasks(selection: Selection) -> Iterator[LevelTask]:
     if "training" in selection.batch_sizes and (triton or native):
         places = {site: None for name in selection.models for site in conv_sites(name, selection.image_size)}
         # On the CPU the stem, whose input takes no gradient, stays at level 0.
-        sites = [site for site in places if site.conv.sizes.groups == 1 and (triton or site.takes_gradient)]
+        sites = [site for site in places if site.conv.groups == 1 and (triton or site.takes_gradient)]
         for site in sorted(sites, key=lambda site: not site.normed):
             for dtype in selection.dtypes if triton else set(selection.dtypes) & {torch.float32}:
                 yield from (LevelTask(site, size, dtype, device) for size in selection.batch_sizes["training"])
