@@ -6,7 +6,6 @@ activation, and a mask has a bit an element. Vectors of C are not counted.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,6 @@ from torch import Tensor
 from fused_resnet.bench.accuracy import Results, listed
 from fused_resnet.bench.norm_inputs import EPS, Norm
 from fused_resnet.bench.sites import ENDINGS, PROJECTION, RELU, RESIDUAL
-from fused_resnet.ops import reference
 
 Eager = Callable[[Norm], Results]
 
@@ -28,8 +26,7 @@ class NormPass:
     """One op in one of its forms.
 
     Attributes:
-        op: its name in ``ops/schemas.py``.
-        activations, masks: how many it reads and writes.
+        name: the op as in ``ops/schemas.py``, and its form.
         endings: of `bench.sites.NormSite`, where a network that keeps bits or one that keeps outputs runs it.
         arguments: of the op.
         eager: what PyTorch runs for it, giving what the op gives, None in the place of a result that eager has not.
@@ -38,9 +35,6 @@ class NormPass:
     """
 
     name: str
-    op: str
-    activations: int
-    masks: int
     endings: tuple[str, ...]
     arguments: Callable[[Norm], tuple[Any, ...]]
     eager: Eager
@@ -50,10 +44,9 @@ class NormPass:
     def __str__(self) -> str:
         return self.name.replace(" ", "-")
 
-    def moved(self, shape: tuple[int, int, int, int], dtype: torch.dtype) -> int:
-        """Bytes read and written."""
-        rows, stride = reference.mask_shape(shape)
-        return self.activations * math.prod(shape) * dtype.itemsize + self.masks * rows * stride
+    @property
+    def op(self) -> str:
+        return self.name.split()[0]
 
     def call(self, norm: Norm) -> Callable[[], Results]:
         """The op on these tensors, on the backend that is asked for when it is called."""
@@ -141,59 +134,42 @@ def _given(names: str, *more: Any) -> Callable[[Norm], tuple[Any, ...]]:
     return arguments
 
 
-_RELU, _ADD, _DUAL, _ENDS = (RELU,), (RESIDUAL,), (PROJECTION,), (RESIDUAL, PROJECTION)
-_SUMS, _BITS = (0, 1), "grad_out x mask statistics"
+def _shortcut(n: Norm) -> Tensor:
+    return eager_norm(n.second)
 
+
+_RELU, _ADD, _DUAL, _ENDS = (RELU,), (RESIDUAL,), (PROJECTION,), (RESIDUAL, PROJECTION)
+_SUMS, _TWO, _BITS = (0, 1), "x norm second.x second.norm", "grad_out x mask statistics"
+_OF_BITS = f"{_BITS} weight sums_of_bits"
+PASSES = [
+    NormPass("bn_stats", ENDINGS, _given("x - -", 0.0, EPS), lambda n: eager_statistics(n.x), mean=0),
+    NormPass("bn_apply", _RELU, _given("x norm -", True), _apply()),
+    NormPass("bn_apply residual", _ADD, _given("x norm residual", True), _apply(add=_residual)),
+    NormPass("bn_apply_mask residual", _ADD, _given("x norm residual"), _apply(None, add=_residual)),
+    NormPass("bn_apply_dual", _DUAL, _given(_TWO, True), _apply(add=_shortcut)),
+    NormPass("bn_apply_dual_mask", _DUAL, _given(_TWO), _apply(None, add=_shortcut)),
+    NormPass("bn_grad_stats no mask", _DUAL, _given("grad_out x - norm", False), _grad_stats("none"), _SUMS),
+    NormPass("bn_grad_stats recomputed", _RELU, _given("grad_out x - norm", True), _grad_stats("recomputed"), _SUMS),
+    NormPass("bn_grad_stats of out", _ENDS, _given("grad_out x out norm", True), _grad_stats("out", True), _SUMS),
+    NormPass("bn_grad_stats_mask", _ENDS, _given(_BITS, False), _grad_stats("out"), _SUMS),
+    NormPass("bn_grad_stats_mask with dz", _ENDS, _given(_BITS, True), _grad_stats("out", True), _SUMS),
+    NormPass("bn_grad_apply no mask", _ENDS, _given("grad_out x norm sums", False), _grad_apply("none", "sums")),
+    NormPass(
+        *("bn_grad_apply recomputed", _RELU, _given("grad_out x norm sums_recomputed", True)),
+        _grad_apply("recomputed", "sums_recomputed"),
+    ),
+    NormPass(
+        *("bn_grad_apply recomputed, constant statistics", _RELU, _given("grad_out x norm - -", True)),
+        _grad_apply("recomputed", None),
+    ),
+    NormPass("bn_grad_apply_mask", _DUAL, _given(_OF_BITS, False), _grad_apply("out", "sums_of_bits", False)),
+    NormPass("bn_grad_apply_mask with dz", _ADD, _given(_OF_BITS, True), _grad_apply("out", "sums_of_bits", True)),
+]
+"""Every pass that the ``cuda`` backend has over one activation (``STATS_APPLY`` apart), in every form."""
 STATS_APPLY = NormPass(
-    *("bn_stats_apply residual", "bn_stats_apply", 3, 1, _ADD),
+    *("bn_stats_apply residual", _ADD),
     lambda n: (n.x, None, None, 0.0, EPS, n.weight, n.bias, n.residual, True, True),
     _apply(None, None, None, add=_residual, training=True),
     mean=2,
 )
 """One launch where the activation fits on the chip, which a backend may refuse."""
-
-_FORWARDS: list[tuple[Any, ...]] = [
-    ("bn_apply", "bn_apply", 2, 0, _RELU, _given("x norm -", True), _apply()),
-    ("bn_apply residual", "bn_apply", 3, 0, _ADD, _given("x norm residual", True), _apply(add=_residual)),
-    ("bn_apply_mask residual", "bn_apply_mask", 3, 1, _ADD, _given("x norm residual"), _apply(None, add=_residual)),
-]
-_DUALS = _given("x norm second.x second.norm", True), _given("x norm second.x second.norm")
-_BACKWARDS: list[tuple[Any, ...]] = [
-    ("no mask", "bn_grad_stats", 2, 0, _DUAL, _given("grad_out x - norm", False), _grad_stats("none")),
-    ("recomputed", "bn_grad_stats", 2, 0, _RELU, _given("grad_out x - norm", True), _grad_stats("recomputed")),
-    ("of out", "bn_grad_stats", 4, 0, _ENDS, _given("grad_out x out norm", True), _grad_stats("out", with_dz=True)),
-    ("of bits", "bn_grad_stats_mask", 2, 1, _ENDS, _given(_BITS, False), _grad_stats("out")),
-    ("of bits, with dz", "bn_grad_stats_mask", 3, 1, _ENDS, _given(_BITS, True), _grad_stats("out", with_dz=True)),
-]
-_APPLIED = "grad_out x norm"
-_OF_BITS = f"{_BITS} weight sums_of_bits"
-_BACKWARD_APPLIES: list[tuple[Any, ...]] = [
-    ("no mask", "bn_grad_apply", 3, 0, _ENDS, _given(f"{_APPLIED} sums", False), _grad_apply("none", "sums")),
-    (
-        *("recomputed", "bn_grad_apply", 3, 0, _RELU),
-        *(_given(f"{_APPLIED} sums_recomputed", True), _grad_apply("recomputed", "sums_recomputed")),
-    ),
-    (
-        *("recomputed, constant statistics", "bn_grad_apply", 3, 0, _RELU),
-        *(_given(f"{_APPLIED} - -", True), _grad_apply("recomputed", None)),
-    ),
-    ("of bits", "bn_grad_apply_mask", 3, 1, _DUAL, _given(_OF_BITS, False), _grad_apply("out", "sums_of_bits", False)),
-    (
-        *("of bits, with dz", "bn_grad_apply_mask", 4, 1, _ADD),
-        *(_given(_OF_BITS, True), _grad_apply("out", "sums_of_bits", True)),
-    ),
-]
-_STATS = NormPass(
-    "bn_stats", "bn_stats", 1, 0, ENDINGS, _given("x - -", 0.0, EPS), lambda n: eager_statistics(n.x), mean=0
-)
-PASSES = [
-    *(_STATS, *(NormPass(*row) for row in _FORWARDS)),
-    NormPass("bn_apply_dual", "bn_apply_dual", 3, 0, _DUAL, _DUALS[0], _apply(add=lambda n: eager_norm(n.second))),
-    NormPass(
-        *("bn_apply_dual_mask", "bn_apply_dual_mask", 3, 1, _DUAL, _DUALS[1]),
-        _apply(None, add=lambda n: eager_norm(n.second)),
-    ),
-    *(NormPass(f"bn_grad_stats {row[0]}", *row[1:], _SUMS) for row in _BACKWARDS),  # type: ignore[call-arg]
-    *(NormPass(f"bn_grad_apply {row[0]}", *row[1:]) for row in _BACKWARD_APPLIES),
-]
-"""Every pass that the ``cuda`` backend has over one activation (``STATS_APPLY`` apart), in every form."""

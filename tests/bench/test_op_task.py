@@ -22,6 +22,8 @@ from fused_resnet.bench.suite.op_task import op_contenders, op_tasks
 from fused_resnet.bench.suite.task import Prepared
 
 SITE = NormSite(40, 2, 5, "residual")
+VECTORS = 1024
+"""Bytes: with a norm that is folded into the weight a convolution reads fewer of them."""
 CONTENDERS = {contender.name: contender for contender in op_contenders()}
 CONVS = {str(site): site for site in conv_sites("resnet18", 32)}
 GROUPED = {str(site): site for site in conv_sites("resnext50_32x4d", 32)}
@@ -57,7 +59,7 @@ def test_every_contender_is_right_or_says_why_not(task: OpTask):
         assert error is not None and 0 <= error < 0.05
         prepared.run()
         moved = prepared.moved_bytes()
-        assert moved is None or moved >= task.least_bytes() > 0
+        assert moved is None or moved >= task.least_bytes() - VECTORS > 0
         took_part.add(contender.name)
         prepared.close()
     assert {"eager", "torch.compile", "ours reference"} <= took_part
@@ -111,26 +113,24 @@ def test_bytes_of_a_step_by_hand():
 
 
 def test_bytes_of_convolutions_by_hand():
-    x, y, weight = 2 * 64 * 8 * 8 * 2, 2 * 64 * 8 * 8 * 2, 64 * 64 * 9 * 2
+    x, y, weight, vector = 2 * 64 * 8 * 8 * 2, 2 * 64 * 8 * 8 * 2, 64 * 64 * 9 * 2, 64 * 4
     site = CONVS["64x8x8 3x3 to 64 with add"]
     least = {product: ConvTrainingTask(site, product, 2, torch.bfloat16, "cpu").least_bytes() for product in PRODUCTS}
     assert least == {
-        "conv_stats": x + weight + y,
-        "conv_grad_input": 2 * y + weight + 2 * x,
-        "conv_grad_weight": 2 * y + x + weight,
+        "conv_stats": x + weight + y + (4 + 2) * vector,  # the norm before it; mean and invstd
+        "conv_grad_input": 2 * y + weight + 2 * x + (4 + 4 + 2) * vector,  # and the coefficients; two sums
+        "conv_grad_weight": 2 * y + x + 2 * weight + (4 + 4) * vector,  # in float32
     }
-    triton = ConvTrainingTask(site, "conv_grad_weight", 2, torch.bfloat16, "cpu").moved("triton")
-    assert triton == 2 * y + x + 2 * weight  # it writes the gradient in float32
     inference = ConvInferenceTask(site, 2, torch.bfloat16, "cpu")
-    assert inference.least_bytes() == x + weight + 2 * y
-    assert inference.moved("separate") == x + weight + 4 * y
+    assert inference.least_bytes() == x + weight + 2 * y + 2 * vector
+    assert inference.moved("separate") == inference.least_bytes() + 2 * y
     assert inference.flop() == 2 * 2 * 64 * 8 * 8 * 64 * 9
 
 
 def test_stem_by_hand():
     stem = StemTask(224, 2, torch.bfloat16, "cpu", BYTES)
     x, weight, conv, out = 2 * 3 * 224 * 224, 64 * 3 * 49, 2 * 64 * 112 * 112, 2 * 64 * 56 * 56
-    assert stem.least_bytes() == x + 2 * weight + 2 * out
+    assert stem.least_bytes() == x + 2 * weight + 2 * out + 2 * 64 * 4
     assert stem.flop() == 2 * conv * 3 * 49 == 2 * 236_027_904
     vectors = 3 * 4  # a float for each channel of the image
     scaled = (x + 4 * x) + (8 * x + vectors) + (8 * x + vectors) + (4 * x + 2 * x)  # float, times, plus, to bfloat16
@@ -148,7 +148,7 @@ def test_all_ops_of_networks():
     more = op_tasks(["resnet18"], [TRAINING_STEP], [1], [torch.bfloat16], "cpu", 64)
     assert {task.mode for task in more} == {TRAINING_FORWARD, TRAINING_STEP}
     subjects = {task.subject for task in more}
-    for start in ("bn_stats", "bn_apply_dual", "bn_grad_apply of bits", *PRODUCTS, "bn_act step projection"):
+    for start in ("bn_stats", "bn_apply_dual", "bn_grad_apply_mask", *PRODUCTS, "bn_act step projection"):
         assert any(subject.startswith(start) for subject in subjects), start
     assert not any(subject.startswith("conv_grad_input 3x64x64") for subject in subjects)
 

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from fused_resnet.bench.accuracy import Results, doubled, first_wrong, listed, relative_error, why_wrong
+from fused_resnet.bench.dry_run import DryRun
 from fused_resnet.bench.ledger import ledger
 from fused_resnet.bench.options import dtype_name
 from fused_resnet.bench.result import OP
 from fused_resnet.bench.suite.task import Prepared, Task
+from fused_resnet.bench.traffic import tensors
 from fused_resnet.ops import reference, use_backend
 from fused_resnet.ops.route.choose import why_not
 from fused_resnet.ops.route.reasons import unavailable
@@ -62,9 +64,11 @@ class OpTask(Task):
     def eager(self, inputs: Any) -> Results:
         """As a network in eager PyTorch runs it; what is compiled, and the baseline of the rule."""
 
-    @abstractmethod
     def least_bytes(self) -> int:
-        """What anyone has to move: each input and weight read, and each result written, once."""
+        """What anyone has to move: the op's inputs read and its results written, once (``bench/traffic.py``)."""
+        op, arguments = self.ops(self.first)[0]
+        with DryRun(), use_backend("reference"):
+            return ledger(lambda: getattr(torch.ops.fused_resnet, op)(*arguments)).total
 
     def ours(self, inputs: Any) -> Call:
         """This package's op, on the backend that is asked for when it is called."""
@@ -122,8 +126,10 @@ class OpTask(Task):
         self.let_go_of_others()
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(0)
-            count = max(1, min(MOST_SETS, -(-CACHE_BYTES // max(self.least_bytes(), 1))))
-            return [self.make_inputs() for _ in range(count)]
+            first = self.make_inputs()
+            size = sum(value.nbytes for _, arguments in self.ops(first)[:1] for value in tensors(list(arguments)))
+            count = max(1, min(MOST_SETS, -(-CACHE_BYTES // max(size, 1))))
+            return [first, *(self.make_inputs() for _ in range(count - 1))]
 
     @property
     def first(self) -> Any:

@@ -91,11 +91,6 @@ class ConvInferenceTask(OpTask):
     def terms(self, index: int, exact: Tensor) -> int:
         return terms_of_products(self.dtype, math.prod(self.site.conv.weight_shape[1:]))
 
-    def least_bytes(self) -> int:
-        conv = self.site.conv
-        image, weight = math.prod(conv.input_shape(self.batch_size)), math.prod(conv.weight_shape)
-        return self.dtype.itemsize * (image + weight) + (2 if self.site.behind == ADDED else 1) * self._out_bytes
-
     def moved(self, name: str) -> int | None:
         if name == FOLDED:
             return counted(_folded(self.first))

@@ -50,6 +50,3 @@ class PassTask(OpTask):
 
     def magnitude(self, index: int) -> float | None:
         return self.first.x.abs().max().item() if index == self.norm_pass.mean else None
-
-    def least_bytes(self) -> int:
-        return self.norm_pass.moved(self.site.shape(self.batch_size), self.dtype)

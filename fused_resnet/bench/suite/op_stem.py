@@ -91,12 +91,6 @@ class StemTask(OpTask):
     def terms(self, index: int, exact: Tensor) -> int:
         return terms_of_products(self.dtype, self.first.weight[0].numel())
 
-    def least_bytes(self) -> int:
-        """Images, weight, result; vectors are not counted."""
-        images = self.batch_size * 3 * self.size**2 * (1 if self.layout == BYTES else self.dtype.itemsize)
-        out = self.batch_size * WEIGHT[0] * _half(_half(self.size)) ** 2
-        return images + self.dtype.itemsize * (torch.Size(WEIGHT).numel() + out)
-
     def flop(self) -> int:
         """Additions and multiplications of the convolution, its padding included."""
         return 2 * self.batch_size * _half(self.size) ** 2 * torch.Size(WEIGHT).numel()

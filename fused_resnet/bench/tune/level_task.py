@@ -69,11 +69,6 @@ class LevelTask(OpTask):
             return y.abs().max().item()
         return (invstd * (1 + mean.abs() * invstd)).max().item() if index == INVSTD else None
 
-    def least_bytes(self) -> int:
-        shapes = (self.site.conv.input_shape(self.batch_size), self.site.conv.output_shape(self.batch_size))
-        x, y = (self.dtype.itemsize * torch.Size(shape).numel() for shape in shapes)
-        return 3 * x + 4 * y
-
 
 class LevelStep:
     """One convolution, the norm and ReLU in front of it if ``inputs.normed``, and the norm behind it; no running
