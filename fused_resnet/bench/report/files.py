@@ -94,10 +94,7 @@ def markdown_report(results: Sequence[Result]) -> str:
         parts.append("\n".join(f"- {title}: {text}" for title, text in condition.lines(result)))
     if not found:
         return "\n\n".join([*parts, "Nothing was measured."]) + "\n"
-    sentences, of = tables.losses(found), tables.contests(found)
-    lost = "\n".join([f"In {len(sentences)} of {of} measurements:", "", *(f"- {sentence}" for sentence in sentences)])
-    parts += ["## Where ours is not the fastest", lost if sentences else f"Nowhere, in {of} measurements."]
-    parts += ["## Summary", _table(tables.headline(found)), "## Measured", tables.READING]
+    parts += ["## Summary", tables.standing(found), _table(tables.headline(found)), "## Measured", tables.READING]
     for entry in found:
         parts += [f"### {entry.title}", _table(tables.measured(entry))]
     if reasons := tables.reasons(found):

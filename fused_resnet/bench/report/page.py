@@ -1,23 +1,37 @@
-"""The HTML page: one file that asks nobody for anything, with the roofline inside it."""
+"""The HTML page: one file that asks nobody for anything, with the roofline inside it: matplotlib's SVG as it is."""
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+from matplotlib.figure import Figure
 
 from fused_resnet.bench.report import condition, tables
-from fused_resnet.bench.report.roofline_plot import roofline
+from fused_resnet.bench.report.figures import PLAIN_EAGER, figures, is_ours, right_timings
+from fused_resnet.bench.report.tables import Entry
 from fused_resnet.bench.result import Result
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
 OPEN_AT_MOST = 4
 """With more measurements than this, the page shows the headline and each of them on a click."""
+TERA = 1e12
+MARKERS = "osD^vPX"
+STYLE: Any = {
+    **{"svg.fonttype": "none", "svg.hashsalt": "fused_resnet", "axes.grid": True, "axes.axisbelow": True},
+    **{"axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.4, "legend.frameon": False},
+}
+BELOW: Any = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.18), "fontsize": 9}
 
 
 def page(results: Sequence[Result]) -> str:
     """The whole page of these results, beside each other where they are several."""
-    import jinja2
-
     found, marks = tables.entries(results), tables.letters(results)
     dtypes = dict.fromkeys(entry.measurement.dtype for entry in found)
     rooflines = [roofline(found, dtype, letter) for letter in marks for dtype in dtypes]
@@ -35,10 +49,70 @@ def page(results: Sequence[Result]) -> str:
         ],
         reading=tables.READING,
         headline=tables.headline(found),
-        losses=tables.losses(found),
-        contests=tables.contests(found),
+        standing=tables.standing(found),
         measurements=[(entry.title, tables.measured(entry)) for entry in found],
         all_open=len(found) <= OPEN_AT_MOST,
         rooflines=[plot for plot in rooflines if plot is not None],
         reasons=tables.reasons(found),
     )
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A drawing for the page; ``said`` is what a reader hears who does not see it."""
+
+    caption: str
+    said: str
+    svg: str
+
+    @property
+    def source(self) -> str:
+        return f"data:image/svg+xml;base64,{base64.b64encode(self.svg.encode()).decode()}"
+
+
+def looks(contenders: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Colour and marker of each: plain eager in greys, this package's in blues, the rest in other hues."""
+    eager = [name for name in contenders if name in PLAIN_EAGER]
+    ours = [name for name in contenders if is_ours(name)]
+    rivals = [name for name in contenders if name not in eager and name not in ours]
+    found: dict[str, dict[str, Any]] = {}
+    for map_name, names in (("Greys", eager), ("Blues", ours), ("Set2", rivals)):
+        colours = matplotlib.colormaps[map_name]
+        for place, name in enumerate(names):
+            colour = colours(place % 8 if map_name == "Set2" else 0.9 - 0.6 * place / len(names))
+            found[name] = {"color": colour, "marker": MARKERS[len(found) % len(MARKERS)]}
+    return found
+
+
+def roofline(found: Sequence[Entry], dtype: str, letter: str) -> Plot | None:
+    """FLOP a second over FLOP a byte, of every right contender whose bytes are counted, under the two ceilings. None if
+    there is nothing of this dtype and result, or no ceilings."""
+    entries = [entry for entry in found if entry.measurement.dtype == dtype and entry.letter == letter]
+    ceiling = entries[0].result.ceilings.get(dtype) if entries else None
+    points: dict[str, list[tuple[float, float]]] = {}
+    for entry in entries:
+        for name in right_timings(entry.measurement):
+            figure = figures(entry.measurement, name, entry.result.ceilings)
+            if figure.flop_per_byte is not None and figure.flop_per_second is not None:
+                points.setdefault(name, []).append((figure.flop_per_byte, figure.flop_per_second / TERA))
+    if ceiling is None or not points:
+        return None
+    bandwidth, peak = ceiling["bytes_per_second"] / TERA, ceiling["flop_per_second"] / TERA
+    ridge, everything = peak / bandwidth, [x for some in points.values() for x, _ in some]
+    left, right = min(*everything, ridge) / 2, max(*everything, ridge) * 2
+    with matplotlib.rc_context(STYLE):
+        drawing = Figure(figsize=(7.2, 4.6), layout="constrained")
+        axes = drawing.subplots()
+        axes.loglog(
+            [left, ridge, right], [left * bandwidth, peak, peak], color="black", label=condition.ceiling_text(ceiling)
+        )
+        for name, look in looks(list(points)).items():
+            axes.loglog(*zip(*points[name], strict=True), alpha=0.85, label=name, linestyle="none", **look)
+        axes.set(xlabel="FLOP a byte that it moves", ylabel="TFLOP a second")
+        axes.legend(ncols=2, **BELOW)
+        target = io.StringIO()
+        drawing.savefig(target, format="svg", metadata={"Date": None})
+    best = {name: max(rate for _, rate in some) for name, some in points.items()}
+    said = ", ".join(f"{name} up to {rate:.3g} TFLOP/s" for name, rate in best.items())
+    said = f"Roofline, {dtype}: ceilings {bandwidth * 1e3:.3g} GB/s and {peak:.3g} TFLOP/s; {said}"
+    return Plot(f"{letter}: {dtype}" if letter else dtype, said, target.getvalue())

@@ -179,36 +179,13 @@ def reasons(found: Sequence[Entry]) -> list[str]:
     return lines
 
 
-def losses(found: Sequence[Entry]) -> list[str]:
-    """A sentence for each measurement where ours was not the fastest."""
-    return [text for entry in found if (text := _loss(entry)) is not None]
-
-
-def contests(found: Sequence[Entry]) -> int:
-    """The number of measurements in which ours and a rival were right."""
-    measurements = [entry.measurement for entry in found]
-    return sum(best_of_ours(one) is not None and best_rival(one) is not None for one in measurements)
-
-
-def _loss(entry: Entry) -> str | None:
-    """A sentence on who was faster than the best of ours, and by how much; None where nobody was.
-
-    None too where ours had no timing because none was there to take part; where ours was wrong or failed, it says so.
-    """
-    measurement = entry.measurement
-    ours, rival = best_of_ours(measurement), best_rival(measurement)
-    if rival is None:
-        return None
-    right = right_timings(measurement)
-    if ours is None:
-        outcomes = measurement.outcomes.items()
-        tried = [f"{name} {o.status}" for name, o in outcomes if is_ours(name) and o.status != ABSENT]
-        told = f"({', '.join(tried)}); {rival} took {duration(right[rival].median)}."
-        return f"{entry.title}: none of ours was right {told}" if tried else None
-    factor = times_faster(measurement, rival, ours)
-    if factor < NOTICED:
-        return None
-    return (
-        f"{entry.title}: {rival} was {factor:.2f}x as fast as {ours}, the best of ours "
-        f"({duration(right[rival].median)} to {duration(right[ours].median)})."
-    )
+def standing(found: Sequence[Entry]) -> str:
+    """In how many measurements ours was the fastest, of those in which it and a rival were right; the headline says by
+    how much, and `reasons` who was not right."""
+    ratios = []
+    for entry in found:
+        ours, rival = best_of_ours(entry.measurement), best_rival(entry.measurement)
+        if ours is not None and rival is not None:
+            ratios.append(times_faster(entry.measurement, ours, rival))
+    won = sum(ratio > 1 / NOTICED for ratio in ratios)
+    return f"Ours was the fastest, or as fast as the fastest, in {won} of {len(ratios)} measurements."
