@@ -13,11 +13,10 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.by_pytest import DEVICE, DTYPES, ON_GPU, cases, device_time, measure, named
-from fused_resnet.bench.passes import STATS_APPLY
+from fused_resnet.bench.passes import STATS_APPLY, PassTask
 from fused_resnet.bench.result import TRAINING_STEP
 from fused_resnet.bench.suite.op_base import COMPILE, EAGER
 from fused_resnet.bench.suite.op_norm_step import NormStepTask
-from fused_resnet.bench.suite.op_pass import PassTask
 from fused_resnet.bench.suite.op_task import op_contenders, op_tasks, ours
 from fused_resnet.bench.suite.task import Contender, Task
 

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 import fused_resnet
 from fused_resnet.bench import options
 from fused_resnet.bench.dry_run import DryRun
-from fused_resnet.bench.ledger import Ledger, ledger
-from fused_resnet.bench.saved_bytes import saved_bytes
+from fused_resnet.bench.ledger import Ledger, ledger, saved_bytes
 from fused_resnet.bench.suite.subjects import build, builder_names
 from fused_resnet.ops.route.request import asking
 from fused_resnet.training.loop import autocast

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_resnet
+from fused_resnet.bench.ledger import saved_bytes
 from fused_resnet.bench.report.figures import PLAIN_EAGER
 from fused_resnet.bench.result import INFERENCE
-from fused_resnet.bench.saved_bytes import saved_bytes
 from fused_resnet.bench.suite.measure import measure
 from fused_resnet.bench.suite.networks import ModelTask
 from fused_resnet.bench.suite.pytorch import FORMATS

@@ -16,10 +16,9 @@ import torch
 
 from benchmarks import by_pytest as measuring
 from benchmarks.by_pytest import FEWEST_ROUNDS, MOST_ROUNDS, cases, measure, named, rounds_for
-from fused_resnet.bench.passes import PASSES
+from fused_resnet.bench.passes import PASSES, PassTask
 from fused_resnet.bench.roofline import Ceilings
 from fused_resnet.bench.sites import RELU, NormSite
-from fused_resnet.bench.suite.op_pass import PassTask
 from fused_resnet.bench.suite.op_task import op_contenders
 from fused_resnet.bench.suite.task import Contender, Prepared
 

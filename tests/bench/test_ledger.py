@@ -14,8 +14,7 @@ import fused_resnet
 from benchmarks import step_bytes
 from fused_resnet.__main__ import main
 from fused_resnet.bench.dry_run import DryRun
-from fused_resnet.bench.ledger import BACKWARD, FORWARD, OPTIMIZER, Ledger, ledger
-from fused_resnet.bench.saved_bytes import saved_bytes
+from fused_resnet.bench.ledger import BACKWARD, FORWARD, OPTIMIZER, Ledger, ledger, saved_bytes
 from fused_resnet.bench.traffic import ROWS, passes
 from fused_resnet.bench.training_ledger import EAGER, LEVELS, training_ledger, training_saved_bytes
 from fused_resnet.ops.schemas import SCHEMAS

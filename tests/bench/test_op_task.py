@@ -9,14 +9,13 @@ import pytest
 import torch
 
 from fused_resnet.bench.norm_inputs import Norm
-from fused_resnet.bench.passes import PASSES, STATS_APPLY
+from fused_resnet.bench.passes import PASSES, STATS_APPLY, PassTask
 from fused_resnet.bench.result import INFERENCE, TRAINING_FORWARD, TRAINING_STEP
 from fused_resnet.bench.sites import ENDINGS, NormSite, conv_sites
 from fused_resnet.bench.suite.op_base import OpTask
 from fused_resnet.bench.suite.op_conv_inference import ConvInferenceTask
 from fused_resnet.bench.suite.op_conv_training import PRODUCTS, ConvTrainingTask
 from fused_resnet.bench.suite.op_norm_step import NormStepTask
-from fused_resnet.bench.suite.op_pass import PassTask
 from fused_resnet.bench.suite.op_stem import BYTES, CHANNELS_LAST, LAYOUTS, StemTask
 from fused_resnet.bench.suite.op_task import op_contenders, op_tasks
 from fused_resnet.bench.suite.task import Prepared

@@ -12,9 +12,8 @@ from benchmarks.device_clock import Moment, before_each_round
 from fused_resnet.bench import norm_inputs
 from fused_resnet.bench.accuracy import why_wrong
 from fused_resnet.bench.norm_inputs import Norm
-from fused_resnet.bench.passes import PASSES, STATS_APPLY, NormPass
+from fused_resnet.bench.passes import PASSES, STATS_APPLY, NormPass, PassTask
 from fused_resnet.bench.sites import NormSite
-from fused_resnet.bench.suite.op_pass import PassTask
 from fused_resnet.bench.suite.task import Prepared
 from fused_resnet.ops import reference, use_backend
 from tests.accuracy import assert_at_most_twice

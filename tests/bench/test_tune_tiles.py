@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 from fused_resnet import kernels
-from fused_resnet.bench.tune.tiles import choosing, tile_questions, with_tiles
+from fused_resnet.bench.tune.questions import choosing, tile_questions, with_tiles
 from fused_resnet.kernels import chosen_tiles
 from fused_resnet.kernels.conv_tiles import conv_tiles
 from fused_resnet.kernels.device import CHIPS

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_resnet.bench.accuracy import Results
+from fused_resnet.bench.ledger import saved_bytes
 from fused_resnet.bench.norm_inputs import EPS, NEAR_ZERO, Norm
 from fused_resnet.bench.result import TRAINING_STEP
-from fused_resnet.bench.saved_bytes import saved_bytes
 from fused_resnet.bench.sites import PROJECTION, RELU, RESIDUAL, NormSite
 from fused_resnet.bench.suite.op_base import COMPILE, EAGER, Call, OpTask, counted
 from fused_resnet.ops import BatchNorm, bn_act, bn_act_dual, use_backend

@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 
-from fused_resnet.bench.passes import PASSES, STATS_APPLY
+from fused_resnet.bench.passes import PASSES, STATS_APPLY, PassTask
 from fused_resnet.bench.result import INFERENCE, MODES, TRAINING_FORWARD, TRAINING_STEP
 from fused_resnet.bench.sites import conv_sites, norm_sites
 from fused_resnet.bench.suite.op_base import COMPILE, EAGER, SEPARATE, OpTask, on_backend
 from fused_resnet.bench.suite.op_conv_inference import FOLDED, NCHW, PACKED, ConvInferenceTask
 from fused_resnet.bench.suite.op_conv_training import PRODUCTS, ConvTrainingTask
 from fused_resnet.bench.suite.op_norm_step import NormStepTask
-from fused_resnet.bench.suite.op_pass import PassTask
 from fused_resnet.bench.suite.op_stem import LAYOUTS, StemTask
 from fused_resnet.bench.suite.subjects import builder_names
 from fused_resnet.bench.suite.task import Contender, Task
@@ -39,9 +38,9 @@ def op_tasks(
 
     ========================= ====================== ==================================================
     inference                 ``op_conv_inference``  convolution, norm, (add,) ReLU; ``op_stem``: the stem
-    training forward          ``op_pass``            each pass of the forward over an activation
+    training forward          ``bench/passes``       each pass of the forward over an activation
     (training forward)        ``op_conv_training``   convolution with the norms around it
-    training step             ``op_pass``            each pass of the backward
+    training step             ``bench/passes``       each pass of the backward
     (training forward)        ``op_conv_training``   the gradients of input and weight
     (training step)           ``op_norm_step``       norm, (add,) ReLU: forward and backward by autograd
     ========================= ====================== =================================================="""

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_resnet.bench.ledger import saved_bytes
 from fused_resnet.bench.options import dtype_name
 from fused_resnet.bench.result import INFERENCE
-from fused_resnet.bench.saved_bytes import saved_bytes
 from fused_resnet.bench.suite.moved_bytes import moved_bytes
 from fused_resnet.bench.suite.network_task import NetworkTask
 from fused_resnet.bench.suite.task import Contender, Prepared

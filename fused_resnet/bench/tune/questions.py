@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from fused_resnet.bench.suite.op_stem import StemTask
 from fused_resnet.bench.suite.op_task import op_tasks
 from fused_resnet.bench.suite.task import Prepared
 from fused_resnet.bench.tune.level_task import LevelStep, LevelTask
-from fused_resnet.bench.tune.tiles import choosing, tile_questions, with_tiles
 from fused_resnet.ops.backends.native.conv import NativeConv, why_no_kernels, why_not_native
 from fused_resnet.ops.conv_settings import ConvSettings
 from fused_resnet.ops.plan import measured_plan, plan_key
@@ -34,6 +33,7 @@ from fused_resnet.ops.route.request import use_fusion_level
 
 MODES = {"inference": INFERENCE, "training": TRAINING_STEP}
 TRITON = "triton"
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -261,3 +261,42 @@ def _for_one_image(task: OpTask) -> tuple[str, tuple[Any, ...]]:
     twin.batch_size = 1
     with torch.random.fork_rng([task.device] if task.device.type == "cuda" else []):
         return twin.ops(twin.make_inputs())[0]
+
+
+@dataclass(frozen=True)
+class TileQuestion:
+    """What a kernel asks before a launch: the names of all tiles that are legal for this call, and of the usual one,
+    which the cost model takes. ``plan_key`` is of ``measured_plan.TILES``: the kernel's name, then its key."""
+
+    plan_key: Key
+    names: tuple[str, ...]
+    usual: str
+
+
+def tile_questions(call: Callable[[], object]) -> list[TileQuestion]:
+    """Everything that Triton kernels ask during a call, each question once. The call must not fail."""
+    found: dict[Key, TileQuestion] = {}
+
+    def note(kernel: str, key: Key, candidates: Any, usual: Any) -> None:
+        question = TileQuestion((kernel, *key), tuple(map(str, candidates)), str(usual))
+        found[question.plan_key] = question
+
+    with_tiles(note, call)()
+    return [*found.values()]
+
+
+def choosing(tiles: Mapping[Key, str]) -> Callable[..., str | None]:
+    """A chooser that gives the tiles of a plan: by kernel and key."""
+    return lambda kernel, key, candidates, usual: tiles.get((kernel, *key))
+
+
+def with_tiles(chooser: Callable[..., Any] | None, call: Callable[[], Result]) -> Callable[[], Result]:
+    """The same call, in which Triton kernels ask ``chooser``. It stays the one who is asked, so that the next such call
+    with the same chooser finds the answers remembered: what is timed is not the search for a tile. In the end
+    ``choose_tiles_by(None)`` makes the kernels' tiles the cost models' again."""
+
+    def run() -> Result:
+        measured_plan.choose_tiles_by(chooser)
+        return call()
+
+    return run
