@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import sys
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,12 @@ import torch
 from fused_resnet.bench import options, training_ledger
 from fused_resnet.bench.report import compare, files
 from fused_resnet.bench.report.condition import file_name, reasons_to_start_anew
-from fused_resnet.bench.result import FAILED, LEVELS, WRONG, Result
+from fused_resnet.bench.result import BLOCK, FAILED, INFERENCE, LEVELS, MODEL, OP, TRAINING_STEP, WRONG, Result
 from fused_resnet.bench.roofline import ROUNDS
-from fused_resnet.bench.suite import registry, selections
+from fused_resnet.bench.suite import registry
+from fused_resnet.bench.suite.networks import block_tasks, model_tasks
+from fused_resnet.bench.suite.op_task import op_tasks
+from fused_resnet.bench.suite.rounds import ONCE, Method
 from fused_resnet.bench.suite.runner import INTERRUPTED, LEFT_OUT, Settings, run
 from fused_resnet.bench.suite.task import Contender, Task
 
@@ -27,6 +33,79 @@ COMMANDS: dict[str, tuple[Any, str]] = {
 }
 """The module of each sub-command, with ``add_arguments`` and ``main``."""
 REFUSED, STOPPED = 1, 130
+CPU_BATCHES, GPU_BATCHES = ((1, 8), (16,)), ((1, 32, 256), (1, 32, 256))
+"""Of inference, of training."""
+MODES = {mode.replace(" ", "-"): mode for mode in (INFERENCE, TRAINING_STEP)}
+MAKERS: dict[str, Callable[..., Any]] = {MODEL: model_tasks, BLOCK: block_tasks, OP: op_tasks}
+DRY_IMAGE, DRY_BATCH = 32, 2
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is measured.
+
+    Attributes:
+        batch_sizes: by mode.
+        one_of_each: of the blocks of a model, and of the shapes of an op, the first only.
+    """
+
+    models: tuple[str, ...]
+    levels: tuple[str, ...]
+    batch_sizes: dict[str, tuple[int, ...]]
+    dtypes: tuple[torch.dtype, ...]
+    device: torch.device
+    image_size: int
+    one_of_each: bool = False
+
+    @property
+    def dtype_names(self) -> list[str]:
+        return list(map(options.dtype_name, self.dtypes))
+
+
+def select(arguments: argparse.Namespace) -> Selection:
+    """What the arguments ask for; what was not given is chosen for the device."""
+    device = options.find_device(arguments.device)
+    return Selection(
+        models=tuple(dict.fromkeys(arguments.model or ["resnet18" if arguments.dry else "resnet50"])),
+        levels=tuple(dict.fromkeys(arguments.level or [MODEL])),
+        batch_sizes={MODES[mode]: _batch_sizes(arguments, MODES[mode], device) for mode in arguments.mode or MODES},
+        dtypes=tuple(dict.fromkeys(getattr(torch, name) for name in arguments.dtype or ["float32"])),
+        device=device,
+        image_size=arguments.image_size or (DRY_IMAGE if arguments.dry else 224),
+        one_of_each=arguments.dry,
+    )
+
+
+def method_for(arguments: argparse.Namespace, device: torch.device) -> Method:
+    """How long to measure. On a GPU nobody's threads are in the way of the next one, so nobody waits for them."""
+    method = Method(pause=0.0) if device.type == "cuda" else Method()
+    if arguments.dry:
+        method = ONCE
+    given = {name: getattr(arguments, name) for name in ("rounds", "min_seconds")}
+    method = replace(method, **{name: value for name, value in given.items() if value is not None})
+    return replace(method, most_rounds=max(method.rounds, method.most_rounds))
+
+
+def make_tasks(selection: Selection) -> list[Task]:
+    """The tasks, those of a model beside each other, with growing batch sizes."""
+    where, once = (selection.device, selection.image_size), dict[tuple[object, ...], Task]()
+    for name, level in itertools.product(selection.models, selection.levels):
+        for (mode, sizes), dtype in itertools.product(selection.batch_sizes.items(), selection.dtypes):
+            for task in MAKERS[level]([name], [mode], sizes, [dtype], *where):  # models share the shapes of ops
+                # "bn_apply" of "bn_apply 64x56x56", "resnet18" of "resnet18 layer1.0"
+                subject = task.subject.split()[0] if selection.one_of_each else task.subject
+                key = (task.level, subject, task.mode, task.batch_size, task.dtype, task.image_size)
+                once.setdefault(key, task)
+    return list(once.values())
+
+
+def _batch_sizes(arguments: argparse.Namespace, mode: str, device: torch.device) -> tuple[int, ...]:
+    on_gpu = device.type == "cuda"
+    if arguments.batch_size:
+        return tuple(sorted(set(arguments.batch_size)))
+    if arguments.dry:
+        return (DRY_BATCH,)
+    return (GPU_BATCHES if on_gpu else CPU_BATCHES)[mode != INFERENCE]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +118,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is measured")
     several(what, "--model", "NAME", "torchvision's or timm's names, or module:callable (default: resnet50)")
     several(what, "--level", "LEVEL", "op, block, model (default: model)", choices=LEVELS)
-    several(what, "--mode", "MODE", f"{' and '.join(selections.MODES)} (default: both)", choices=selections.MODES)
+    several(what, "--mode", "MODE", f"{' and '.join(MODES)} (default: both)", choices=MODES)
     batch_help = "images (default: inference 1 8 and training 16; on a GPU 1 32 256)"
     several(what, "--batch-size", "N", batch_help, type=positive)
     dtype_help = f"of activations: {', '.join(options.DTYPES)} (default: float32)"
@@ -48,7 +127,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--image-size", type=options.image_size, metavar="PIXELS", help=size_help)
     who = parser.add_argument_group("who takes part")
     several(who, "--contenders", "PATTERN", "such as 'eager*' onnxruntime (default: all)")
-    several(who, "--without", "PATTERN", "such as '*max-autotune*'")
+    several(who, "--without", "PATTERN", "such as 'torch.compile*'")
     how = parser.add_argument_group("where and how")
     how.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU where there is one)")
     how.add_argument("--threads", type=positive, metavar="N", help="of PyTorch on the CPU (default: its choice)")
@@ -84,9 +163,9 @@ def main(arguments: argparse.Namespace) -> int:
     try:
         if missing := options.missing_packages("bench", {"rich": "rich"}):
             raise ValueError(missing)
-        selection = selections.select(arguments)
+        selection = select(arguments)
         contenders = registry.select(arguments.contenders, arguments.without)
-        tasks = selections.make_tasks(selection)
+        tasks = make_tasks(selection)
         settings = _settings(arguments, selection, contenders)
         path = arguments.output / f"{arguments.name or _name(arguments, selection)}.json"
         before = _earlier(path, arguments.resume, settings)
@@ -96,7 +175,7 @@ def main(arguments: argparse.Namespace) -> int:
     return _run(tasks, contenders, settings, path, before)
 
 
-def _settings(arguments: argparse.Namespace, selection: selections.Selection, contenders: list[Contender]) -> Settings:
+def _settings(arguments: argparse.Namespace, selection: Selection, contenders: list[Contender]) -> Settings:
     """With what was asked for and what was chosen, for JSON."""
     given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
     chosen = {
@@ -110,7 +189,7 @@ def _settings(arguments: argparse.Namespace, selection: selections.Selection, co
     }
     return Settings(
         device=selection.device,
-        method=selections.method_for(arguments, selection.device),
+        method=method_for(arguments, selection.device),
         budget=math.inf if arguments.budget is None else arguments.budget,
         seed=arguments.seed,
         ceiling_rounds=0 if arguments.dry else ROUNDS,
@@ -157,7 +236,7 @@ def _run(tasks: list[Task], contenders: list[Contender], settings: Settings, pat
     return STOPPED if stopped else 0
 
 
-def _name(arguments: argparse.Namespace, selection: selections.Selection) -> str:
+def _name(arguments: argparse.Namespace, selection: Selection) -> str:
     what = (selection.models, selection.levels, selection.batch_sizes, selection.dtype_names, selection.image_size)
     name = file_name(selection.device, torch.get_num_threads(), *what)
     return f"dry_{name}" if arguments.dry else name

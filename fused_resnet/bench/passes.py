@@ -1,8 +1,4 @@
-"""The passes of a norm one by one, as tasks: what each is given, and what eager runs for it.
-
-Counted as the docstrings in ``ops/reference/norm.py`` and ``ops/reference/mask.py`` say: T is the bytes of one
-activation, and a mask has a bit an element. Vectors of C are not counted.
-"""
+"""The passes of a norm one by one, as tasks: what each is given, and what eager runs for it."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from fused_resnet.__main__ import main
 from fused_resnet.bench.dry_run import DryRun
 from fused_resnet.bench.ledger import BACKWARD, FORWARD, OPTIMIZER, Ledger, ledger, saved_bytes
 from fused_resnet.bench.traffic import ROWS, passes
-from fused_resnet.bench.training_ledger import EAGER, LEVELS, training_ledger, training_saved_bytes
+from fused_resnet.bench.training_ledger import EAGER, LEVELS, DryStep
 from fused_resnet.ops.schemas import SCHEMAS
 
 FLOAT, LONG = 4, 8
@@ -154,7 +154,7 @@ def test_a_fused_op_reads_what_its_docstring_says_once_and_writes_its_results(op
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_bytes_grow_linearly_with_the_images(level):
-    two, four, six = (training_ledger("resnet18", level, images, image_size=64).total for images in (2, 4, 6))
+    two, four, six = (DryStep("resnet18", level, images, image_size=64).ledger().total for images in (2, 4, 6))
     assert six - four == four - two > 0
 
 
@@ -211,7 +211,7 @@ def test_eager_is_what_torchvision_runs():
 
 
 def test_every_level_of_resnet50_moves_less_than_the_one_before():
-    eager, *levels = (training_ledger("resnet50", level, 256).bytes_per_image for level in LEVELS)
+    eager, *levels = (DryStep("resnet50", level, 256, torch.bfloat16).ledger().bytes_per_image for level in LEVELS)
     assert eager > levels[0] > levels[1] > levels[2] > levels[3] > levels[4]
     assert levels[0] < 0.80 * eager
     assert levels[3] <= 0.60 * eager
@@ -219,15 +219,15 @@ def test_every_level_of_resnet50_moves_less_than_the_one_before():
 
 
 def test_saved_bytes_of_resnet50():
-    eager = training_saved_bytes("resnet50", EAGER)
+    eager = DryStep("resnet50", EAGER).saved_bytes()
     assert eager == pytest.approx(86.0e6, rel=0.01)
-    assert training_saved_bytes("resnet50", 3) <= 0.80 * eager
-    assert training_saved_bytes("resnet50", 3, memory="efficient") <= 0.56 * eager
+    assert DryStep("resnet50", 3).saved_bytes() <= 0.80 * eager
+    assert DryStep("resnet50", 3, memory="efficient").saved_bytes() <= 0.56 * eager
 
 
 def test_a_level_that_is_none():
-    with pytest.raises(ValueError, match="level must be 'eager', 0, 1, 2, 3, 'level 3, masks' or None; got 4"):
-        training_ledger("resnet18", 4, 2)
+    with pytest.raises(ValueError, match="level must be 'eager', 0, 1, 2, 3 or 'level 3, masks'; got 4"):
+        DryStep("resnet18", 4, 2).ledger()
 
 
 def test_the_command_prints_both_tables(capsys):
@@ -236,7 +236,7 @@ def test_the_command_prints_both_tables(capsys):
     printed = capsys.readouterr().out
     (total,) = (line.split() for line in printed.splitlines() if line.startswith("all "))
     for cell, level in zip(total[1:], LEVELS, strict=True):
-        expected = training_ledger("resnet18", level, 2, torch.float32, 64).bytes_per_image / 1e6
+        expected = DryStep("resnet18", level, 2, torch.float32, 64).ledger().bytes_per_image / 1e6
         assert float(cell) == pytest.approx(expected, abs=0.05)
     assert "level 3, memory efficient" in printed
 

@@ -15,6 +15,7 @@ import torch
 
 from fused_resnet.__main__ import main
 from fused_resnet.bench import command
+from fused_resnet.bench.command import make_tasks, method_for, select
 from fused_resnet.bench.report import files
 from fused_resnet.bench.result import (
     INFERENCE,
@@ -25,9 +26,8 @@ from fused_resnet.bench.result import (
     Result,
 )
 from fused_resnet.bench.roofline import Ceilings
-from fused_resnet.bench.suite import registry, runner, selections
+from fused_resnet.bench.suite import registry, runner
 from fused_resnet.bench.suite.rounds import Method
-from fused_resnet.bench.suite.selections import make_tasks, method_for, select
 from fused_resnet.bench.suite.task import Contender, Prepared, Task
 
 
@@ -75,7 +75,7 @@ EVERYONE = [
 def planted(monkeypatch, tmp_path) -> Iterator[None]:
     """Tasks and contenders of the tests' own, and a report that is the JSON file only."""
     monkeypatch.setattr(registry, "contenders", lambda: EVERYONE)
-    monkeypatch.setattr(selections, "MAKERS", {level: fake_maker(level) for level in LEVELS})
+    monkeypatch.setattr(command, "MAKERS", {level: fake_maker(level) for level in LEVELS})
     monkeypatch.setattr(files, "write_all", write_all)
     monkeypatch.setattr(runner, "measure_ceilings", lambda device, dtype, rounds: Ceilings(1e10, 1e11))
     monkeypatch.chdir(tmp_path)
@@ -98,7 +98,7 @@ def options_of(*words: str) -> Any:
     return parser.parse_args(words)
 
 
-def selected(*words: str) -> selections.Selection:
+def selected(*words: str) -> command.Selection:
     return select(options_of("--device", "cpu", *words))
 
 
@@ -229,7 +229,7 @@ def test_a_dry_run_takes_one_shape_of_each_op(monkeypatch):
     def tasks(names, modes, batch_sizes, dtypes, device, image_size):
         return [FakeTask("op", shape, modes[0], batch_sizes[0], dtypes[0], device, None) for shape in shapes]
 
-    monkeypatch.setitem(selections.MAKERS, "op", tasks)
+    monkeypatch.setitem(command.MAKERS, "op", tasks)
     words = ["--level", "op", "--mode", "training-step"]
     assert [task.subject for task in make_tasks(selected(*words, "--dry"))] == [shapes[0], shapes[2]]
     assert [task.subject for task in make_tasks(selected(*words))] == shapes

@@ -124,9 +124,9 @@ def test_what_one_compiles_another_does_not_find(monkeypatch: pytest.MonkeyPatch
 
     task = model_task(INFERENCE)
     limit = torch._dynamo.config.recompile_limit
-    for contender in compiled_contenders(backend=backend) * 3:  # more than PyTorch's limit of recompilations
+    for contender in compiled_contenders(backend=backend) * 5:  # more than PyTorch's limit of recompilations
         contender.prepare(task)
-    assert compilations == [False, False, True] * 3
+    assert compilations == [False, True] * 5
     assert torch._dynamo.config.recompile_limit == limit and not torch._inductor.config.freezing
 
 
@@ -138,7 +138,7 @@ def test_what_was_compiled_goes_when_the_measurement_is_over():
         graphs.append(weakref.ref(graph))
         return graph.forward
 
-    prepared = compiled_contenders(backend=backend)[2].prepare(model_task(INFERENCE))
+    prepared = compiled_contenders(backend=backend)[1].prepare(model_task(INFERENCE))
     assert [graph() is not None for graph in graphs] == [True]
     prepared.close()
     del prepared
@@ -153,7 +153,7 @@ def test_a_failed_compilation_leaves_nothing_changed():
     limit = torch._dynamo.config.recompile_limit
     task = model_task(INFERENCE)
     with pytest.raises(Exception, match="no compiler"):
-        compiled_contenders(backend=backend)[2].prepare(task)
+        compiled_contenders(backend=backend)[1].prepare(task)
     assert torch._dynamo.config.recompile_limit == limit and not torch._inductor.config.freezing
     assert task.why_wrong(by_name("frozen").prepare(task))[1] is None
 

@@ -60,7 +60,7 @@ def comparison_text(found: Comparison) -> str:
         (speed for speed in speeds if speed.kind), key=lambda speed: (not speed.is_loss, -abs(speed.verdict.value))
     )
     sizes = [
-        [b.measurement, b.contender, b.what, *map(megabytes, (b.before, b.after)), f"{b.after / max(b.before, 1):.3f}"]
+        [b.measurement, b.contender, b.what, *map(megabytes, (b.before, b.after)), f"{b.after / b.before:.3f}"]
         for b in found.bytes
     ]
     for header, rows in (
@@ -117,8 +117,7 @@ def _sight(found: Comparison) -> str:
         "A ratio is of times relative to the contenders that this package does not run, round by round; its interval "
         f"holds for all {len(found.speeds) + len(found.overall)} together, and reckons with a spread between runs of "
         f"{spreads}. Half of the times would have shown a change of {100 * half:.0f} %; {blind} are too noisy to show "
-        f"one of {100 * PROBE:.0f} %. Peak memory is told where it changed by more than that of anyone this package "
-        f"does not run did: {100 * found.peak_noise:.0f} %."
+        f"one of {100 * PROBE:.0f} %."
     )
 
 

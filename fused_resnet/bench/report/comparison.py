@@ -17,13 +17,9 @@ from fused_resnet.bench.result import ABSENT, FAILED, RIGHT, WRONG, Measurement,
 from fused_resnet.bench.timer import Timing
 
 SAME_BYTES = 0.01
-"""Bytes that are counted and differ by less are the same."""
-SAME_PEAK = 0.05
-"""The same of peak memory, which is measured; and what differs by no more than the peak of any rival does is noise."""
-LEAST_PEAK = 1 << 20
-"""Bytes: peaks below it are as good as it. A runtime that keeps its memory between runs holds a page more or none."""
-PEAK = "peak_bytes"
-BYTES = {PEAK: "peak memory", "saved_bytes": "saved for backward", "moved_bytes": "moved"}
+"""Bytes that differ by less are the same."""
+BYTES = {"saved_bytes": "saved for backward", "moved_bytes": "moved"}
+"""Those that are counted: peak memory, which is measured, is told in reports."""
 FEWEST_TOGETHER = 3
 """Measurements whose mean is judged beside each of them."""
 SLOWER, FASTER, APPEARED, GONE = "slower", "faster", "appeared", "gone"
@@ -69,7 +65,7 @@ class Status:
 
 @dataclass(frozen=True)
 class Bytes:
-    """A number of bytes that changed."""
+    """A counted number of bytes that changed."""
 
     measurement: str
     contender: str
@@ -88,8 +84,6 @@ class Comparison:
     threshold: float
     turned_rivals: list[str]
     """Who changed against the other rivals throughout, and was not measured by."""
-    peak_noise: float
-    """The fraction below which a change of peak memory is not told."""
     only_before: list[str]
     only_after: list[str]
     speeds: list[Speed] = field(default_factory=list)
@@ -156,9 +150,7 @@ def compare(before: Result, after: Result, threshold: float = 0.05) -> Compariso
         [entry.title for key, entry in one.items() if key not in other]
         for one, other in ((first, second), (second, first))
     )
-    found = Comparison(
-        *(before, after, threshold, _turned_rivals(common, threshold), _peak_noise(common), only_before, only_after)
-    )
+    found = Comparison(before, after, threshold, _turned_rivals(common, threshold), only_before, only_after)
     cells: list[_Cell] = []
     for pair in common:
         references = [name for name in pair.references if name not in found.turned_rivals]
@@ -170,7 +162,7 @@ def compare(before: Result, after: Result, threshold: float = 0.05) -> Compariso
                 difference = noise.difference(*noise.relative(timings, beside))
                 cells.append(_Cell(pair, name, tuple(others), difference, name in references and bool(others)))
             found.statuses += _status(pair, name)
-            found.bytes += _bytes(pair, name, found.peak_noise)
+            found.bytes += _bytes(pair, name)
             found.too_few_rounds += [f"{pair.after.title}: {name}"] if rounds and min(rounds) < FEWEST_ROUNDS else []
     _judge(found, cells)
     return found
@@ -239,21 +231,8 @@ def _status(pair: _Pair, name: str) -> Iterator[Status]:
         yield Status(pair.after.title, name, was, after.status, after.reason or before.reason)
 
 
-def _bytes(pair: _Pair, name: str, peak_noise: float) -> Iterator[Bytes]:
+def _bytes(pair: _Pair, name: str) -> Iterator[Bytes]:
     for attribute, what in BYTES.items():
         was, now = (getattr(outcome, attribute) for outcome in pair.outcomes(name))
-        least, tolerance = (LEAST_PEAK, peak_noise) if attribute == PEAK else (0, SAME_BYTES)
-        if was is not None and now is not None and _apart(was, now, least) > tolerance:
+        if was and now and abs(now / was - 1) > SAME_BYTES:
             yield Bytes(pair.after.title, name, what, was, now)
-
-
-def _peak_noise(common: Sequence[_Pair]) -> float:
-    peaks = [[o.peak_bytes for o in pair.outcomes(name)] for pair in common for name in pair.references]
-    known = [(was, now) for was, now in peaks if was is not None and now is not None]
-    return max([SAME_PEAK, *(_apart(*both, LEAST_PEAK) for both in known)])
-
-
-def _apart(one: int, other: int, least: int) -> float:
-    """By what fraction the larger is larger, of numbers below ``least`` as if they were it."""
-    low, high = sorted((max(one, least), max(other, least)))
-    return 0.0 if low == high else high / low - 1 if low > 0 else math.inf

@@ -31,7 +31,6 @@ from fused_resnet.bench.suite.training import Training, batches, make_optimizer,
 
 FORMATS = {"eager NCHW": torch.contiguous_format, "eager channels_last": torch.channels_last}
 WARM_UP = 3
-MAX_AUTOTUNE = "max-autotune"
 RECOMPILE_LIMIT = 2**16
 """Where a network is compiled in parts, each part is kept with the code of its class, which many networks share; with
 PyTorch's own limit of 8 the ninth would run in eager."""
@@ -123,24 +122,22 @@ def prepared_graph_step(task: NetworkTask, module: nn.Module, way: str | None = 
 
 
 def compiled_contenders(backend: str = "inductor") -> list[Contender]:
-    """``torch.compile`` of channels_last networks with static shapes: as it is, with its longest search, and with
-    frozen weights; a training step's optimizer is as everybody's."""
+    """``torch.compile`` of channels_last networks with static shapes, as it is and with frozen weights."""
     prepare = functools.partial(functools.partial, _prepare_compiled, backend)
     return [
-        network_contender("torch.compile", prepare(None, False)),
-        network_contender("torch.compile max-autotune", prepare(MAX_AUTOTUNE, False)),
-        network_contender("torch.compile freezing", prepare(None, True), inference_only),
+        network_contender("torch.compile", prepare(False)),
+        network_contender("torch.compile freezing", prepare(True), inference_only),
     ]
 
 
-def _prepare_compiled(backend: str, mode: str | None, freezing: bool, task: NetworkTask) -> Prepared:
+def _prepare_compiled(backend: str, freezing: bool, task: NetworkTask) -> Prepared:
     with _compiling(freezing):
         module = task.copy()
         if task.training:
-            call = _compile(module.to(memory_format=torch.channels_last), backend, mode)  # type: ignore[call-overload]
+            call = _compile(module.to(memory_format=torch.channels_last), backend)  # type: ignore[call-overload]
             prepared = prepared_training(task, Training(task, module, call))
         else:
-            call = _compile(module_in(task, module, torch.channels_last), backend, mode)
+            call = _compile(module_in(task, module, torch.channels_last), backend)
             inputs = task.inputs_as(task.dtype, torch.channels_last)
             prepared = prepared_inference(task, call, inputs, guard=torch.no_grad)
         return dataclasses.replace(prepared, close=_forget)
@@ -152,31 +149,19 @@ def _forget() -> None:
     torch._dynamo.reset()
 
 
-def _compile(module: nn.Module, backend: str, mode: str | None) -> Any:
-    mode = mode if backend == "inductor" else None
-    compiled = torch.compile(_with_code_of_its_own(module), dynamic=False, backend=backend, mode=mode)
-    if mode is None:
-        return compiled
-
-    def call(x: Tensor) -> Tensor:
-        torch.compiler.cudagraph_mark_step_begin()  # the last run's results are done with
-        return compiled(x)
-
-    return call
-
-
 _numbers = itertools.count()
 
 
-def _with_code_of_its_own(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """What was compiled is kept with the code of a function, and found again by any other module of the same shapes,
-    whether its weights were to be frozen or not: contenders must not share it."""
+def _compile(module: nn.Module, backend: str) -> Callable[[Tensor], Tensor]:
+    """With code of its own: what was compiled is kept with the code of a function, and found again by any other module
+    of the same shapes, whether its weights were to be frozen or not. Contenders must not share it."""
 
     def call(x: Tensor) -> Tensor:
         return module(x)
 
     code = call.__code__.replace(co_name=f"network_{next(_numbers)}")
-    return types.FunctionType(code, globals(), closure=call.__closure__)
+    own = types.FunctionType(code, globals(), closure=call.__closure__)
+    return torch.compile(own, dynamic=False, backend=backend)
 
 
 @contextlib.contextmanager

@@ -40,13 +40,6 @@ class Method:
     pause: float = 0.02
     warm_up: bool = True
 
-    def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise ValueError(f"rounds must be at least 1; got {self.rounds}")
-        for name in ("min_seconds", "sample_seconds", "pause"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative; got {getattr(self, name)}")
-
 
 ONCE = Method(rounds=1, min_seconds=0.0, most_rounds=1, sample_seconds=0.0, pause=0.0, warm_up=False)
 """Of a dry run."""

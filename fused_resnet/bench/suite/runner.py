@@ -78,9 +78,14 @@ def run(
     What an earlier result, ``before``, has measured in the same condition and at the same commit is taken over: of
     these tasks what this run need not make, or cannot make better, and of others all.
     """
-    going = _Run(tasks, contenders, settings, listener or Listener(), save, clock, sleep)
-    going.take_over(before)
-    return going.run()
+    result, earlier = settings.new_result(), list[Measurement]()
+    if before is not None and not reasons_to_start_anew(before, result):
+        earlier = before.measurements
+        loads = [load for one in (before, result) if (load := one.machine.get("load_average")) is not None]
+        result.machine.update({"load_average": max(loads)} if loads else {})
+        result.ceilings.update(before.ceilings)
+    known = {measurement.key: measurement for measurement in earlier}
+    return _Run(tasks, contenders, settings, listener or Listener(), save, clock, sleep, result, known).run()
 
 
 def weight(task: Task) -> float:
@@ -88,93 +93,84 @@ def weight(task: Task) -> float:
     return SETUP_WEIGHT + task.batch_size * IMAGE_WEIGHT.get(task.mode, 1)
 
 
+@dataclass
 class _Run:
-    def __init__(
-        self,
-        tasks: list[Task],
-        contenders: Sequence[Contender],
-        settings: Settings,
-        listener: Listener,
-        *functions: Any,
-    ) -> None:
-        self._tasks, self._contenders, self._settings, self._listener = tasks, contenders, settings, listener
-        self._save, self._clock, self._sleep = functions
-        self._end = self._clock() + settings.budget
-        self._measured_dtypes: list[torch.dtype] = []
-        self._weights = [weight(task) for task in tasks]
-        self._names = {contender.name for contender in contenders}
-        self._earlier: dict[tuple[Any, ...], Measurement] = {}
-        self.result = settings.new_result()
+    tasks: list[Task]
+    contenders: Sequence[Contender]
+    settings: Settings
+    listener: Listener
+    save: Callable[[Result], object]
+    clock: Callable[[], float]
+    sleep: Callable[[float], object]
+    result: Result
+    earlier: dict[tuple[Any, ...], Measurement]
+    measured_dtypes: list[torch.dtype] = field(default_factory=list)
 
-    def take_over(self, before: Result | None) -> None:
-        """The measurements of an earlier result, if it was made in the same condition and at the same commit."""
-        if before is None or reasons_to_start_anew(before, self.result):
-            return
-        self._earlier = {measurement.key: measurement for measurement in before.measurements}
-        loads = [load for one in (before, self.result) if (load := one.machine.get("load_average")) is not None]
-        self.result.machine.update({"load_average": max(loads)} if loads else {})
-        self.result.ceilings.update(before.ceilings)
+    def __post_init__(self) -> None:
+        self.end = self.clock() + self.settings.budget
+        self.weights = [weight(task) for task in self.tasks]
 
     def run(self) -> Result:
-        self._listener.start(self._weights)
+        self.listener.start(self.weights)
         try:
-            while self._tasks:
-                task = self._tasks.pop(0)
+            while self.tasks:
+                task = self.tasks.pop(0)
                 self._one(task)
                 del task
-            for dtype in self._measured_dtypes:  # the machine may have been busy when it was asked first
+            for dtype in self.measured_dtypes:  # the machine may have been busy when it was asked first
                 self._measure_ceilings(dtype)
         except KeyboardInterrupt:
             self.result.arguments[INTERRUPTED] = True
         self.result = self._so_far()
-        self._save(self.result)
+        self.save(self.result)
         return self.result
 
     def _one(self, task: Task) -> None:
         share, like = self._share(), describe(task)
-        self._listener.begin(like.title)
-        measurement = known = self._earlier.get(like.key)
+        self.listener.begin(like.title)
+        measurement = known = self.earlier.get(like.key)
         had_a_turn = set() if known is None else _had_a_turn(known)
-        if known is None or not self._names <= had_a_turn:  # somebody is missing in it
-            others = ", ".join(sorted(had_a_turn - self._names))
+        names = {contender.name for contender in self.contenders}
+        if known is None or not names <= had_a_turn:  # somebody is missing in it
+            others = ", ".join(sorted(had_a_turn - names))
             kept = f"it was measured with {others}, not asked for now" if others else None
-            reason = kept or (NO_TIME if self._clock() >= self._end else None)
+            reason = kept or (NO_TIME if self.clock() >= self.end else None)
             if reason is None:
                 made = self._measure(task, share)
                 measurement = made if had_a_turn <= _had_a_turn(made) else known  # the fuller one
             if kept or measurement is None:
                 self.result.arguments[LEFT_OUT].append(f"{like.title}: {reason}")
             if measurement is None:
-                self._listener.leave_out(like.title, str(reason))
+                self.listener.leave_out(like.title, str(reason))
                 return
         assert measurement is not None
         self.result.measurements.append(measurement)
-        self._save(self._so_far())
-        self._listener.finish(measurement, self.result)
+        self.save(self._so_far())
+        self.listener.finish(measurement, self.result)
 
     def _measure(self, task: Task, seconds: float) -> Measurement:
-        if task.dtype not in self._measured_dtypes:
-            self._measured_dtypes.append(task.dtype)
+        if task.dtype not in self.measured_dtypes:
+            self.measured_dtypes.append(task.dtype)
             self._measure_ceilings(task.dtype)
-        torch.manual_seed(self._settings.seed)
-        how: dict[str, Any] = {"clock": self._clock, "sleep": self._sleep, "stage": self._listener.stage}
-        return measure(task, self._contenders, self._settings.method, seconds=seconds, **how)
+        torch.manual_seed(self.settings.seed)
+        how: dict[str, Any] = {"clock": self.clock, "sleep": self.sleep, "stage": self.listener.stage}
+        return measure(task, self.contenders, self.settings.method, seconds=seconds, **how)
 
     def _so_far(self) -> Result:
         """With what an earlier result has of all that is not measured yet."""
         measured = {measurement.key: measurement for measurement in self.result.measurements}
-        others = [measurement for key, measurement in self._earlier.items() if key not in measured]
+        others = [measurement for key, measurement in self.earlier.items() if key not in measured]
         return dataclasses.replace(self.result, measurements=[*measured.values(), *others])
 
     def _share(self) -> float:
         """Seconds for the next measurement."""
-        left = self._weights[-len(self._tasks) - 1 :]
-        return (self._end - self._clock()) * left[0] / sum(left)
+        left = self.weights[-len(self.tasks) - 1 :]
+        return (self.end - self.clock()) * left[0] / sum(left)
 
     def _measure_ceilings(self, dtype: torch.dtype) -> None:
         """The most that was ever reached."""
-        if self._settings.ceiling_rounds:
-            found = measure_ceilings(self._settings.device, dtype, rounds=self._settings.ceiling_rounds)
+        if self.settings.ceiling_rounds:
+            found = measure_ceilings(self.settings.device, dtype, rounds=self.settings.ceiling_rounds)
             known = self.result.ceilings.setdefault(dtype_name(dtype), {})
             for name, value in dataclasses.asdict(found).items():
                 known[name] = max(value, known.get(name, 0.0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import pkgutil
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,28 +106,18 @@ def find_subject(name: str) -> Subject:
 
 
 def _unknown(name: str, known: list[str], missing: list[str]) -> str:
-    message = f"no model is named {name!r}{_close_to(name, dict.fromkeys(known))}"
+    close = difflib.get_close_matches(name, dict.fromkeys(known), n=4)
+    message = f"no model is named {name!r}" + (f"; close to it are {', '.join(close)}" if close else "")
     if missing:
         message += f"; {' and '.join(missing)} cannot be imported here"
     return message + '. A model of your own is "package.module:callable"'
 
 
-def _close_to(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, known, n=4)
-    return f"; close to it are {', '.join(close)}" if close else ""
-
-
 def _callable(name: str) -> Any:
-    path, _, attribute = name.partition(":")
     try:
-        found: Any = importlib.import_module(path)
-    except ImportError as error:
-        raise ValueError(f"the model {name!r} is not there: {path!r} cannot be imported ({error})") from error
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            hint = _close_to(part, dir(found))
-            raise ValueError(f"the model {name!r} is not there: {path!r} has no {attribute!r}{hint}")
-        found = getattr(found, part)
+        found = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"the model {name!r} is not there: {error}") from error
     if not callable(found):
         raise ValueError(f"the model {name!r} must be a callable; got {type(found).__name__}")
     return found
