@@ -13,12 +13,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_resnet.bench.options import dtype_name
-from fused_resnet.bench.result import INFERENCE, TRAINING_STEP
+from fused_resnet.bench.result import INFERENCE
 from fused_resnet.bench.suite.subjects import Subject, find_subject
 from fused_resnet.bench.suite.task import Task
 
-MODES = (INFERENCE, TRAINING_STEP)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROTATING = 3
 """Inputs that a contender takes in turn."""
 
@@ -47,13 +45,6 @@ class NetworkTask(Task):
         device: torch.device | str = "cpu",
         image_size: int = 224,
     ) -> None:
-        if mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}; got {dtype}")
-        for name, number in (("batch_size", batch_size), ("image_size", image_size)):
-            if number < 1:
-                raise ValueError(f"{name} must be at least 1; got {number}")
         self.network = find_subject(subject) if isinstance(subject, str) else subject
         self.subject, self.mode, self.batch_size, self.dtype = self.network.name, mode, batch_size, dtype
         self.device, self.image_size, self.size = torch.device(device), image_size, image_size

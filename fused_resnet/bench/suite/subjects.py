@@ -82,35 +82,24 @@ class Subject:
 
 
 def find_subject(name: str) -> Subject:
-    """The network of this name."""
-    if ":" in name and not name.startswith("timm:"):
-        _callable(name)
-        return Subject(name, USER)
+    """The network of this name: torchvision's, this package's where that is missing, "timm:NAME", "module:callable"."""
+    library = import_or_none("torchvision.models")
+    known = [*builder_names(), *([] if library is None else library.list_models(module=library))]
     if name.startswith("timm:"):
         if (timm := import_or_none("timm")) is None:
             raise ValueError(f"a model named {name!r} needs timm, which cannot be imported here")
-        if timm.is_model(name.removeprefix("timm:")):
+        known = [f"timm:{model}" for model in timm.list_models()]
+        if name in known:
             return Subject(name, TIMM)
-        raise ValueError(_unknown(name, [f"timm:{model}" for model in timm.list_models()], []))
-    library = import_or_none("torchvision.models")
-    of_torchvision = [] if library is None else library.list_models(module=library)
-    if name in of_torchvision:
-        return Subject(name, TORCHVISION)
-    if name in builder_names():
-        return Subject(name, UNFUSED)
-    if (timm := import_or_none("timm")) is not None and timm.is_model(name):
-        return Subject(name, TIMM)
-    missing = [title for title, found in (("torchvision", library), ("timm", timm)) if found is None]
-    known = [*of_torchvision, *builder_names(), *([] if timm is None else timm.list_models())]
-    raise ValueError(_unknown(name, known, missing))
-
-
-def _unknown(name: str, known: list[str], missing: list[str]) -> str:
+    elif ":" in name:
+        _callable(name)
+        return Subject(name, USER)
+    elif name in known:
+        return Subject(name, UNFUSED if library is None else TORCHVISION)
     close = difflib.get_close_matches(name, dict.fromkeys(known), n=4)
-    message = f"no model is named {name!r}" + (f"; close to it are {', '.join(close)}" if close else "")
-    if missing:
-        message += f"; {' and '.join(missing)} cannot be imported here"
-    return message + '. A model of your own is "package.module:callable"'
+    told = f"; close to it are {', '.join(close)}" if close else ""
+    told += "" if library is not None else "; torchvision cannot be imported here"
+    raise ValueError(f'no model is named {name!r}{told}. timm\'s are "timm:NAME", your own "package.module:callable"')
 
 
 def _callable(name: str) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fused_resnet.bench import options
+from fused_resnet.bench.report.figures import text_table
 from fused_resnet.bench.suite.rounds import ONCE
 from fused_resnet.bench.suite.subjects import builder_names
 from fused_resnet.bench.tune.fastest import METHOD, Found
@@ -117,7 +118,7 @@ def _run(arguments: argparse.Namespace, selection: Selection, path: Path | None,
         outcome = tune(wanted, tiles, path, **how, begin=lambda each: bar.update(what=each.title), finish=finish)
         bar.update(what="")
     if outcome.found:
-        bar.console.print(table(outcome.found))
+        bar.say(table(outcome.found))
     for line in summary(outcome, len(everything) - len(wanted), plan):
         bar.say(line)
     if arguments.dry:
@@ -135,22 +136,14 @@ def answer_of(found: Found) -> str:
     return f"{found.winner}, {found.ratio:.2f}x as fast as {found.heuristic}"
 
 
-def table(results: Sequence[tuple[Question, Found]]) -> Any:
-    """A ``rich.table.Table`` with a row for each shape: what is written, what was fastest and how much faster it is,
-    those that gain most first."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    found = Table("shape", "as written", "fastest", "ratio", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in found.columns:
-        column.overflow = "fold"
+def table(results: Sequence[tuple[Question, Found]]) -> str:
+    """A row for each shape: what is written, what was fastest and how much faster it is, those that gain most first."""
     gains = [(math.inf if math.isnan(each.ratio) else each.ratio, question.title, each) for question, each in results]
+    rows = []
     for ratio, title, each in sorted(gains, key=lambda gain: -gain[0]):
-        changed = each.winner != each.heuristic
-        cells = (each.winner, "-" if math.isinf(ratio) else f"{ratio:.2f}x") if changed else ("the same", "")
-        found.add_row(*map(Text, (title, each.heuristic, *cells)), style="bold bright_blue" if changed else "")
-    return found
+        changed = (each.winner, "-" if math.isinf(ratio) else f"{ratio:.2f}x")
+        rows.append([title, each.heuristic, *(changed if each.winner != each.heuristic else ("the same", ""))])
+    return text_table(["shape", "as written", "fastest", "ratio"], rows)
 
 
 def summary(outcome: Outcome, known: int, path: Path) -> list[str]:

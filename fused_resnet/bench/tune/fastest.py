@@ -11,9 +11,10 @@ from dataclasses import dataclass, field, replace
 import numpy
 import torch
 
-from fused_resnet.bench.suite.measure import last_line
-from fused_resnet.bench.suite.rounds import Method, measure_rounds
-from fused_resnet.bench.suite.task import Prepared, Task
+from fused_resnet.bench.result import RIGHT
+from fused_resnet.bench.suite.measure import Group
+from fused_resnet.bench.suite.rounds import Method
+from fused_resnet.bench.suite.task import Contender, Prepared, Task
 from fused_resnet.bench.timer import Timing
 
 METHOD = Method(rounds=15, min_seconds=0.1, most_rounds=40, sample_seconds=0.002, pause=0.0)
@@ -72,41 +73,35 @@ def find_fastest(
     """
     if task.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("candidates cannot be measured while a CUDA graph is captured")
-    ready: dict[str, Prepared] = {}
-    dropped: dict[str, str] = {}
     medians: dict[str, float] = {}
-
-    def measured(names: list[str], method: Method, share: float) -> dict[str, Timing]:
-        runs, left = {name: ready[name].run for name in names}, max(0.0, end - clock()) * share
-        rounds = measure_rounds(runs, task.device, method, flush_cache=True, seconds=left, clock=clock)
-        dropped.update({name: f"failed: {last_line(error)}" for name, error in rounds.failures.items()})
-        medians.update({name: timing.median for name, timing in rounds.timings.items()})
-        return rounds.timings
-
-    try:
+    with Group(task, clock) as group:
         for name, prepare in candidates.items():
-            if reason := _make_ready(task, name, prepare, ready):
-                dropped[name] = reason
-        names, end = list(ready), clock() + seconds
+            group.prepare(Contender(name, lambda task: [], lambda task, prepare=prepare: prepare()))  # type: ignore[misc]
+        names, end = [name for name in group.ready if group.outcomes[name].status == RIGHT], clock() + seconds
+
+        def measured(names: list[str], method: Method, share: float) -> dict[str, Timing]:
+            timings = group.time(names, method, max(0.0, end - clock()) * share)
+            medians.update({name: timing.median for name, timing in timings.items()})
+            return timings
+
         if len(names) > SHORTLIST + 1:
             brief = measured(names, replace(BRIEF, rounds=min(method.rounds, BRIEF.rounds)), 0.3)
             best = sorted(brief, key=lambda name: brief[name].median)[:SHORTLIST]
             names = [name for name in brief if name in best or name == heuristic]
         timings = measured(names, method, 0.6)
-        if not timings:
-            raise NothingRan("; ".join(f"{name}: {reason}" for name, reason in dropped.items()))
-        fastest = min(timings, key=lambda name: timings[name].median)
-        if heuristic not in timings:
-            return Found(heuristic, fastest, medians, math.nan, dropped)
-        if fastest != heuristic:
+        finals: dict[str, Timing] = {}
+        fastest = min(timings, key=lambda name: timings[name].median, default=heuristic)
+        if fastest != heuristic and heuristic in timings:
             finals = measured([heuristic, fastest], method, 1.0)
-            if len(finals) == 2 and is_faster(finals[heuristic], finals[fastest]):
-                ratio = statistics.median(_quotients(finals[heuristic], finals[fastest]))
-                return Found(heuristic, fastest, medians, ratio, dropped)
-        return Found(heuristic, heuristic, medians, 1.0, dropped)
-    finally:
-        for prepared in ready.values():
-            prepared.close()
+        dropped = {name: f"{o.status}: {o.reason}" for name, o in group.outcomes.items() if o.status != RIGHT}
+    if not timings:
+        raise NothingRan("; ".join(f"{name}: {reason}" for name, reason in dropped.items()))
+    if heuristic not in timings:
+        return Found(heuristic, fastest, medians, math.nan, dropped)
+    if len(finals) == 2 and is_faster(finals[heuristic], finals[fastest]):
+        ratio = statistics.median(_quotients(finals[heuristic], finals[fastest]))
+        return Found(heuristic, fastest, medians, ratio, dropped)
+    return Found(heuristic, heuristic, medians, 1.0, dropped)
 
 
 def is_faster(before: Timing, after: Timing) -> bool:
@@ -115,23 +110,6 @@ def is_faster(before: Timing, after: Timing) -> bool:
     if len(before.samples) < FEWEST_ROUNDS:
         return False
     return float(numpy.percentile(_quotients(before, after), SURE)) > MARGIN
-
-
-def _make_ready(task: Task, name: str, prepare: Callable[[], Prepared], ready: dict[str, Prepared]) -> str | None:
-    """Puts it among the ``ready`` ones; the reason why not."""
-    try:
-        prepared = prepare()
-    except Exception as error:
-        return f"failed: {last_line(error)}"
-    try:
-        _, wrong = task.why_wrong(prepared)
-    except Exception as error:
-        wrong = last_line(error)
-    if wrong is None:
-        ready[name] = prepared
-        return None
-    prepared.close()
-    return f"wrong: {wrong}"
 
 
 def _quotients(before: Timing, after: Timing) -> list[float]:
