@@ -257,12 +257,12 @@ def write_summary(work: Path, state: dict[str, dict[str, Any]], dry: bool) -> No
             results.append(Result.load(path))
         except (OSError, ValueError, KeyError, TypeError) as error:
             lines.append(f"- {path.name} cannot be read: {error}")
-    found = tables.entries(merged(results))
-    headline = tables.headline([entry for entry in found if entry.measurement.level != OP])
+    found = tables.in_order([measurement for result in merged(results) for measurement in result.measurements])
+    headline = tables.headline([measurement for measurement in found if measurement.level != OP])
     parts += ["\n".join(lines)] if lines else []
     parts.append(figures.text_table(headline.header, [[cell.text for cell in row] for row in headline.rows]))
     ratios: dict[tuple[str, int], list[float]] = {}
-    for entry in [entry.measurement for entry in found if entry.measurement.level == OP]:
+    for entry in [measurement for measurement in found if measurement.level == OP]:
         if (eager := figures.best_eager(entry)) is not None:
             for name in filter(figures.is_ours, figures.right_timings(entry)):
                 ratio = figures.times_faster(entry, name, eager)

@@ -104,7 +104,7 @@ def test_a_step_runs_on_the_backend_and_moves_less_in_one_launch(ending: str):
         machine.skip_launches(False)
         task = NormStepTask(NormSite(64, 17, 17, ending), 8, torch.float16, "cpu")
         moved = prepared_on_cuda(task).moved_bytes()
-        one = task.first.norm.x.nbytes
+        one = task.first.images[0].nbytes
         bits = one // 16
         by_hand = {
             "relu": {(1 + 2 + 2 + 3) * one, (2 + 2 + 3) * one},

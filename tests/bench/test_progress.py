@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("rich")
 from rich.console import Console
 
-from fused_resnet.bench.report.tables import Entry, measured
+from fused_resnet.bench.report.tables import measured
 from fused_resnet.bench.result import ABSENT, FAILED, INFERENCE, MODEL, RIGHT, WRONG, Measurement, Outcome, Result
 from fused_resnet.bench.suite.progress import BenchProgress, footnotes, terminal_table
 from fused_resnet.bench.timer import Timing
@@ -35,7 +35,7 @@ CEILINGS = {"float32": {"bytes_per_second": 4e9, "flop_per_second": 4e9}}
 
 
 def cells(ceilings: dict[str, dict[str, float]]) -> dict[str, dict[str, str]]:
-    table = measured(Entry(MEASUREMENT, Result({}, {}, ceilings, [MEASUREMENT])))
+    table = measured(MEASUREMENT, ceilings)
     return {
         row[0].text: {title: cell.text for title, cell in zip(table.header, row, strict=True)} for row in table.rows
     }
@@ -65,7 +65,7 @@ def test_what_stands_beneath_a_table():
 
 
 def test_the_table_is_told_in_words_and_leaves_empty_columns_out(capsys):
-    Console(width=140).print(terminal_table(Entry(MEASUREMENT, Result({}, {}, {}, [MEASUREMENT]))))
+    Console(width=140).print(terminal_table(MEASUREMENT, {}))
     lines = capsys.readouterr().out.splitlines()
     assert "resnet50, inference, batch 8, float32, 224x224" in lines[0]
     assert not any("saved MB" in line for line in lines)

@@ -15,7 +15,7 @@ from fused_resnet.bench.report import condition, files
 from fused_resnet.bench.report.condition import merged
 from fused_resnet.bench.report.figures import best_eager, best_of_ours, best_rival, figures, text_table, times_faster
 from fused_resnet.bench.report.files import COLUMNS, csv_text, markdown_report
-from fused_resnet.bench.report.tables import entries, standing
+from fused_resnet.bench.report.tables import in_order, standing
 from fused_resnet.bench.result import (
     ABSENT,
     FAILED,
@@ -106,7 +106,7 @@ def test_figures_by_hand():
 
 
 def test_csv_has_a_row_for_each_contender_in_si_units():
-    rows = list(csv.DictReader(io.StringIO(csv_text([result(inference(8), training())]))))
+    rows = list(csv.DictReader(io.StringIO(csv_text(result(inference(8), training())))))
     assert tuple(rows[0]) == COLUMNS
     assert len(rows) == 10
     frozen = next(row for row in rows if row["contender"] == "frozen")
@@ -132,7 +132,7 @@ def table_below(text: str, title: str) -> list[list[str]]:
 
 
 def test_markdown_shows_times_losses_and_reasons():
-    text = markdown_report([result(inference(8), inference(1), training())])
+    text = markdown_report(result(inference(8), inference(1), training()))
     assert "commit: cccccccccc-dirty" in text and "openvino 2026.1" in text and "load before: 0.2" in text
     assert "1.00 GB/s copied" in text
     header, _, *rows = table_below(text, "### resnet18, inference, batch 8, float32, 224x224")
@@ -164,7 +164,7 @@ def test_markdown_shows_times_losses_and_reasons():
 
 def test_a_tie_is_no_loss_and_who_was_wrong_has_not_taken_part():
     def won(measurement: Measurement) -> str:
-        return standing(entries([result(measurement)])).partition(" in ")[2]
+        return standing([measurement]).partition(" in ")[2]
 
     assert won(training()) == "1 of 1 measurements."
     assert won(inference(openvino=right(10 / 1.004))) == "1 of 1 measurements."
@@ -176,14 +176,14 @@ def test_a_tie_is_no_loss_and_who_was_wrong_has_not_taken_part():
 def test_an_op_is_told_in_microseconds_and_without_images():
     outcomes = {"eager": right(0.25, moved_bytes=10**6), "ours native": right(0.125)}
     entry = Measurement(OP, "bn_apply 64x56x56", INFERENCE, 8, "float32", None, outcomes, least_bytes=10**6)
-    header, _, *rows = table_below(markdown_report([result(entry)]), "### bn_apply 64x56x56")
+    header, _, *rows = table_below(markdown_report(result(entry)), "### bn_apply 64x56x56")
     assert header == ["contender", "µs (20-80 %)", "to eager", "moved MB", "GB/s", "% roof", "numbers"]
     assert rows[0] == ["ours native", "125 (110-140)", "2.00x", "-", "-", "800", "right"]
 
 
 def test_nothing_measured():
-    assert "Nothing was measured" in markdown_report([result()])
-    assert csv_text([result()]).strip() == ",".join(COLUMNS)
+    assert "Nothing was measured" in markdown_report(result())
+    assert csv_text(result()).strip() == ",".join(COLUMNS)
 
 
 def test_results_of_one_condition_are_merged_and_others_stand_beside():
@@ -197,10 +197,9 @@ def test_results_of_one_condition_are_merged_and_others_stand_beside():
         assert one.measurements[0] is again
         assert one.machine["load_average"] == 0.75 and one.machine["date"] == later["date"]
         assert two is other
-    text = markdown_report([one, two])
-    assert "## Condition A" in text and "## Condition B" in text
-    titles = [line for line in text.splitlines() if line.startswith("### ") and "inference" in line]
-    assert [title[4:6] + title.split(", ")[2] for title in titles] == ["A:batch 1", "B:batch 1", "A:batch 8"]
+    assert [entry.title for entry in in_order(one.measurements)] == [
+        entry.title for entry in (again, inference(8), training())
+    ]
     assert len(merged([first, result(inference(), threads=1)])) == 2
     assert len(merged([first, result(inference(), packages={"openvino": "2026.2"})])) == 2
 
@@ -253,7 +252,9 @@ def test_the_command_remakes_the_files_and_refuses_others(tmp_path, capsys):
     assert {path: path.read_bytes() for path in paths} == before, "not the same every time"
     dataclasses.replace(result(inference()), machine=MACHINE | {"threads": 1}).save(tmp_path / "other.json")
     capsys.readouterr()
-    assert run(paths[0], tmp_path / "other.json", "--output", tmp_path / "both") == 0
+    assert run(paths[0], tmp_path / "other.json") == 2
+    assert "must be of one condition and commit" in capsys.readouterr().err
+    assert run(paths[0], paths[0], "--output", tmp_path / "both") == 0
     assert capsys.readouterr().out.split() == [
         str(tmp_path / "both" / f"report.{end}") for end in ("csv", "md", "html")
     ]

@@ -79,7 +79,7 @@ class Reader(HTMLParser):
 
 @pytest.fixture(scope="module")
 def text() -> str:
-    return page([sample()])
+    return page(sample())
 
 
 def drawings(text: str) -> dict[str, ElementTree.Element]:
@@ -125,16 +125,9 @@ def test_a_slow_measurement_is_a_loss_in_words_and_in_the_table(text):
     assert text.count('<td class="loss" data-order="0.8">0.80x</td>') == 2
 
 
-def test_several_results_stand_side_by_side():
-    text = page([sample(), dataclasses.replace(sample(), machine=sample().machine | {"threads": 1})])
-    assert not Reader(text).open
-    assert "A: resnet18, inference, batch 1" in text and "B: resnet18, inference, batch 8" in text
-    assert "2 conditions side by side" in text and text.count("<img") == 2
-
-
 def test_nothing_measured():
     empty = dataclasses.replace(sample(), measurements=[])
-    text = page([empty])
+    text = page(empty)
     assert not Reader(text).open and "Nothing was measured." in text and "<img" not in text
 
 

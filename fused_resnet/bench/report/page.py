@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 
 from fused_resnet.bench.report import condition, tables
 from fused_resnet.bench.report.figures import PLAIN_EAGER, figures, is_ours, right_timings
-from fused_resnet.bench.report.tables import Entry
 from fused_resnet.bench.result import Result
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
@@ -30,11 +29,10 @@ STYLE: Any = {
 BELOW: Any = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.18), "fontsize": 9}
 
 
-def page(results: Sequence[Result]) -> str:
-    """The whole page of these results, beside each other where they are several."""
-    found, marks = tables.entries(results), tables.letters(results)
-    dtypes = dict.fromkeys(entry.measurement.dtype for entry in found)
-    rooflines = [roofline(found, dtype, letter) for letter in marks for dtype in dtypes]
+def page(result: Result) -> str:
+    """The whole page of a result."""
+    found = tables.in_order(result.measurements)
+    rooflines = [roofline(result, dtype) for dtype in dict.fromkeys(one.dtype for one in found)]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATE.parent),
         autoescape=True,
@@ -43,14 +41,11 @@ def page(results: Sequence[Result]) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template(TEMPLATE.name).render(
-        conditions=[
-            (letter, condition.one_line(result), condition.lines(result))
-            for letter, result in zip(marks, results, strict=True)
-        ],
+        condition=(condition.one_line(result), condition.lines(result)),
         reading=tables.READING,
         headline=tables.headline(found),
         standing=tables.standing(found),
-        measurements=[(entry.title, tables.measured(entry)) for entry in found],
+        measurements=[(one.title, tables.measured(one, result.ceilings)) for one in found],
         all_open=len(found) <= OPEN_AT_MOST,
         rooflines=[plot for plot in rooflines if plot is not None],
         reasons=tables.reasons(found),
@@ -84,15 +79,14 @@ def looks(contenders: Sequence[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def roofline(found: Sequence[Entry], dtype: str, letter: str) -> Plot | None:
+def roofline(result: Result, dtype: str) -> Plot | None:
     """FLOP a second over FLOP a byte, of every right contender whose bytes are counted, under the two ceilings. None if
-    there is nothing of this dtype and result, or no ceilings."""
-    entries = [entry for entry in found if entry.measurement.dtype == dtype and entry.letter == letter]
-    ceiling = entries[0].result.ceilings.get(dtype) if entries else None
+    there is nothing of this dtype, or no ceilings."""
+    ceiling = result.ceilings.get(dtype)
     points: dict[str, list[tuple[float, float]]] = {}
-    for entry in entries:
-        for name in right_timings(entry.measurement):
-            figure = figures(entry.measurement, name, entry.result.ceilings)
+    for measurement in [one for one in result.measurements if one.dtype == dtype]:
+        for name in right_timings(measurement):
+            figure = figures(measurement, name, result.ceilings)
             if figure.flop_per_byte is not None and figure.flop_per_second is not None:
                 points.setdefault(name, []).append((figure.flop_per_byte, figure.flop_per_second / TERA))
     if ceiling is None or not points:
@@ -115,4 +109,4 @@ def roofline(found: Sequence[Entry], dtype: str, letter: str) -> Plot | None:
     best = {name: max(rate for _, rate in some) for name, some in points.items()}
     said = ", ".join(f"{name} up to {rate:.3g} TFLOP/s" for name, rate in best.items())
     said = f"Roofline, {dtype}: ceilings {bandwidth * 1e3:.3g} GB/s and {peak:.3g} TFLOP/s; {said}"
-    return Plot(f"{letter}: {dtype}" if letter else dtype, said, target.getvalue())
+    return Plot(dtype, said, target.getvalue())

@@ -3,8 +3,7 @@ that a column is sorted by."""
 
 from __future__ import annotations
 
-import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fused_resnet.bench.report.figures import (
@@ -22,8 +21,9 @@ from fused_resnet.bench.report.figures import (
     times,
     times_faster,
 )
-from fused_resnet.bench.result import ABSENT, FAILED, LEVELS, MODES, OP, RIGHT, WRONG, Measurement, Outcome, Result
+from fused_resnet.bench.result import ABSENT, FAILED, LEVELS, MODES, OP, RIGHT, WRONG, Measurement, Outcome
 
+Ceilings = Mapping[str, Mapping[str, float]]
 NOTICED = 1.005
 """Less is written 1.00x, and is no loss."""
 READING = (
@@ -52,64 +52,38 @@ class Table:
     rows: list[list[Cell]]
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A measurement and the result it is of; ``letter`` is the result's, of several."""
-
-    measurement: Measurement
-    result: Result
-    letter: str = ""
-
-    @property
-    def title(self) -> str:
-        return f"{self.letter}: {self.measurement.title}" if self.letter else self.measurement.title
-
-
-def letters(results: Sequence[Result]) -> list[str]:
-    """A name for each result: empty for a single one, else A, B, ..., Z, 27, 28, ..."""
-    if len(results) == 1:
-        return [""]
-    alphabet = string.ascii_uppercase
-    return [alphabet[index] if index < len(alphabet) else str(index + 1) for index in range(len(results))]
-
-
-def entries(results: Sequence[Result]) -> list[Entry]:
+def in_order(measurements: Sequence[Measurement]) -> list[Measurement]:
     """Models first, then blocks and ops; subjects and dtypes in the order of the run, modes from inference to training
-    step, batch sizes rising, and of one batch size the results beside each other."""
-    marks = zip(results, letters(results), strict=True)
-    found = [Entry(measurement, result, letter) for result, letter in marks for measurement in result.measurements]
-    first_seen: dict[object, int] = {}
-    for entry in found:
-        for name in (entry.measurement.subject, entry.measurement.dtype):
-            first_seen.setdefault(name, len(first_seen))
+    step, batch sizes rising."""
+    names = [name for one in measurements for name in (one.subject, one.dtype)]
+    first_seen = {name: place for place, name in enumerate(dict.fromkeys(names))}
 
-    def place(entry: Entry) -> tuple[int, ...]:
-        one = entry.measurement
+    def place(one: Measurement) -> tuple[int, ...]:
         order = (-LEVELS.index(one.level), first_seen[one.subject], MODES.index(one.mode), first_seen[one.dtype])
         return (*order, one.image_size or 0, one.batch_size)
 
-    return sorted(found, key=place)
+    return sorted(measurements, key=place)
 
 
-def measured(entry: Entry) -> Table:
+def measured(measurement: Measurement, ceilings: Ceilings) -> Table:
     """A row for each contender that was timed, the right ones by their speed, then the wrong ones, whose speed does not
-    count. Columns in which nobody has anything are left out."""
-    outcomes = entry.measurement.outcomes.items()
+    count. Columns in which nobody has anything are left out. ``ceilings`` as in ``Result.ceilings``."""
+    outcomes = measurement.outcomes.items()
     timed = sorted(
         ((name, outcome, outcome.timing) for name, outcome in outcomes if outcome.timing is not None),
         key=lambda row: (row[1].status != RIGHT, row[2].median),
     )
-    rows = [{"contender": _name(name)} | _cells(entry, name) for name, _, _ in timed]
+    rows = [{"contender": _name(name)} | _cells(measurement, name, ceilings) for name, _, _ in timed]
     if rows and timed[0][1].status == RIGHT:
         rows[0] = {title: Cell(cell.text, cell.order, cell.kind or "best") for title, cell in rows[0].items()}
     header = [title for title in (rows[0] if rows else ()) if any(row[title].text != NOTHING for row in rows)]
     return Table(header, [[row[title] for title in header] for row in rows])
 
 
-def _cells(entry: Entry, name: str) -> dict[str, Cell]:
+def _cells(measurement: Measurement, name: str, ceilings: Ceilings) -> dict[str, Cell]:
     """Of a contender with a timing, by the title of their column."""
-    measurement, outcome = entry.measurement, entry.measurement.outcomes[name]
-    found, timing = figures(measurement, name, entry.result.ceilings), outcome.timing
+    outcome, found = measurement.outcomes[name], figures(measurement, name, ceilings)
+    timing = outcome.timing
     assert timing is not None
     unit, second = ("µs", 1e-6) if measurement.level == OP else ("ms", 1e-3)
     rate, roof, setup = found.images_per_second, found.roofline_fraction, outcome.setup_seconds
@@ -143,14 +117,13 @@ def _scaled(number: float | None, unit: float) -> Cell:
     return Cell(NOTHING) if number is None else Cell(three_digits(number / unit), number)
 
 
-def headline(found: Sequence[Entry]) -> Table:
+def headline(measurements: Sequence[Measurement]) -> Table:
     """A row for each measurement: the best plain eager, the best rival, the best of ours, and how they compare."""
     rows = []
-    for entry in found:
-        measurement = entry.measurement
+    for measurement in measurements:
         right = right_timings(measurement)
         eager, rival, ours = best_eager(measurement), best_rival(measurement), best_of_ours(measurement)
-        row = [Cell(entry.title)]
+        row = [Cell(measurement.title)]
         for name in (eager, rival):
             value = None if name is None or ours is None else times_faster(measurement, ours, name)
             is_tie = value is None or 1 / NOTICED < value < NOTICED
@@ -163,29 +136,29 @@ def headline(found: Sequence[Entry]) -> Table:
     return Table(["measurement", "to eager", "to rival", "best of ours", "best rival", "best eager"], rows)
 
 
-def reasons(found: Sequence[Entry]) -> list[str]:
+def reasons(measurements: Sequence[Measurement]) -> list[str]:
     """Who was absent, failed or wrong, and why: each contender, status and reason once."""
     titles: dict[tuple[str, str, str], list[str]] = {}
-    for entry in found:
-        for name, outcome in entry.measurement.outcomes.items():
+    for measurement in measurements:
+        for name, outcome in measurement.outcomes.items():
             if outcome.status != RIGHT:
                 key = (name, outcome.status, outcome.reason or "no reason given")
-                titles.setdefault(key, []).append(entry.title)
+                titles.setdefault(key, []).append(measurement.title)
     order, lines = (FAILED, WRONG, ABSENT), []
     for (name, status, reason), where in sorted(titles.items(), key=lambda item: order.index(item[0][1])):
         few = "; ".join(where[:3]) + (f" and {len(where) - 3} more" if len(where) > 3 else "")
-        told = "everywhere" if len(where) == len(found) else f"in {len(where)} of {len(found)}: {few}"
+        told = "everywhere" if len(where) == len(measurements) else f"in {len(where)} of {len(measurements)}: {few}"
         lines.append(f"{name} {status}, {told}: {reason}")
     return lines
 
 
-def standing(found: Sequence[Entry]) -> str:
+def standing(measurements: Sequence[Measurement]) -> str:
     """In how many measurements ours was the fastest, of those in which it and a rival were right; the headline says by
     how much, and `reasons` who was not right."""
     ratios = []
-    for entry in found:
-        ours, rival = best_of_ours(entry.measurement), best_rival(entry.measurement)
+    for measurement in measurements:
+        ours, rival = best_of_ours(measurement), best_rival(measurement)
         if ours is not None and rival is not None:
-            ratios.append(times_faster(entry.measurement, ours, rival))
+            ratios.append(times_faster(measurement, ours, rival))
     won = sum(ratio > 1 / NOTICED for ratio in ratios)
     return f"Ours was the fastest, or as fast as the fastest, in {won} of {len(ratios)} measurements."

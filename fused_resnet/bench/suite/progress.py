@@ -12,7 +12,7 @@ from rich.text import Text
 
 from fused_resnet.bench.console import Bar
 from fused_resnet.bench.report import tables
-from fused_resnet.bench.report.tables import Entry
+from fused_resnet.bench.report.tables import Ceilings
 from fused_resnet.bench.result import ABSENT, FAILED, Measurement, Result
 from fused_resnet.bench.suite.runner import Listener
 
@@ -44,7 +44,7 @@ class BenchProgress(Bar, Listener):
         self.update(completed=self._done + done * self._weights[self._index], what=what)
 
     def finish(self, measurement: Measurement, result: Result) -> None:
-        self.console.print(terminal_table(Entry(measurement, result)))
+        self.console.print(terminal_table(measurement, result.ceilings))
         for line in [*footnotes(measurement, self._told), ""]:
             self.say(line)
         self._advance()
@@ -58,9 +58,10 @@ class BenchProgress(Bar, Listener):
         self.update(completed=self._done, what="", refresh=True)
 
 
-def terminal_table(entry: Entry) -> Table:
+def terminal_table(measurement: Measurement, ceilings: Ceilings) -> Table:
     """`tables.measured` for a terminal."""
-    table, found = tables.measured(entry), Table(title=Text(entry.title), title_justify="left", box=box.SIMPLE_HEAD)
+    table = tables.measured(measurement, ceilings)
+    found = Table(title=Text(measurement.title), title_justify="left", box=box.SIMPLE_HEAD)
     for name in table.header:
         in_words = name in ("contender", "numbers")
         found.add_column(name, justify="left" if in_words else "right", no_wrap=not in_words, overflow="fold")
