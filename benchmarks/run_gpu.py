@@ -30,7 +30,7 @@ from statistics import geometric_mean
 from typing import Any
 
 from fused_resnet.bench.report import figures, tables
-from fused_resnet.bench.report.condition import merged
+from fused_resnet.bench.report.condition import merged, same
 from fused_resnet.bench.result import ABSENT, OP, Result
 from fused_resnet.bench.suite.measure import NO_TIME
 
@@ -137,7 +137,7 @@ def units(work: Path, dry: bool) -> list[Unit]:
     for name in NETWORKS[:1] if dry else NETWORKS:
         words = [*python, "fused_resnet", "tune", "--model", name, *tune.split()]
         add("tune", name, [*words, "--output", results / f"plan_{name}.json"], left=left_in_log, budget=True)
-    files = result_files(results)
+    files = of_the_newest_condition(result_files(results))
     report = [*BENCH, "report", *files, "--output", results, "--name", "report"]
     add("report", "report", report, None if files else "there are no results yet", repeated=True)
     return found
@@ -152,6 +152,16 @@ def _gpu_tests() -> list[str]:
 def result_files(results: Path) -> list[Path]:
     """What `bench` has saved, as far as there is any."""
     return [path for phase in ("ops", "blocks", "models") for path in sorted(results.glob(f"{phase}_*.json"))]
+
+
+def of_the_newest_condition(paths: Sequence[Path]) -> list[Path]:
+    """Those that one report can tell of; a later machine may have another CPU or driver."""
+    found: dict[Path, Result] = {}
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # the summary names those it cannot read
+            found[path] = Result.load(path)
+    newest = max(found.values(), key=lambda result: str(result.machine.get("date")), default=None)
+    return [path for path, result in found.items() if newest is not None and same(newest, result)]
 
 
 def left_out(path: Path) -> str | None:

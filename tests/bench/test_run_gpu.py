@@ -225,6 +225,15 @@ def test_headlines_of_the_summary(tmp_path: Path):
     assert "blocks_x.json cannot be read" in summary
 
 
+def test_a_report_is_of_the_newest_condition(tmp_path: Path):
+    paths = [tmp_path / f"{name}.json" for name in "abcd"]
+    for path, cpu, date in zip(paths, ("one", "two", "two"), ("1", "2", "3"), strict=False):
+        dataclasses.replace(result(), machine={"cpu": cpu, "date": date}).save(path)
+    paths[3].write_text("{")
+    assert run_gpu.of_the_newest_condition(paths) == paths[1:3]
+    assert run_gpu.of_the_newest_condition([]) == []
+
+
 def test_what_bench_had_no_time_for_is_left(tmp_path: Path):
     path = tmp_path / "ops.json"
     assert run_gpu.left_out(path) == "nothing was measured yet"

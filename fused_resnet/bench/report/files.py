@@ -115,9 +115,7 @@ def main(arguments: argparse.Namespace) -> int:
         results = condition.merged([Result.load(path) for path in arguments.files])
         if len(results) > 1:
             conditions = "; ".join(map(condition.one_line, results))
-            raise ValueError(
-                f"the files must be of one condition and commit, as `bench compare` tells; got {conditions}"
-            )
+            raise ValueError(f"the files must be of one condition and commit; got {conditions}")
     except (OSError, ValueError) as error:
         print(f"bench report: {error}", file=sys.stderr)
         return UNUSABLE

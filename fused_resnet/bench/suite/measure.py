@@ -177,12 +177,12 @@ class Group:
         """Of these, who take turns; whoever raises has failed, and is no longer ready."""
         runs = {name: self.ready[name].run for name in names}
         how: dict[str, Any] = {"clock": self.clock, "sleep": self.sleep, "after_round": after_round}
-        flush_cache = self.task.level == OP
-        rounds = measure_rounds(runs, self.task.device, method, flush_cache=flush_cache, seconds=seconds, **how)
-        for name, error in rounds.failures.items():
+        how |= {"flush_cache": self.task.level == OP, "seconds": seconds}
+        timings, failures = measure_rounds(runs, self.task.device, method, **how)
+        for name, error in failures.items():
             _close(self.ready.pop(name))
             self.outcomes[name] = Outcome(FAILED, last_line(error), setup_seconds=self.outcomes[name].setup_seconds)
-        return rounds.timings
+        return timings
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -52,7 +52,7 @@ def _prepare_onnx(task: NetworkTask) -> Prepared:
     model, feeds = _onnx_bytes(task.copy(), inputs[0]), [{"input": x.numpy()} for x in inputs]
     sessions = {str(spins): _session(model, spins) for spins in (True, False)}
     runs = {name: functools.partial(session.run, [OUTPUT], feeds[0]) for name, session in sessions.items()}
-    timings = measure_rounds(runs, "cpu", TRIAL).timings
+    timings, _ = measure_rounds(runs, "cpu", TRIAL)
     session = sessions[min(timings, key=lambda name: timings[name].median)]
     return prepared_inference(task, lambda feed: session.run([OUTPUT], feed)[0], feeds, output=torch.from_numpy)
 
