@@ -8,7 +8,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,45 +40,27 @@ MAKERS: dict[str, Callable[..., Any]] = {MODEL: model_tasks, BLOCK: block_tasks,
 DRY_IMAGE, DRY_BATCH = 32, 2
 
 
-@dataclass(frozen=True)
-class Selection:
-    """What is measured.
-
-    Attributes:
-        batch_sizes: by mode.
-        one_of_each: of the blocks of a model, and of the shapes of an op, the first only.
-    """
-
-    models: tuple[str, ...]
-    levels: tuple[str, ...]
-    batch_sizes: dict[str, tuple[int, ...]]
-    dtypes: tuple[torch.dtype, ...]
-    device: torch.device
-    image_size: int
-    one_of_each: bool = False
-
-    @property
-    def dtype_names(self) -> list[str]:
-        return list(map(options.dtype_name, self.dtypes))
+def with_defaults(arguments: argparse.Namespace) -> argparse.Namespace:
+    """What is measured: what was not asked for is chosen for the device. Plain values, as a result's arguments are;
+    batch sizes by mode."""
+    device, modes = options.find_device(arguments.device), [MODES[mode] for mode in arguments.mode or MODES]
+    usual = {mode: (GPU_BATCHES if device.type == "cuda" else CPU_BATCHES)[mode != INFERENCE] for mode in modes}
+    chosen = {
+        "device": str(device),
+        "model": list(dict.fromkeys(arguments.model or ["resnet18" if arguments.dry else "resnet50"])),
+        "level": list(dict.fromkeys(arguments.level or [MODEL])),
+        "dtype": list(dict.fromkeys(arguments.dtype or ["float32"])),
+        "image_size": arguments.image_size or (DRY_IMAGE if arguments.dry else 224),
+        "batch_size": {
+            mode: sorted(set(arguments.batch_size or ([DRY_BATCH] if arguments.dry else usual[mode]))) for mode in modes
+        },
+    }
+    return argparse.Namespace(**vars(arguments) | chosen)
 
 
-def select(arguments: argparse.Namespace) -> Selection:
-    """What the arguments ask for; what was not given is chosen for the device."""
-    device = options.find_device(arguments.device)
-    return Selection(
-        models=tuple(dict.fromkeys(arguments.model or ["resnet18" if arguments.dry else "resnet50"])),
-        levels=tuple(dict.fromkeys(arguments.level or [MODEL])),
-        batch_sizes={MODES[mode]: _batch_sizes(arguments, MODES[mode], device) for mode in arguments.mode or MODES},
-        dtypes=tuple(dict.fromkeys(getattr(torch, name) for name in arguments.dtype or ["float32"])),
-        device=device,
-        image_size=arguments.image_size or (DRY_IMAGE if arguments.dry else 224),
-        one_of_each=arguments.dry,
-    )
-
-
-def method_for(arguments: argparse.Namespace, device: torch.device) -> Method:
+def method_for(arguments: argparse.Namespace) -> Method:
     """How long to measure. On a GPU nobody's threads are in the way of the next one, so nobody waits for them."""
-    method = Method(pause=0.0) if device.type == "cuda" else Method()
+    method = Method(pause=0.0) if arguments.device.startswith("cuda") else Method()
     if arguments.dry:
         method = ONCE
     given = {name: getattr(arguments, name) for name in ("rounds", "min_seconds")}
@@ -86,26 +68,18 @@ def method_for(arguments: argparse.Namespace, device: torch.device) -> Method:
     return replace(method, most_rounds=max(method.rounds, method.most_rounds))
 
 
-def make_tasks(selection: Selection) -> list[Task]:
-    """The tasks, those of a model beside each other, with growing batch sizes."""
-    where, once = (selection.device, selection.image_size), dict[tuple[object, ...], Task]()
-    for name, level in itertools.product(selection.models, selection.levels):
-        for (mode, sizes), dtype in itertools.product(selection.batch_sizes.items(), selection.dtypes):
-            for task in MAKERS[level]([name], [mode], sizes, [dtype], *where):  # models share the shapes of ops
-                # "bn_apply" of "bn_apply 64x56x56", "resnet18" of "resnet18 layer1.0"
-                subject = task.subject.split()[0] if selection.one_of_each else task.subject
+def make_tasks(chosen: argparse.Namespace) -> list[Task]:
+    """The tasks, those of a model beside each other, with growing batch sizes; dry, of the blocks of a model and of the
+    shapes of an op the first only."""
+    where, once = (torch.device(chosen.device), chosen.image_size), dict[tuple[object, ...], Task]()
+    for name, level in itertools.product(chosen.model, chosen.level):
+        for (mode, sizes), dtype in itertools.product(chosen.batch_size.items(), chosen.dtype):
+            for task in MAKERS[level]([name], [mode], sizes, [getattr(torch, dtype)], *where):
+                # "bn_apply" of "bn_apply 64x56x56", "resnet18" of "resnet18 layer1.0"; models share the shapes of ops
+                subject = task.subject.split()[0] if chosen.dry else task.subject
                 key = (task.level, subject, task.mode, task.batch_size, task.dtype, task.image_size)
                 once.setdefault(key, task)
     return list(once.values())
-
-
-def _batch_sizes(arguments: argparse.Namespace, mode: str, device: torch.device) -> tuple[int, ...]:
-    on_gpu = device.type == "cuda"
-    if arguments.batch_size:
-        return tuple(sorted(set(arguments.batch_size)))
-    if arguments.dry:
-        return (DRY_BATCH,)
-    return (GPU_BATCHES if on_gpu else CPU_BATCHES)[mode != INFERENCE]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -163,11 +137,11 @@ def main(arguments: argparse.Namespace) -> int:
     try:
         if missing := options.missing_packages("bench", {"rich": "rich"}):
             raise ValueError(missing)
-        selection = select(arguments)
-        contenders = registry.select(arguments.contenders, arguments.without)
-        tasks = make_tasks(selection)
-        settings = _settings(arguments, selection, contenders)
-        path = arguments.output / f"{arguments.name or _name(arguments, selection)}.json"
+        chosen = with_defaults(arguments)
+        contenders, tasks = registry.select(arguments.contenders, arguments.without), make_tasks(chosen)
+        settings = _settings(chosen, contenders)
+        name = arguments.name or ("dry_" if arguments.dry else "") + file_name(vars(chosen), torch.get_num_threads())
+        path = arguments.output / f"{name}.json"
         before = _earlier(path, arguments.resume, settings)
     except (ValueError, ImportError) as error:
         print(f"bench: {error}", file=sys.stderr)
@@ -175,25 +149,17 @@ def main(arguments: argparse.Namespace) -> int:
     return _run(tasks, contenders, settings, path, before)
 
 
-def _settings(arguments: argparse.Namespace, selection: Selection, contenders: list[Contender]) -> Settings:
+def _settings(chosen: argparse.Namespace, contenders: list[Contender]) -> Settings:
     """With what was asked for and what was chosen, for JSON."""
-    given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
-    chosen = {
-        "model": list(selection.models),
-        "level": list(selection.levels),
-        "batch_size": {mode: list(sizes) for mode, sizes in selection.batch_sizes.items()},
-        "dtype": selection.dtype_names,
-        "device": str(selection.device),
-        "image_size": selection.image_size,
-        "contenders": [contender.name for contender in contenders],
-    }
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in vars(chosen).items()}
+    names = {"contenders": [contender.name for contender in contenders]}
     return Settings(
-        device=selection.device,
-        method=method_for(arguments, selection.device),
-        budget=math.inf if arguments.budget is None else arguments.budget,
-        seed=arguments.seed,
-        ceiling_rounds=0 if arguments.dry else ROUNDS,
-        arguments={name: value for name, value in given.items() if name not in ("run", "command")} | chosen,
+        device=torch.device(chosen.device),
+        method=method_for(chosen),
+        budget=math.inf if chosen.budget is None else chosen.budget,
+        seed=chosen.seed,
+        ceiling_rounds=0 if chosen.dry else ROUNDS,
+        arguments={name: value for name, value in plain.items() if name not in ("run", "command")} | names,
     )
 
 
@@ -234,9 +200,3 @@ def _run(tasks: list[Task], contenders: list[Contender], settings: Settings, pat
         statuses = {outcome.status for entry in result.measurements for outcome in entry.outcomes.values()}
         return REFUSED if statuses & {WRONG, FAILED} else 0
     return STOPPED if stopped else 0
-
-
-def _name(arguments: argparse.Namespace, selection: Selection) -> str:
-    what = (selection.models, selection.levels, selection.batch_sizes, selection.dtype_names, selection.image_size)
-    name = file_name(selection.device, torch.get_num_threads(), *what)
-    return f"dry_{name}" if arguments.dry else name

@@ -13,20 +13,19 @@ from fused_resnet.bench.result import INFERENCE, MODEL, TRAINING_STEP, Result
     ("changes", "expected"),
     [
         ({}, "cpu_float32_resnet50_inference_b1_b8_training-step_b16_224px_2threads"),
-        ({"levels": ["op", "model"]}, "cpu_float32_resnet50_op_model_inference_b1_b8_training-step_b16_224px_2threads"),
-        ({"models": ["a.b:c", "timm:x"], "batch_sizes": {}}, "cpu_float32_a.b-c_timm-x_224px_2threads"),
-        ({"models": list("abcd"), "batch_sizes": {INFERENCE: (1,)}}, "cpu_float32_4models_inference_b1_224px_2threads"),
-        ({"batch_sizes": {INFERENCE: (1, 2, 4, 8, 16)}}, "cpu_float32_resnet50_inference_b1-16_224px_2threads"),
-        ({"device": torch.device("cuda")}, "H100-80GB-HBM3_float32_resnet50_inference_b1_b8_training-step_b16_224px"),
+        ({"level": ["op", "model"]}, "cpu_float32_resnet50_op_model_inference_b1_b8_training-step_b16_224px_2threads"),
+        ({"model": ["a.b:c", "timm:x"], "batch_size": {}}, "cpu_float32_a.b-c_timm-x_224px_2threads"),
+        ({"model": list("abcd"), "batch_size": {INFERENCE: [1]}}, "cpu_float32_4models_inference_b1_224px_2threads"),
+        ({"device": "cuda"}, "H100-80GB-HBM3_float32_resnet50_inference_b1_b8_training-step_b16_224px"),
     ],
 )  # fmt: skip
 def test_names_of_files(changes, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    arguments = {
-        "device": torch.device("cpu"), "threads": 2, "models": ["resnet50"], "levels": [MODEL],
-        "batch_sizes": {INFERENCE: (1, 8), TRAINING_STEP: (16,)}, "dtypes": ["float32"], "image_size": 224,
+    asked = {
+        "device": "cpu", "model": ["resnet50"], "level": [MODEL], "dtype": ["float32"], "image_size": 224,
+        "batch_size": {INFERENCE: [1, 8], TRAINING_STEP: [16]},
     }  # fmt: skip
-    assert file_name(**arguments | changes) == expected
+    assert file_name(asked | changes, 2) == expected
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import torch
 
 from fused_resnet.__main__ import main
 from fused_resnet.bench import command
-from fused_resnet.bench.command import make_tasks, method_for, select
+from fused_resnet.bench.command import make_tasks, method_for, with_defaults
 from fused_resnet.bench.report import files
 from fused_resnet.bench.result import (
     INFERENCE,
@@ -91,15 +92,13 @@ def write_all(result: Result, folder: Path, name: str) -> list[Path]:
 
 
 def options_of(*words: str) -> Any:
-    import argparse
-
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     return parser.parse_args(words)
 
 
-def selected(*words: str) -> command.Selection:
-    return select(options_of("--device", "cpu", *words))
+def selected(*words: str) -> argparse.Namespace:
+    return with_defaults(options_of("--device", "cpu", *words))
 
 
 QUICKLY = ("bench", "--device", "cpu", "--rounds", "2", "--min-seconds", "0", "--image-size", "32")
@@ -189,26 +188,26 @@ def test_what_a_budget_leaves_out_is_printed(tmp_path, capsys):
 
 def test_defaults_of_the_cpu_and_of_a_gpu(monkeypatch):
     found = selected()
-    assert found.models == ("resnet50",) and found.levels == (MODEL,) and found.image_size == 224
-    assert found.batch_sizes == {INFERENCE: (1, 8), TRAINING_STEP: (16,)}
-    assert found.dtypes == (torch.float32,)
+    assert found.model == ["resnet50"] and found.level == [MODEL] and found.image_size == 224
+    assert found.batch_size == {INFERENCE: [1, 8], TRAINING_STEP: [16]}
+    assert found.dtype == ["float32"] and found.device == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    found = select(options_of())
-    assert found.device.type == "cuda"
-    assert found.batch_sizes == {INFERENCE: (1, 32, 256), TRAINING_STEP: (1, 32, 256)}
-    assert method_for(options_of(), found.device).pause == 0
+    found = with_defaults(options_of())
+    assert found.device == "cuda"
+    assert found.batch_size == {INFERENCE: [1, 32, 256], TRAINING_STEP: [1, 32, 256]}
+    assert method_for(found).pause == 0
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--mode", "training-step", "--batch-size", "4", "2", "4"], {TRAINING_STEP: (2, 4)}),
-        (["--dry"], {INFERENCE: (2,), TRAINING_STEP: (2,)}),
+        (["--mode", "training-step", "--batch-size", "4", "2", "4"], {TRAINING_STEP: [2, 4]}),
+        (["--dry"], {INFERENCE: [2], TRAINING_STEP: [2]}),
     ],
 )
 def test_batch_sizes(words, expected):
-    assert selected(*words).batch_sizes == expected
+    assert selected(*words).batch_size == expected
 
 
 def test_patterns_choose_contenders():
@@ -236,10 +235,9 @@ def test_a_dry_run_takes_one_shape_of_each_op(monkeypatch):
 
 
 def test_options_change_the_method():
-    cpu = torch.device("cpu")
-    assert method_for(options_of(), cpu) == Method()
-    assert method_for(options_of("--rounds", "99", "--min-seconds", "0.5"), cpu).most_rounds == 99
-    dry = method_for(options_of("--dry"), cpu)
+    assert method_for(selected()) == Method()
+    assert method_for(selected("--rounds", "99", "--min-seconds", "0.5")).most_rounds == 99
+    dry = method_for(selected("--dry"))
     assert (dry.rounds, dry.warm_up, dry.pause) == (1, False, 0)
 
 
