@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from benchmarks import bench_launch
+from benchmarks.norm_step import NormStepTask
 from fused_resnet.bench.passes import PASSES, STATS_APPLY, NormPass, PassTask
 from fused_resnet.bench.sites import ENDINGS, NormSite
 from fused_resnet.bench.suite.op_base import OpTask
-from fused_resnet.bench.suite.op_norm_step import NormStepTask
 from fused_resnet.bench.suite.op_stem import LAYOUTS, StemTask
 from fused_resnet.bench.suite.op_task import op_contenders
 from fused_resnet.bench.suite.task import Prepared

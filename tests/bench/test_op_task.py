@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 
+from benchmarks.norm_step import NormStepTask
 from fused_resnet.bench.norm_inputs import Norm
 from fused_resnet.bench.passes import PASSES, STATS_APPLY, PassTask
 from fused_resnet.bench.result import INFERENCE, TRAINING_FORWARD, TRAINING_STEP
@@ -15,7 +16,6 @@ from fused_resnet.bench.sites import ENDINGS, NormSite, conv_sites
 from fused_resnet.bench.suite.op_base import OpTask
 from fused_resnet.bench.suite.op_conv_inference import ConvInferenceTask
 from fused_resnet.bench.suite.op_conv_training import PRODUCTS, ConvTrainingTask
-from fused_resnet.bench.suite.op_norm_step import NormStepTask
 from fused_resnet.bench.suite.op_stem import BYTES, CHANNELS_LAST, LAYOUTS, StemTask
 from fused_resnet.bench.suite.op_task import op_contenders, op_tasks
 from fused_resnet.bench.suite.task import Prepared
@@ -147,7 +147,7 @@ def test_all_ops_of_networks():
     more = op_tasks(["resnet18"], [TRAINING_STEP], [1], [torch.bfloat16], "cpu", 64)
     assert {task.mode for task in more} == {TRAINING_FORWARD, TRAINING_STEP}
     subjects = {task.subject for task in more}
-    for start in ("bn_stats", "bn_apply_dual", "bn_grad_apply_mask", *PRODUCTS, "bn_act step projection"):
+    for start in ("bn_stats", "bn_apply_dual", "bn_grad_apply_mask", *PRODUCTS):
         assert any(subject.startswith(start) for subject in subjects), start
     assert not any(subject.startswith("conv_grad_input 3x64x64") for subject in subjects)
 

@@ -1,5 +1,5 @@
-"""Every op of some networks as tasks (the passes of their norms, their steps, their convolutions), and who does them:
-PyTorch, this package's backends one by one, and what else PyTorch offers for an op."""
+"""Every op of some networks as tasks (the passes of their norms, their convolutions), and who does them: PyTorch, this
+package's backends one by one, and what else PyTorch offers for an op."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from fused_resnet.bench.sites import conv_sites, norm_sites
 from fused_resnet.bench.suite.op_base import COMPILE, EAGER, SEPARATE, OpTask, on_backend
 from fused_resnet.bench.suite.op_conv_inference import FOLDED, NCHW, PACKED, ConvInferenceTask
 from fused_resnet.bench.suite.op_conv_training import PRODUCTS, ConvTrainingTask
-from fused_resnet.bench.suite.op_norm_step import NormStepTask
 from fused_resnet.bench.suite.op_stem import LAYOUTS, StemTask
 from fused_resnet.bench.suite.subjects import builder_names
 from fused_resnet.bench.suite.task import Contender, Task
@@ -34,16 +33,7 @@ def op_tasks(
 ) -> list[Task]:
     """The ops of these networks as tasks, each shape once however many of them have it.
 
-    An op belongs to the first mode that runs it: a training step's tasks include those of the training forward.
-
-    ========================= ====================== ==================================================
-    inference                 ``op_conv_inference``  convolution, norm, (add,) ReLU; ``op_stem``: the stem
-    training forward          ``bench/passes``       each pass of the forward over an activation
-    (training forward)        ``op_conv_training``   convolution with the norms around it
-    training step             ``bench/passes``       each pass of the backward
-    (training forward)        ``op_conv_training``   the gradients of input and weight
-    (training step)           ``op_norm_step``       norm, (add,) ReLU: forward and backward by autograd
-    ========================= ====================== =================================================="""
+    An op belongs to the first mode that runs it: a training step's tasks include those of the training forward."""
     for name in names:
         if name not in builder_names():
             raise ValueError(f"at op level a model must be one of {', '.join(builder_names())}; got {name!r}")
@@ -71,7 +61,6 @@ def _of_network(
     for norm_pass in [*PASSES, STATS_APPLY]:
         tasks += [PassTask(norm_pass, s, batch, dtype, device) for s in norms if s.ending in norm_pass.endings]
     tasks += [ConvTrainingTask(site, product, batch, dtype, device) for product in PRODUCTS for site in convs]
-    tasks += [NormStepTask(site, batch, dtype, device) for site in norms]
     return [task for task in tasks if task.mode in wanted and task.exists]
 
 

@@ -17,7 +17,6 @@ from fused_resnet.bench.sites import Convolution, conv_sites
 from fused_resnet.bench.suite.op_base import Call, OpTask, on_backend, without_gradients
 from fused_resnet.bench.suite.op_conv_inference import ConvInferenceInputs, ConvInferenceTask
 from fused_resnet.bench.suite.op_conv_training import ConvTrainingTask
-from fused_resnet.bench.suite.op_norm_step import NormStepTask
 from fused_resnet.bench.suite.op_stem import StemTask
 from fused_resnet.bench.suite.op_task import op_tasks
 from fused_resnet.bench.suite.task import Prepared
@@ -105,9 +104,9 @@ def questions(selection: Selection, tiles: dict[Key, str]) -> list[Question]:
 
 
 def _has_a_choice(task: OpTask) -> bool:
-    """False of what nobody chooses, such as a whole step, and of what no network runs on this device."""
+    """False of what no network runs on this device, and of what has questions of its own."""
     on_gpu = task.device.type == "cuda"
-    if isinstance(task, NormStepTask | ConvTrainingTask) or (isinstance(task, StemTask) and not on_gpu):
+    if isinstance(task, ConvTrainingTask) or (isinstance(task, StemTask) and not on_gpu):
         return False
     op, _ = _for_one_image(task)
     only_cuda = op.endswith("_mask") or op == "bn_stats_apply"  # as ``ops/route/routes.py`` has it
