@@ -12,8 +12,9 @@ from torchvision.models import resnet
 
 import fused_resnet
 from fused_resnet.bench.result import INFERENCE, TRAINING_STEP
+from fused_resnet.bench.suite.correctness import JudgedTask
 from fused_resnet.bench.suite.network_task import NetworkTask
-from fused_resnet.bench.suite.networks import BlockTask, ModelTask, block_tasks, residual_blocks
+from fused_resnet.bench.suite.networks import block_tasks, residual_blocks
 from fused_resnet.bench.suite.op_task import op_tasks
 from fused_resnet.bench.suite.preparing import prepared_module
 from fused_resnet.bench.suite.pytorch import compiled_contenders, prepared_graph_step
@@ -53,13 +54,13 @@ def by_name(name: str) -> Contender:
     return found
 
 
-def model_task(mode: str, dtype: torch.dtype = torch.float32, batch_size: int = 4) -> ModelTask:
-    return ModelTask(f"{__name__}:basic", mode, batch_size, dtype, image_size=32)
+def model_task(mode: str, dtype: torch.dtype = torch.float32, batch_size: int = 4) -> JudgedTask:
+    return JudgedTask(f"{__name__}:basic", mode, batch_size, dtype, image_size=32)
 
 
 def block_task(mode: str, dtype: torch.dtype = torch.float32) -> NetworkTask:
     (task, *_) = block_tasks([f"{__name__}:bottlenecks"], [mode], [4], [dtype], "cpu", 32)
-    assert isinstance(task, BlockTask)
+    assert isinstance(task, JudgedTask)
     return task
 
 
@@ -216,7 +217,7 @@ def test_who_is_absent_says_why(name: str, mode: str, reason: str):
 
 
 def test_a_network_that_fuse_does_not_know_is_measured_and_ours_says_that_nothing_was_fused():
-    task = ModelTask(f"{__name__}:vanilla", INFERENCE, 2, image_size=16)
+    task = JudgedTask(f"{__name__}:vanilla", INFERENCE, 2, image_size=16)
     assert task.why_wrong(by_name("eager channels_last").prepare(task))[1] is None
     for name in ("fused", "frozen"):
         assert "nothing in it was fused" in by_name(name).why_absent(task)[0]
@@ -240,7 +241,7 @@ def test_selection_by_pattern():
 def test_a_block_of_ours_is_measured_like_torchvisions():
     subject = find_subject("fused_resnet.models.cifar:cifar_resnet20")
     block = residual_blocks(subject, 16)[1]
-    task = BlockTask(subject, block, TRAINING_STEP, 4, image_size=16)
+    task = JudgedTask(subject, TRAINING_STEP, 4, image_size=16, block=block)
     assert isinstance(task.module, cifar.BasicBlock)
     for name in ("eager channels_last", "fused"):
         assert task.why_wrong(by_name(name).prepare(task))[1] is None

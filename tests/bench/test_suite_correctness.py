@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fused_resnet.bench.result import INFERENCE, TRAINING_STEP
-from fused_resnet.bench.suite.correctness import error_of, expected_results
+from fused_resnet.bench.suite.correctness import JudgedTask, error_of, expected_results
 from fused_resnet.bench.suite.network_task import NetworkTask
-from fused_resnet.bench.suite.networks import ModelTask, block_tasks
+from fused_resnet.bench.suite.networks import block_tasks
 from fused_resnet.bench.suite.preparing import prepared_module
 from fused_resnet.bench.suite.training import Training, result_names
 from fused_resnet.models.cifar import CIFARResNet
@@ -88,7 +88,7 @@ def task_of(level: str, mode: str, dtype: torch.dtype) -> NetworkTask:
     """What is right is computed once for all tests of a task."""
     if (level, mode, dtype) not in TASKS:
         if level == "model":
-            task = ModelTask(f"{__name__}:small", mode, BATCH, dtype, image_size=SIZE)
+            task = JudgedTask(f"{__name__}:small", mode, BATCH, dtype, image_size=SIZE)
         else:
             task = block_tasks(["resnet18"], [mode], [BATCH], [dtype], "cpu", SIZE)[1]
         expected = task.expected
@@ -190,8 +190,8 @@ def test_float32_stands_in_where_float64_has_no_room(monkeypatch: pytest.MonkeyP
 
 
 def test_training_in_float16_scales_its_loss_and_gives_unscaled_gradients():
-    task = ModelTask("fused_resnet.models.cifar:cifar_resnet20", TRAINING_STEP, 2, torch.float16, image_size=8)
-    plain = ModelTask("fused_resnet.models.cifar:cifar_resnet20", TRAINING_STEP, 2, torch.float32, image_size=8)
+    task = JudgedTask("fused_resnet.models.cifar:cifar_resnet20", TRAINING_STEP, 2, torch.float16, image_size=8)
+    plain = JudgedTask("fused_resnet.models.cifar:cifar_resnet20", TRAINING_STEP, 2, torch.float32, image_size=8)
     exact = plain.expected.exact
     try:
         results = Training(task, plain.copy()).first_results()

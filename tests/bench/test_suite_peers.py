@@ -8,7 +8,8 @@ from torch import nn
 from torchvision.models import resnet
 
 from fused_resnet.bench.result import INFERENCE, TRAINING_STEP
-from fused_resnet.bench.suite.networks import ModelTask, block_tasks
+from fused_resnet.bench.suite.correctness import JudgedTask
+from fused_resnet.bench.suite.networks import block_tasks
 from fused_resnet.bench.suite.registry import contenders
 from fused_resnet.bench.suite.task import Contender
 
@@ -25,8 +26,8 @@ def by_name(name: str) -> Contender:
     return found
 
 
-def model_task(dtype: torch.dtype = torch.float32, mode: str = INFERENCE) -> ModelTask:
-    return ModelTask(f"{__name__}:basic", mode, 2, dtype, image_size=32)
+def model_task(dtype: torch.dtype = torch.float32, mode: str = INFERENCE) -> JudgedTask:
+    return JudgedTask(f"{__name__}:basic", mode, 2, dtype, image_size=32)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from torch import nn
 from torchvision.models import resnet
 
 from fused_resnet.bench.result import INFERENCE, TRAINING_STEP
-from fused_resnet.bench.suite.networks import ModelTask, block_tasks, model_tasks, residual_blocks
+from fused_resnet.bench.suite.correctness import JudgedTask
+from fused_resnet.bench.suite.networks import block_tasks, model_tasks, residual_blocks
 from fused_resnet.bench.suite.subjects import build, builder_names, find_subject, settle_statistics
 
 CIFAR = "fused_resnet.models.cifar:cifar_resnet20"
@@ -87,13 +88,13 @@ def test_torchvision_networks_are_plain_ones_and_ours_are_unfused():
 def test_a_callable_must_give_a_module_and_the_module_logits():
     with pytest.raises(TypeError, match="no_module must give a torch.nn.Module; got int"):
         find_subject(f"{__name__}:no_module").build()
-    task = ModelTask("fused_resnet.bench.suite.subjects:nn.Identity", TRAINING_STEP, 1, image_size=8)
+    task = JudgedTask("fused_resnet.bench.suite.subjects:nn.Identity", TRAINING_STEP, 1, image_size=8)
     with pytest.raises(TypeError, match=r"must give logits, a tensor \(N, classes\); got shape \(1, 3, 8, 8\)"):
         _ = task.targets
 
 
 def test_nothing_random_is_left_in_training():
-    task = ModelTask("efficientnet_b0", TRAINING_STEP, 2, image_size=32)
+    task = JudgedTask("efficientnet_b0", TRAINING_STEP, 2, image_size=32)
     results = []
     for _ in range(2):
         model = task.copy()
@@ -102,7 +103,7 @@ def test_nothing_random_is_left_in_training():
 
 
 def test_running_statistics_are_settled_by_other_images_than_those_that_are_measured():
-    task = ModelTask(CIFAR, INFERENCE, 16, image_size=32)
+    task = JudgedTask(CIFAR, INFERENCE, 16, image_size=32)
     model = task.copy()
     norm: nn.BatchNorm2d = model.layer3[2].bn2
     seen: list[torch.Tensor] = []
@@ -116,7 +117,7 @@ def test_running_statistics_are_settled_by_other_images_than_those_that_are_meas
 
 
 def test_inputs_rotate_and_are_numbers_of_the_dtype():
-    task = ModelTask(CIFAR, INFERENCE, 2, torch.bfloat16, image_size=8)
+    task = JudgedTask(CIFAR, INFERENCE, 2, torch.bfloat16, image_size=8)
     assert len({x.sum().item() for x in task.inputs}) == 3
     for x in task.inputs:
         assert x.dtype == torch.float32
@@ -133,24 +134,24 @@ def test_tasks_of_every_combination_in_order():
 
 
 def test_flop_are_those_of_the_published_count():
-    inference = ModelTask("resnet50", INFERENCE, 2).flop()
+    inference = JudgedTask("resnet50", INFERENCE, 2).flop()
     assert inference == pytest.approx(2 * 2 * 4.089e9, rel=0.001)  # multiply-adds an image, without norms and pools
-    assert ModelTask("resnet50", TRAINING_STEP, 2).flop() == pytest.approx(3 * inference, rel=0.03)
+    assert JudgedTask("resnet50", TRAINING_STEP, 2).flop() == pytest.approx(3 * inference, rel=0.03)
 
 
 def test_blocks_of_resnet50_alike_ones_once():
     blocks = residual_blocks(find_subject("resnet50"), 224)
-    assert [(b.path, b.input_shape, b.output_shape, b.count) for b in blocks] == [
-        ("layer1.0", (64, 56, 56), (256, 56, 56), 1),
-        ("layer1.1", (256, 56, 56), (256, 56, 56), 2),
-        ("layer2.0", (256, 56, 56), (512, 28, 28), 1),
-        ("layer2.1", (512, 28, 28), (512, 28, 28), 3),
-        ("layer3.0", (512, 28, 28), (1024, 14, 14), 1),
-        ("layer3.1", (1024, 14, 14), (1024, 14, 14), 5),
-        ("layer4.0", (1024, 14, 14), (2048, 7, 7), 1),
-        ("layer4.1", (2048, 7, 7), (2048, 7, 7), 2),
+    assert [(b.path, b.input_shape, b.output_shape) for b in blocks] == [
+        ("layer1.0", (64, 56, 56), (256, 56, 56)),
+        ("layer1.1", (256, 56, 56), (256, 56, 56)),
+        ("layer2.0", (256, 56, 56), (512, 28, 28)),
+        ("layer2.1", (512, 28, 28), (512, 28, 28)),
+        ("layer3.0", (512, 28, 28), (1024, 14, 14)),
+        ("layer3.1", (1024, 14, 14), (1024, 14, 14)),
+        ("layer4.0", (1024, 14, 14), (2048, 7, 7)),
+        ("layer4.1", (2048, 7, 7), (2048, 7, 7)),
     ]
-    assert sum(b.count for b in residual_blocks(find_subject("timm:resnet50"), 64)) == 16
+    assert len(residual_blocks(find_subject("timm:resnet50"), 64)) == 8
 
 
 def test_a_block_task_is_the_networks_block_on_its_shapes():

@@ -1,10 +1,10 @@
-"""What tasks at model and block level have in common: one module, a few random inputs, a loss."""
+"""A network or one of its residual blocks as a task: one module, a few random inputs, a loss."""
 
 from __future__ import annotations
 
 import copy
-from abc import abstractmethod
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -13,12 +13,25 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_resnet.bench.options import dtype_name
-from fused_resnet.bench.result import INFERENCE
-from fused_resnet.bench.suite.subjects import Subject, find_subject
+from fused_resnet.bench.result import BLOCK, INFERENCE, MODEL
+from fused_resnet.bench.suite.subjects import Subject, find_subject, settle_statistics
 from fused_resnet.bench.suite.task import Task
 
 ROTATING = 3
 """Inputs that a contender takes in turn."""
+SETTLING = ROTATING + 1
+"""The seed of what running statistics are taken of: not of an input, whose batch statistics they would be."""
+SETTLING_PIXELS = 2**14
+"""Running statistics of a network are taken of as many images as have about so many pixels, two at least."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A residual block of a network, and the shape of one image's activation before and after it."""
+
+    path: str
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
 
 
 class NetworkTask(Task):
@@ -26,14 +39,17 @@ class NetworkTask(Task):
 
     float32 is plain. In another dtype inference has the whole module in it where the contender can have that, and
     training is autocast with parameters in float32. ``path`` is that of the module in ``network``, "" for all of it;
-    ``takes_input_gradient``: the input wants a gradient in training, as within a network.
+    ``takes_input_gradient``: the input wants a gradient in training, as a block's does within a network.
+
+    A network's training step begins with cross entropy and random labels; a block's backward with a fixed random
+    gradient of its result.
 
     Args:
         subject: the network, or its name as `find_subject` takes it.
         image_size: of the network's image, also where the task is a block, whose shapes followed from it.
+        block: of the network; the whole network where it is None.
     """
 
-    path, takes_input_gradient = "", False
     made = ("module", "inputs", "targets", "expected")
 
     def __init__(
@@ -44,9 +60,17 @@ class NetworkTask(Task):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         image_size: int = 224,
+        block: Block | None = None,
     ) -> None:
         self.network = find_subject(subject) if isinstance(subject, str) else subject
-        self.subject, self.mode, self.batch_size, self.dtype = self.network.name, mode, batch_size, dtype
+        self.block, self.path, self.takes_input_gradient = block, block.path if block else "", block is not None
+        self.level = BLOCK if block else MODEL
+        self.subject, self.mode, self.batch_size, self.dtype = (
+            f"{self.network.name} {self.path}".strip(),
+            mode,
+            batch_size,
+            dtype,
+        )
         self.device, self.image_size, self.size = torch.device(device), image_size, image_size
         self.training = mode != INFERENCE
         self.autocast_dtype = None if dtype == torch.float32 else dtype  # of training; None is no autocast
@@ -55,17 +79,22 @@ class NetworkTask(Task):
         dtype = dtype_name(self.dtype)
         return f"{self.subject}, {self.mode}, batch {self.batch_size}, {dtype}, {self.size}px, {self.device}"
 
-    @abstractmethod
     def make_module(self) -> nn.Module:
         """The module on the CPU, in float32 and eval mode, with running statistics of its inputs' distribution."""
+        module, images = self.network.build().get_submodule(self.path), max(2, SETTLING_PIXELS // self.size**2)
+        shape = (max(2, min(8, self.batch_size)) if self.block else images, *self.input_shape()[1:])
+        settle_statistics(module, torch.randn(shape, generator=torch.Generator().manual_seed(SETTLING)))
+        return module
 
-    @abstractmethod
     def input_shape(self) -> tuple[int, ...]:
         """Of one batch."""
+        return self.batch_size, *(self.block.input_shape if self.block else (3, self.size, self.size))
 
-    @abstractmethod
     def make_target(self) -> Tensor:
         """What the loss compares with, of the generator as it stands: labels; the gradient of a block's result."""
+        if self.block:
+            return torch.randn(self.batch_size, *self.block.output_shape)
+        return torch.randint(_classes(self.network, self.size), (self.batch_size,))
 
     @cached_property
     def module(self) -> nn.Module:
@@ -118,6 +147,17 @@ class NetworkTask(Task):
             if self.training:
                 loss_of(out, target).backward()
         return counter.get_total_flops()
+
+
+@cache
+def _classes(network: Subject, size: int) -> int:
+    """How many logits it gives; TypeError if it gives something else."""
+    with torch.device("meta"), torch.no_grad():
+        out = network.build()(torch.empty(1, 3, size, size))
+    if not isinstance(out, Tensor) or out.dim() != 2:
+        got = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+        raise TypeError(f"{network.name} must give logits, a tensor (N, classes); got {got}")
+    return out.shape[1]
 
 
 def loss_of(out: Tensor, target: Tensor) -> Tensor:
