@@ -60,17 +60,14 @@ class NetworkTask(Task):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         image_size: int = 224,
+        *,
         block: Block | None = None,
     ) -> None:
         self.network = find_subject(subject) if isinstance(subject, str) else subject
         self.block, self.path, self.takes_input_gradient = block, block.path if block else "", block is not None
         self.level = BLOCK if block else MODEL
-        self.subject, self.mode, self.batch_size, self.dtype = (
-            f"{self.network.name} {self.path}".strip(),
-            mode,
-            batch_size,
-            dtype,
-        )
+        self.subject = f"{self.network.name} {self.path}".strip()
+        self.mode, self.batch_size, self.dtype = mode, batch_size, dtype
         self.device, self.image_size, self.size = torch.device(device), image_size, image_size
         self.training = mode != INFERENCE
         self.autocast_dtype = None if dtype == torch.float32 else dtype  # of training; None is no autocast

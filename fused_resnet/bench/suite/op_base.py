@@ -23,6 +23,7 @@ from fused_resnet.ops.route.choose import why_not
 from fused_resnet.ops.route.reasons import unavailable
 
 EAGER, COMPILE, SEPARATE = "eager", "torch.compile", "separate"
+BACKENDS = ("cuda", "triton", "native", SEPARATE, "reference")
 CACHE_BYTES = 2**26
 """Rotating inputs are as many as together pass this, `MOST_SETS` at most: larger than what a CPU caches for one core.
 On a GPU the runner flushes the L2 cache."""
@@ -76,9 +77,10 @@ class OpTask(Task):
         return without_gradients(lambda: listed(getattr(torch.ops.fused_resnet, op)(*arguments)))
 
     def ways(self) -> dict[str, Callable[[Any], Call]]:
-        """What is there beside this package's backends, by the name of the contender: from a set of inputs to a
-        function that does the task on it."""
-        return {EAGER: lambda inputs: without_gradients(lambda: self.eager(inputs)), COMPILE: self.compiled}
+        """By the name of a contender, from a set of inputs to a function that does the task on it."""
+        backends = {name: lambda inputs, name=name: on_backend(name, self.ours(inputs)) for name in BACKENDS}
+        eager = lambda inputs: without_gradients(lambda: self.eager(inputs))  # noqa: E731
+        return {EAGER: eager, COMPILE: self.compiled, **backends}
 
     def compiled(self, inputs: Any) -> Call:
         if inputs is self.first:  # forget what was compiled before: after eight shapes PyTorch would run it in eager
@@ -135,16 +137,16 @@ class OpTask(Task):
     def first(self) -> Any:
         return self.input_sets[0]
 
-    def why_not(self, backend: str) -> list[str]:
-        """The reasons why a backend of this package cannot do it; an empty list means that it can."""
-        if reasons := unavailable(backend):
+    def why_not(self, name: str) -> list[str]:
+        """The reasons why a contender cannot do it here; an empty list means that it can."""
+        if name not in self.ways():
+            return [f"it has no {self.subject.split()[0]}"]
+        if name not in BACKENDS:
+            return []
+        if reasons := unavailable(name):
             return list(reasons)
-        of_ops = ([f"{op}: {why}" for why in why_not(backend, op, *args)] for op, args in self.ops(self.first))
+        of_ops = ([f"{op}: {why}" for why in why_not(name, op, *args)] for op, args in self.ops(self.first))
         return next(filter(None, of_ops), [])
-
-    def why_not_way(self, name: str) -> list[str]:
-        """The same of a contender that is no backend."""
-        return [] if name in self.ways() else [f"it has no {self.subject.split()[0]}"]
 
     def prepare(self, name: str, make: Callable[[Any], Call]) -> Prepared:
         """A contender from its way to do the task on a set of inputs; it has run once on each when this returns."""

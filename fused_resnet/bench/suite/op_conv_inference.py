@@ -80,9 +80,9 @@ class ConvInferenceTask(OpTask):
     def ways(self) -> dict[str, Callable[[Any], Call]]:
         return super().ways() | {NCHW: _nchw, FOLDED: _folded, PACKED: _packed}
 
-    def why_not_way(self, name: str) -> list[str]:
+    def why_not(self, name: str) -> list[str]:
         if name != PACKED:
-            return super().why_not_way(name)
+            return super().why_not(name)
         reasons = why_not_packed(torch.empty(0, dtype=self.dtype, device=self.device))
         if self._grouped_add and self.dtype != torch.float32:
             reasons.append("with groups and a residual it takes float32 only")

@@ -20,7 +20,6 @@ from fused_resnet.bench.result import TRAINING_FORWARD, TRAINING_STEP
 from fused_resnet.bench.sites import ConvSite
 from fused_resnet.bench.suite import op_base
 from fused_resnet.bench.suite.op_base import SEPARATE, Call, OpTask, on_backend, without_gradients
-from fused_resnet.bench.suite.task import Prepared
 from fused_resnet.ops import reference
 from fused_resnet.ops.reference.norm import normalize
 
@@ -99,14 +98,13 @@ class ConvTrainingTask(OpTask):
     def eager(self, inputs: ConvTrainingInputs) -> Results:
         return _EAGER[self.product](inputs)
 
-    def why_not(self, backend: str) -> list[str]:
-        return [] if backend == SEPARATE else super().why_not(backend)
+    def ways(self) -> dict[str, Callable[[Any], Call]]:
+        separate = _SEPARATE[self.product]
+        made = lambda inputs: on_backend("auto", without_gradients(lambda: separate(inputs)))  # noqa: E731
+        return super().ways() | {SEPARATE: made}
 
-    def prepare(self, name: str, make: Callable[[Any], Call]) -> Prepared:
-        if name == SEPARATE:
-            separate = _SEPARATE[self.product]
-            make = lambda inputs: on_backend("auto", without_gradients(lambda: separate(inputs)))  # noqa: E731
-        return super().prepare(name, make)
+    def why_not(self, name: str) -> list[str]:
+        return [] if name == SEPARATE else super().why_not(name)
 
     def terms(self, index: int, exact: Tensor) -> int:
         weight = self.first.weight

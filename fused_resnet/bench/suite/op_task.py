@@ -3,6 +3,7 @@ package's backends one by one, and what else PyTorch offers for an op."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,16 +12,14 @@ import torch
 from fused_resnet.bench.passes import PASSES, STATS_APPLY, PassTask
 from fused_resnet.bench.result import INFERENCE, MODES, TRAINING_FORWARD, TRAINING_STEP
 from fused_resnet.bench.sites import conv_sites, norm_sites
-from fused_resnet.bench.suite.op_base import COMPILE, EAGER, SEPARATE, OpTask, on_backend
+from fused_resnet.bench.suite.op_base import BACKENDS, COMPILE, EAGER, OpTask
 from fused_resnet.bench.suite.op_conv_inference import FOLDED, NCHW, PACKED, ConvInferenceTask
 from fused_resnet.bench.suite.op_conv_training import PRODUCTS, ConvTrainingTask
 from fused_resnet.bench.suite.op_stem import LAYOUTS, StemTask
 from fused_resnet.bench.suite.subjects import builder_names
-from fused_resnet.bench.suite.task import Contender, Task
+from fused_resnet.bench.suite.task import Contender, Prepared, Task
 
-BACKENDS = ("cuda", "triton", "native", SEPARATE, "reference")
 WAYS = (EAGER, NCHW, FOLDED, COMPILE)
-OUR_WAYS = (PACKED,)
 
 
 def op_tasks(
@@ -71,8 +70,13 @@ def op_contenders() -> list[Contender]:
     what ``freeze`` runs on a CPU. "eager" is channels_last, the format that the fused kernels take; "eager NCHW" is
     there for inference convolutions.
     """
-    backends = [_contender(name, is_backend=True) for name in BACKENDS]
-    return [*map(_contender, WAYS), *backends, *(_contender(name, is_ours=True) for name in OUR_WAYS)]
+    return [
+        *(Contender(name, functools.partial(_why_absent, name), functools.partial(_prepare, name)) for name in WAYS),
+        *(
+            Contender(ours(name), functools.partial(_why_absent, name), functools.partial(_prepare, name), ours=True)
+            for name in (*BACKENDS, PACKED)
+        ),
+    ]
 
 
 def ours(name: str) -> str:
@@ -80,16 +84,9 @@ def ours(name: str) -> str:
     return f"ours {name}"
 
 
-def _contender(name: str, is_backend: bool = False, is_ours: bool = False) -> Contender:
-    def why_absent(task: Any) -> list[str]:
-        if not isinstance(task, OpTask):
-            return ["it takes tasks at op level only"]
-        return task.why_not(name) if is_backend else task.why_not_way(name)
+def _why_absent(name: str, task: Any) -> list[str]:
+    return task.why_not(name) if isinstance(task, OpTask) else ["it takes tasks at op level only"]
 
-    def prepare(task: OpTask) -> Any:
-        if is_backend:
-            return task.prepare(name, lambda inputs: on_backend(name, task.ours(inputs)))
-        return task.prepare(name, task.ways()[name])
 
-    is_ours = is_ours or is_backend
-    return Contender(ours(name) if is_ours else name, why_absent, prepare, is_ours)
+def _prepare(name: str, task: OpTask) -> Prepared:
+    return task.prepare(name, task.ways()[name])
