@@ -18,8 +18,9 @@ from fused_resnet.bench.passes import STATS_APPLY, PassTask
 from fused_resnet.bench.result import TRAINING_STEP
 from fused_resnet.bench.sites import norm_sites
 from fused_resnet.bench.suite.op_base import COMPILE, EAGER
-from fused_resnet.bench.suite.op_task import op_contenders, op_tasks, ours
+from fused_resnet.bench.suite.registry import op_contenders, ours
 from fused_resnet.bench.suite.task import Contender, Task
+from fused_resnet.bench.suite.task_lists import op_tasks
 
 BATCH_SIZES = (256, 32, 1) if ON_GPU else (8,)
 TASKS = op_tasks(["resnet50", "resnet18"], [TRAINING_STEP], BATCH_SIZES, DTYPES, DEVICE)

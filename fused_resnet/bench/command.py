@@ -20,11 +20,10 @@ from fused_resnet.bench.report.condition import file_name, reasons_to_start_anew
 from fused_resnet.bench.result import BLOCK, FAILED, INFERENCE, LEVELS, MODEL, OP, TRAINING_STEP, WRONG, Result
 from fused_resnet.bench.roofline import ROUNDS
 from fused_resnet.bench.suite import registry
-from fused_resnet.bench.suite.networks import block_tasks, model_tasks
-from fused_resnet.bench.suite.op_task import op_tasks
 from fused_resnet.bench.suite.rounds import ONCE, Method
 from fused_resnet.bench.suite.runner import INTERRUPTED, LEFT_OUT, Settings, run
 from fused_resnet.bench.suite.task import Contender, Task
+from fused_resnet.bench.suite.task_lists import block_tasks, model_tasks, op_tasks
 
 COMMANDS: dict[str, tuple[Any, str]] = {
     "compare": (compare, "what changed between two results, beyond noise"),

@@ -26,7 +26,7 @@ from fused_resnet.bench.report.figures import PLAIN_EAGER
 from fused_resnet.bench.result import INFERENCE
 from fused_resnet.bench.suite.correctness import JudgedTask
 from fused_resnet.bench.suite.measure import measure
-from fused_resnet.bench.suite.pytorch import FORMATS
+from fused_resnet.bench.suite.network_contenders import FORMATS
 from fused_resnet.bench.suite.registry import select
 from fused_resnet.bench.suite.rounds import Method
 from fused_resnet.bench.suite.subjects import build

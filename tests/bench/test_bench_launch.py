@@ -13,7 +13,7 @@ from fused_resnet.bench.passes import PASSES, STATS_APPLY, NormPass, PassTask
 from fused_resnet.bench.sites import ENDINGS, NormSite
 from fused_resnet.bench.suite.op_base import OpTask
 from fused_resnet.bench.suite.op_stem import LAYOUTS, StemTask
-from fused_resnet.bench.suite.op_task import op_contenders
+from fused_resnet.bench.suite.registry import op_contenders
 from fused_resnet.bench.suite.task import Prepared
 from fused_resnet.ops import schemas
 from fused_resnet.ops.backends.cuda import launch as cuda_launch

@@ -19,7 +19,7 @@ from benchmarks.by_pytest import FEWEST_ROUNDS, MOST_ROUNDS, cases, measure, nam
 from fused_resnet.bench.passes import PASSES, PassTask
 from fused_resnet.bench.roofline import Ceilings
 from fused_resnet.bench.sites import RELU, NormSite
-from fused_resnet.bench.suite.op_task import op_contenders
+from fused_resnet.bench.suite.registry import op_contenders
 from fused_resnet.bench.suite.task import Contender, Prepared
 
 ROOT = Path(__file__).resolve().parents[2]

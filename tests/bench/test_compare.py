@@ -168,18 +168,6 @@ def test_changes_of_status_are_told_and_a_new_error_is_a_loss():
     assert not compare(before, replaced(before, 0, "apex", Outcome(ABSENT, "not installed"))).statuses
 
 
-def test_bytes_that_changed_are_told():
-    before = simulated(0)
-
-    def changed(result: Result, index: int, name: str, **bytes_: int) -> Result:
-        return replaced(result, index, name, dataclasses.replace(result.measurements[index].outcomes[name], **bytes_))
-
-    was = changed(before, 0, "fused", peak_bytes=10 * MEGA, saved_bytes=1000, moved_bytes=700)
-    now = changed(before, 0, "fused", peak_bytes=13 * MEGA, saved_bytes=1005, moved_bytes=800)
-    (change,) = compare(was, now).bytes
-    assert (change.what, change.before, change.after) == ("moved", 700, 800)
-
-
 def test_too_few_rounds_are_not_judged():
     found = compare(simulated(0, rounds=4), simulated(1, {(0, "frozen"): 3.0}, rounds=4))
     assert not found.speeds and len(found.too_few_rounds) == 100

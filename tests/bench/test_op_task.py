@@ -17,8 +17,9 @@ from fused_resnet.bench.suite.op_base import OpTask
 from fused_resnet.bench.suite.op_conv_inference import ConvInferenceTask
 from fused_resnet.bench.suite.op_conv_training import PRODUCTS, ConvTrainingTask
 from fused_resnet.bench.suite.op_stem import BYTES, CHANNELS_LAST, LAYOUTS, StemTask
-from fused_resnet.bench.suite.op_task import op_contenders, op_tasks
+from fused_resnet.bench.suite.registry import op_contenders
 from fused_resnet.bench.suite.task import Prepared
+from fused_resnet.bench.suite.task_lists import op_tasks
 
 SITE = NormSite(40, 2, 5, "residual")
 VECTORS = 1024

@@ -13,14 +13,13 @@ from torchvision.models import resnet
 import fused_resnet
 from fused_resnet.bench.result import INFERENCE, TRAINING_STEP
 from fused_resnet.bench.suite.correctness import JudgedTask
+from fused_resnet.bench.suite.network_contenders import compiled_contenders, prepared_graph_step
 from fused_resnet.bench.suite.network_task import NetworkTask
-from fused_resnet.bench.suite.networks import block_tasks, residual_blocks
-from fused_resnet.bench.suite.op_task import op_tasks
 from fused_resnet.bench.suite.preparing import prepared_module
-from fused_resnet.bench.suite.pytorch import compiled_contenders, prepared_graph_step
 from fused_resnet.bench.suite.registry import contenders, select
 from fused_resnet.bench.suite.subjects import find_subject
 from fused_resnet.bench.suite.task import Contender
+from fused_resnet.bench.suite.task_lists import block_tasks, op_tasks, residual_blocks
 from fused_resnet.models import cifar
 
 ON_CPU = {

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from fused_resnet.bench.result import INFERENCE, TRAINING_STEP
 from fused_resnet.bench.suite.correctness import JudgedTask, error_of, expected_results
 from fused_resnet.bench.suite.network_task import NetworkTask
-from fused_resnet.bench.suite.networks import block_tasks
 from fused_resnet.bench.suite.preparing import prepared_module
+from fused_resnet.bench.suite.task_lists import block_tasks
 from fused_resnet.bench.suite.training import Training, result_names
 from fused_resnet.models.cifar import CIFARResNet
 

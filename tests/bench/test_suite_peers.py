@@ -9,9 +9,9 @@ from torchvision.models import resnet
 
 from fused_resnet.bench.result import INFERENCE, TRAINING_STEP
 from fused_resnet.bench.suite.correctness import JudgedTask
-from fused_resnet.bench.suite.networks import block_tasks
 from fused_resnet.bench.suite.registry import contenders
 from fused_resnet.bench.suite.task import Contender
+from fused_resnet.bench.suite.task_lists import block_tasks
 
 
 def basic() -> nn.Module:

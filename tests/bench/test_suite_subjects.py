@@ -12,8 +12,8 @@ from torchvision.models import resnet
 
 from fused_resnet.bench.result import INFERENCE, TRAINING_STEP
 from fused_resnet.bench.suite.correctness import JudgedTask
-from fused_resnet.bench.suite.networks import block_tasks, model_tasks, residual_blocks
 from fused_resnet.bench.suite.subjects import build, builder_names, find_subject, settle_statistics
+from fused_resnet.bench.suite.task_lists import block_tasks, model_tasks, residual_blocks
 
 CIFAR = "fused_resnet.models.cifar:cifar_resnet20"
 

@@ -12,9 +12,9 @@ import torch
 
 from fused_resnet.bench.suite.rounds import Method
 from fused_resnet.bench.tune import command
+from fused_resnet.bench.tune.fastest import tune
 from fused_resnet.bench.tune.level_task import LevelStep
 from fused_resnet.bench.tune.questions import Selection, questions
-from fused_resnet.bench.tune.run import tune
 from fused_resnet.ops import reference, training_level, use_backend
 from fused_resnet.ops.backends.native.conv import NativeConv, takes_dtype
 from fused_resnet.ops.plan import measured_plan, plan_file, plan_key
@@ -232,7 +232,7 @@ def test_the_methods_of_a_frozen_network_are_measured_and_used(monkeypatch, caps
 
     monkeypatch.setattr(NativeConv, "__call__", slow_products)
     assert run("--mode", "inference", "--batch-size", "2", "--image-size", "32") == 0
-    assert "winograd, " in capsys.readouterr().out
+    assert "winograd (as written: gemm)" in capsys.readouterr().out
     decisions = {key: d for (op, key), d in measured_plan.decisions().items() if op == measured_plan.METHOD}
     assert {(d.winner, d.heuristic) for d in decisions.values()} == {("winograd", "gemm")}
     weight = torch.randn(64, 64, 3, 3)

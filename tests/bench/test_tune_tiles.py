@@ -114,7 +114,7 @@ from fused_resnet.bench.sites import Convolution, ConvSite
 from fused_resnet.bench.tune import questions
 from fused_resnet.bench.tune.level_task import LevelTask
 from fused_resnet.bench.suite.rounds import ONCE
-from fused_resnet.bench.tune.run import tune
+from fused_resnet.bench.tune.fastest import tune
 from fused_resnet.ops.plan import measured_plan
 from fused_resnet.ops import training_level
 

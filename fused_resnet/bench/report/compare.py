@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from fused_resnet.bench.options import missing_packages
 from fused_resnet.bench.report import condition
-from fused_resnet.bench.report.figures import NOTHING, duration, megabytes, text_table
+from fused_resnet.bench.report.figures import NOTHING, duration, text_table
 from fused_resnet.bench.result import Result
 
 if TYPE_CHECKING:
@@ -59,23 +59,18 @@ def comparison_text(found: Comparison) -> str:
     changed = sorted(  # losses of ours first, the largest change first
         (speed for speed in speeds if speed.kind), key=lambda speed: (not speed.is_loss, -abs(speed.verdict.value))
     )
-    sizes = [
-        [b.measurement, b.contender, b.what, *map(megabytes, (b.before, b.after)), f"{b.after / b.before:.3f}"]
-        for b in found.bytes
-    ]
     for header, rows in (
         (["status", "contender", "before", "after", "reason"], statuses),
         (["time", "contender", "before", "after", "ratio", "interval", ""], [*map(_row, changed)]),
-        (["bytes", "contender", "of", "MB before", "MB after", "ratio"], sizes),
     ):
         parts += [text_table(header, rows)] if rows else []
     slower, faster = (sum(speed.kind == kind for speed in speeds) for kind in ("slower", "faster"))
     threshold = f"{100 * found.threshold:g} %"
     summary = f"No change beyond noise and {threshold}."
-    if changed or statuses or sizes:
+    if changed or statuses:
         summary = (
-            f"Beyond noise and {threshold}: {slower} slower, {faster} faster; {len(statuses)} changes of status, "
-            f"{len(sizes)} of bytes. Losses: {len(found.losses)}."
+            f"Beyond noise and {threshold}: {slower} slower, {faster} faster; {len(statuses)} changes of status. "
+            f"Losses: {len(found.losses)}."
         )
     return "\n\n".join([*parts, _sight(found), summary])
 

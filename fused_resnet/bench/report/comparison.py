@@ -16,10 +16,6 @@ from fused_resnet.bench.report.noise import FEWEST_ROUNDS, Difference, Verdict
 from fused_resnet.bench.result import ABSENT, FAILED, RIGHT, WRONG, Measurement, Outcome, Result
 from fused_resnet.bench.timer import Timing
 
-SAME_BYTES = 0.01
-"""Bytes that differ by less are the same."""
-BYTES = {"saved_bytes": "saved for backward", "moved_bytes": "moved"}
-"""Those that are counted: peak memory, which is measured, is told in reports."""
 FEWEST_TOGETHER = 3
 """Measurements whose mean is judged beside each of them."""
 SLOWER, FASTER, APPEARED, GONE = "slower", "faster", "appeared", "gone"
@@ -63,17 +59,6 @@ class Status:
         return self.before == RIGHT and self.after in (WRONG, FAILED)
 
 
-@dataclass(frozen=True)
-class Bytes:
-    """A counted number of bytes that changed."""
-
-    measurement: str
-    contender: str
-    what: str
-    before: int
-    after: int
-
-
 @dataclass
 class Comparison:
     """All of it. Everything compared is in ``speeds``, changed or not; ``overall`` has the means of ours over several
@@ -89,7 +74,6 @@ class Comparison:
     speeds: list[Speed] = field(default_factory=list)
     overall: list[Speed] = field(default_factory=list)
     statuses: list[Status] = field(default_factory=list)
-    bytes: list[Bytes] = field(default_factory=list)
     too_few_rounds: list[str] = field(default_factory=list)
     spreads: dict[str, float] = field(default_factory=dict)
     """By level of measurement: the standard deviation between runs that was reckoned with."""
@@ -162,7 +146,6 @@ def compare(before: Result, after: Result, threshold: float = 0.05) -> Compariso
                 difference = noise.difference(*noise.relative(timings, beside))
                 cells.append(_Cell(pair, name, tuple(others), difference, name in references and bool(others)))
             found.statuses += _status(pair, name)
-            found.bytes += _bytes(pair, name)
             found.too_few_rounds += [f"{pair.after.title}: {name}"] if rounds and min(rounds) < FEWEST_ROUNDS else []
     _judge(found, cells)
     return found
@@ -229,10 +212,3 @@ def _status(pair: _Pair, name: str) -> Iterator[Status]:
     if before.status != after.status and {before.status, after.status} != {GONE, ABSENT}:
         was = APPEARED if before.status == GONE else before.status
         yield Status(pair.after.title, name, was, after.status, after.reason or before.reason)
-
-
-def _bytes(pair: _Pair, name: str) -> Iterator[Bytes]:
-    for attribute, what in BYTES.items():
-        was, now = (getattr(outcome, attribute) for outcome in pair.outcomes(name))
-        if was and now and abs(now / was - 1) > SAME_BYTES:
-            yield Bytes(pair.after.title, name, what, was, now)

@@ -125,12 +125,9 @@ def megabytes(number: float | None) -> str:
 
 def spread(timing: Timing, second: float) -> str:
     """The median, and the 20th to 80th percentile after it, in units of ``second`` seconds: "12.3 (12.0-12.9)"."""
-    median, low, high = (f"{value / second:.{_decimals(timing.median / second)}f}" for value in _percentiles(timing))
+    decimals = _decimals(timing.median / second)
+    median, low, high = (f"{value / second:.{decimals}f}" for value in (timing.median, timing.p20, timing.p80))
     return f"{median} ({low}-{high})"
-
-
-def _percentiles(timing: Timing) -> tuple[float, float, float]:
-    return timing.median, timing.p20, timing.p80
 
 
 def duration(seconds: float | None) -> str:

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 from fused_resnet.bench.result import OP
-from fused_resnet.bench.suite.op_task import op_contenders
-from fused_resnet.bench.suite.ours import our_contenders
-from fused_resnet.bench.suite.pytorch import compiled_contenders, eager_contenders, graph_contender
+from fused_resnet.bench.suite.network_contenders import (
+    compiled_contenders,
+    eager_contenders,
+    graph_contender,
+    our_contenders,
+)
+from fused_resnet.bench.suite.op_base import BACKENDS, COMPILE, EAGER, OpTask
+from fused_resnet.bench.suite.op_conv_inference import FOLDED, NCHW, PACKED
 from fused_resnet.bench.suite.runtimes import onnxruntime_contender, openvino_contender
-from fused_resnet.bench.suite.task import Contender
+from fused_resnet.bench.suite.task import Contender, Prepared
+
+WAYS = (EAGER, NCHW, FOLDED, COMPILE)
 
 
 def contenders() -> list[Contender]:
@@ -51,3 +60,32 @@ def _both(networks: Contender, ops: Contender) -> Contender:
         lambda task: (ops if task.level == OP else networks).prepare(task),
         networks.ours,
     )
+
+
+def op_contenders() -> list[Contender]:
+    """All of them; who cannot do a task says why, of the task and of this machine.
+
+    "ours separate" is PyTorch's convolution (cuDNN, oneDNN) with this package's passes beside it, "ours packed oneDNN"
+    what ``freeze`` runs on a CPU. "eager" is channels_last, the format that the fused kernels take; "eager NCHW" is
+    there for inference convolutions.
+    """
+    return [
+        *(Contender(name, functools.partial(_why_absent, name), functools.partial(_prepare, name)) for name in WAYS),
+        *(
+            Contender(ours(name), functools.partial(_why_absent, name), functools.partial(_prepare, name), ours=True)
+            for name in (*BACKENDS, PACKED)
+        ),
+    ]
+
+
+def ours(name: str) -> str:
+    """The name of the contender that is a backend of this package, or a way that this package runs."""
+    return f"ours {name}"
+
+
+def _why_absent(name: str, task: Any) -> list[str]:
+    return task.why_not(name) if isinstance(task, OpTask) else ["it takes tasks at op level only"]
+
+
+def _prepare(name: str, task: OpTask) -> Prepared:
+    return task.prepare(name, task.ways()[name])

@@ -20,9 +20,6 @@ LAST_NORM = (0.1, 0.3)
 near 1 a deep network amplifies rounding until a gradient in bfloat16 says nothing, and no mistake is seen in it."""
 TORCHVISION, TIMM, USER, UNFUSED = "torchvision", "timm", "user", "fused_resnet.unfuse"
 SEED = 0
-ONE_OUTPUT = {"aux_logits": False, "init_weights": True}
-TWO_OUTPUTS = ("googlenet", "inception_v3")
-"""They give more than the logits in training unless they are asked not to."""
 
 
 def builder_names() -> list[str]:
@@ -76,8 +73,7 @@ class Subject:
         if self.source == TIMM:
             return importlib.import_module("timm").create_model(self.name.removeprefix("timm:"), pretrained=False)
         if self.source == TORCHVISION:
-            settings = ONE_OUTPUT if self.name in TWO_OUTPUTS else {}
-            return importlib.import_module("torchvision.models").get_model(self.name, weights=None, **settings)
+            return importlib.import_module("torchvision.models").get_model(self.name, weights=None)
         return getattr(models, self.name)()
 
 

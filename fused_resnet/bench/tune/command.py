@@ -17,9 +17,8 @@ from fused_resnet.bench import options
 from fused_resnet.bench.report.figures import text_table
 from fused_resnet.bench.suite.rounds import ONCE
 from fused_resnet.bench.suite.subjects import builder_names
-from fused_resnet.bench.tune.fastest import METHOD, Found
+from fused_resnet.bench.tune.fastest import METHOD, Found, Outcome, tune
 from fused_resnet.bench.tune.questions import MODES, Question, Selection, questions
-from fused_resnet.bench.tune.run import Outcome, tune
 from fused_resnet.ops.plan import measured_plan, plan_file
 from fused_resnet.ops.plan.measured_plan import ignoring_measured_plan
 from fused_resnet.ops.plan.plan_file import NotAPlan
@@ -111,7 +110,7 @@ def _run(arguments: argparse.Namespace, selection: Selection, path: Path | None,
             done += 1
             bar.update(advance=1)
             if not bar.is_terminal:
-                answer = "nothing ran" if found is None else answer_of(found)
+                answer = "nothing ran" if found is None else f"{found.winner} (as written: {found.heuristic})"
                 bar.say(f"{done} of {len(wanted)}: {question.title}: {answer}")
 
         how: dict[str, Any] = {"method": ONCE if arguments.dry else METHOD, "seconds": end - time.monotonic()}
@@ -125,15 +124,6 @@ def _run(arguments: argparse.Namespace, selection: Selection, path: Path | None,
         bar.say("dry: tiny shapes in one round, and nothing is kept")
         return REFUSED if outcome.failed else 0
     return INTERRUPTED if outcome.interrupted else 0
-
-
-def answer_of(found: Found) -> str:
-    """In a few words."""
-    if math.isnan(found.ratio):
-        return f"{found.winner}; {found.heuristic} cannot run"
-    if found.winner == found.heuristic:
-        return f"{found.heuristic} stays{' (nothing else can run)' if len(found.seconds) == 1 else ''}"
-    return f"{found.winner}, {found.ratio:.2f}x as fast as {found.heuristic}"
 
 
 def table(results: Sequence[tuple[Question, Found]]) -> str:

@@ -18,8 +18,8 @@ from fused_resnet.bench.suite.op_base import Call, OpTask, on_backend, without_g
 from fused_resnet.bench.suite.op_conv_inference import ConvInferenceInputs, ConvInferenceTask
 from fused_resnet.bench.suite.op_conv_training import ConvTrainingTask
 from fused_resnet.bench.suite.op_stem import StemTask
-from fused_resnet.bench.suite.op_task import op_tasks
 from fused_resnet.bench.suite.task import Prepared
+from fused_resnet.bench.suite.task_lists import op_tasks
 from fused_resnet.bench.tune.level_task import LevelStep, LevelTask
 from fused_resnet.ops.backends.native.conv import NativeConv, why_no_kernels, why_not_native
 from fused_resnet.ops.conv_settings import ConvSettings
@@ -48,21 +48,13 @@ class Selection:
     most_tiles: int | None = None
 
 
-class Tile(NamedTuple):
-    """Of a Triton kernel: its key under ``measured_plan.TILES``, its name, and the one that is usually taken."""
-
-    key: Key
-    name: str
-    usual: str
-
-
 class Candidate(NamedTuple):
     """``prepare`` makes it ready, or raises where it cannot run after all; ``answer`` is what is kept if it wins, and
-    beside it the ``tile`` that it ran in."""
+    beside it the ``tile`` that it ran in, with the question that it answers."""
 
     prepare: Callable[[], Prepared]
     answer: str
-    tile: Tile | None = None
+    tile: tuple[TileQuestion, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -143,7 +135,7 @@ def which_backend(most_tiles: int | None, task: OpTask) -> Question:
                 continue
             if backend == TRITON:
                 usual, *others = _in_tiles(task, most_tiles, answer=TRITON)
-                found |= {TRITON: usual} | {f"{TRITON} {other.tile.name}": other for other in others if other.tile}
+                found |= {TRITON: usual} | {f"{TRITON} {other.tile[1]}": other for other in others if other.tile}
             else:
                 found[backend] = _candidate(task, backend, functools.partial(_on, backend, task))
         with use_backend("auto"):
@@ -217,10 +209,8 @@ def _in_tiles(task: OpTask, most: int | None, answer: str | None = None) -> list
 
     def in_tile(name: str) -> Candidate:
         chooser = choosing({question.plan_key: name})
-        tile = Tile(question.plan_key, name, question.usual)
-        return Candidate(
-            lambda: task.prepare(TRITON, lambda inputs: with_tiles(chooser, make(inputs))), answer or name, tile
-        )
+        tiled: Callable[[Any], Call] = lambda inputs: with_tiles(chooser, make(inputs))  # noqa: E731
+        return Candidate(lambda: task.prepare(TRITON, tiled), answer or name, (question, name))
 
     return list(map(in_tile, [question.usual, *others[:most]]))
 

@@ -1,4 +1,5 @@
-"""Plain PyTorch: eager in its two memory formats, CUDA graphs and ``torch.compile``."""
+"""Who runs networks and blocks in PyTorch: eager in its two memory formats, CUDA graphs, ``torch.compile``; and this
+package, fused and frozen."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import dataclasses
 import functools
 import itertools
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import fused_resnet
-from fused_resnet.bench.suite.moved_bytes import EAGER, moved_bytes
+from fused_resnet.bench.suite.moved_bytes import EAGER, EFFICIENT, FROZEN, FUSED, moved_bytes
 from fused_resnet.bench.suite.network_task import NetworkTask, loss_of
 from fused_resnet.bench.suite.preparing import (
     cuda_only,
@@ -25,9 +27,12 @@ from fused_resnet.bench.suite.preparing import (
     prepared_inference,
     prepared_module,
     prepared_training,
+    training_only,
 )
+from fused_resnet.bench.suite.subjects import Subject
 from fused_resnet.bench.suite.task import Contender, Prepared
 from fused_resnet.bench.suite.training import Training, batches, make_optimizer, results_of
+from fused_resnet.convert.sites import fusion_sites
 
 FORMATS = {"eager NCHW": torch.contiguous_format, "eager channels_last": torch.channels_last}
 WARM_UP = 3
@@ -173,3 +178,54 @@ def _compiling(freezing: bool) -> Iterator[None]:
     limits: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT, "accumulated_recompile_limit": RECOMPILE_LIMIT}
     with torch._dynamo.config.patch(**limits), torch._inductor.config.patch(freezing=freezing):
         yield
+
+
+def our_contenders() -> list[Contender]:
+    """At the level and on the backend that are asked for (FUSED_RESNET_LEVEL, FUSED_RESNET_BACKEND)."""
+    ours = functools.partial(network_contender, ours=True)
+
+    def graph(task: NetworkTask) -> Prepared:
+        return prepared_graph_step(task, fused_copy(task), way=FUSED)
+
+    def efficient(task: NetworkTask) -> Prepared:
+        return prepared_module(task, fused_copy(task, "efficient"), way=EFFICIENT)
+
+    return [
+        ours("fused", lambda task: prepared_module(task, fused_copy(task), way=FUSED), fusable),
+        ours("frozen", functools.partial(_prepare_frozen, False), inference_only, fusable),
+        ours("frozen graph", functools.partial(_prepare_frozen, True), inference_only, cuda_only, fusable),
+        ours("fused graph", graph, training_only, cuda_only, no_float16, fusable),
+        ours("fused efficient", efficient, training_only, fusable),
+    ]
+
+
+def fusable(task: NetworkTask) -> list[str]:
+    """A network has to have something that ``fuse`` knows."""
+    if _has_sites(task.network, task.path):
+        return []
+    return [
+        "nothing in it was fused: fuse knows the exact classes of torchvision's ResNet blocks and this package's own, "
+        f"and {task.subject} has none"
+    ]
+
+
+@functools.cache
+def _has_sites(network: Subject, path: str) -> bool:
+    module = network.without_memory(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that nothing can be fused, which is what is asked here
+        fused_resnet.fuse(module)
+    return any(not site.reasons for part in module.modules() for site in fusion_sites(part))
+
+
+def fused_copy(task: NetworkTask, memory: str = "default") -> nn.Module:
+    """The task's module, after ``fuse``."""
+    return fused_resnet.fuse(task.copy(), memory=memory)
+
+
+def _prepare_frozen(cuda_graph: bool, task: NetworkTask) -> Prepared:
+    """``freeze`` in the task's dtype."""
+    inputs = task.inputs_as(task.dtype, torch.channels_last)
+    module = task.copy().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    frozen = fused_resnet.freeze(module, inputs[0], dtype=task.dtype, cuda_graph=cuda_graph)
+    return prepared_inference(task, frozen, inputs, way=FROZEN)
