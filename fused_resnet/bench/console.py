@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 WHOLE_RUN = 24 * 3600.0  # the time left follows from the speed since the beginning, not of the last seconds
-WIDTH_OF_LINES = 140
+WIDTH_OF_LINES = 160
 """Characters of a table where the output is no terminal."""
 
 

@@ -211,7 +211,7 @@ def test_differences_of_conditions():
 
 def test_a_table_needs_rows_as_long_as_its_header():
     assert text_table(["a", "b"], [["x|y", "1"]]).splitlines()[2] == "| x\\|y |   1 |"
-    with pytest.raises(ValueError, match="must have 2 cells"):
+    with pytest.raises(ValueError, match="shorter"):
         text_table(["a", "b"], [["x"]])
 
 

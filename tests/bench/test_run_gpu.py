@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import compile_kernels, run_gpu
+from benchmarks import run_gpu
 from benchmarks.run_gpu import DONE, FAILED, ROOT, SKIPPED, UNFINISHED, Unit, fingerprint, last_line, run
 from fused_resnet.bench.result import INFERENCE, MODEL, RIGHT, WRONG, Measurement, Outcome, Result
 from fused_resnet.bench.suite.measure import NO_TIME
@@ -386,20 +386,6 @@ def test_the_real_plan_asks_bench_and_tune_for_what_they_take(tmp_path: Path):
                 assert registry.select(arguments.contenders, arguments.without)
             parsed += 1
     assert parsed > 10
-
-
-def test_kernels_are_listed_and_made_in_a_pool(capsys):
-    calls = compile_kernels.calls_of("resnet18", 2, torch.float32, 32)
-    ops = {op for op, _ in calls}
-    assert {"conv_stats", "conv_grad_input", "conv_grad_weight", "conv_bn_act", "bn_apply_pool", "bn_stats"} <= ops
-    twice = compile_kernels.grouped([*calls, *compile_kernels.calls_of("resnet18", 4, torch.float32, 32)])
-    assert len(twice) < 2 * len(calls)
-    assert all(len({op for op, _ in group}) == 1 for group in twice)
-    planted = ("bn_apply", (("tensor", (2, 3), (3, 1), torch.float32), *[None] * 5, True))
-    assert compile_kernels.compile_all([[calls[0]], [planted]], "reference", "cpu", jobs=1) == 1
-    said = capsys.readouterr().out
-    assert "failed: bn_apply" in said and "1 calls made, 0 not for reference, 1 failed" in said
-    assert compile_kernels.make(calls, "native", "cpu")[1] > 0  # it has not all of them, and says so
 
 
 def test_small_ops_find_a_planted_fault(tmp_path: Path, monkeypatch, capsys):

@@ -24,7 +24,7 @@ PROBE = 0.10
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add, threshold_help = parser.add_argument, "smaller changes are not told (default: %(default)s)"
     add("files", nargs=2, type=Path, metavar="FILE.json", help="two results: before and after")
-    add("--threshold", type=_percent, default=5.0, metavar="PERCENT", help=threshold_help)
+    add("--threshold", type=float, default=5.0, metavar="PERCENT", help=threshold_help)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -114,13 +114,3 @@ def _sight(found: Comparison) -> str:
         f"{spreads}. Half of the times would have shown a change of {100 * half:.0f} %; {blind} are too noisy to show "
         f"one of {100 * PROBE:.0f} %."
     )
-
-
-def _percent(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if not 0 <= number < 100:
-        raise argparse.ArgumentTypeError(f"must be a percentage from 0 to below 100; got {text!r}")
-    return number

@@ -141,9 +141,6 @@ def duration(seconds: float | None) -> str:
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table whose columns are padded, so that it reads as well in a terminal; the first is aligned left, the
     others right."""
-    for row in rows:
-        if len(row) != len(header):
-            raise ValueError(f"every row must have {len(header)} cells, as the header; got {list(row)}")
     lines = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (header, *rows)]
     widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])

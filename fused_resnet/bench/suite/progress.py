@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -63,8 +64,8 @@ def terminal_table(measurement: Measurement, ceilings: Ceilings) -> Table:
     table = tables.measured(measurement, ceilings)
     found = Table(title=Text(measurement.title), title_justify="left", box=box.SIMPLE_HEAD)
     for name in table.header:
-        in_words = name in ("contender", "numbers")
-        found.add_column(name, justify="left" if in_words else "right", no_wrap=not in_words, overflow="fold")
+        justify: Any = "left" if name in ("contender", "numbers") else "right"
+        found.add_column(name, justify=justify, no_wrap=name != "numbers", overflow="fold")
     for row in table.rows:
         kinds = [cell.kind for cell in row]
         style = next((style for kind, style in STYLES.items() if kind in kinds), "")

@@ -69,12 +69,10 @@ def op_contenders() -> list[Contender]:
     what ``freeze`` runs on a CPU. "eager" is channels_last, the format that the fused kernels take; "eager NCHW" is
     there for inference convolutions.
     """
+    named = [*((name, name, False) for name in WAYS), *((name, ours(name), True) for name in (*BACKENDS, PACKED))]
     return [
-        *(Contender(name, functools.partial(_why_absent, name), functools.partial(_prepare, name)) for name in WAYS),
-        *(
-            Contender(ours(name), functools.partial(_why_absent, name), functools.partial(_prepare, name), ours=True)
-            for name in (*BACKENDS, PACKED)
-        ),
+        Contender(title, functools.partial(_why_absent, name), functools.partial(_prepare, name), is_ours)
+        for name, title, is_ours in named
     ]
 
 
