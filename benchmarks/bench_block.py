@@ -13,9 +13,9 @@ from typing import Any
 
 from benchmarks.by_pytest import DEVICE, DTYPES, ON_GPU, cases, device_time, measure, named
 from fused_resnet.bench.result import INFERENCE, TRAINING_STEP
-from fused_resnet.bench.suite.networks import block_tasks
 from fused_resnet.bench.suite.registry import contenders
 from fused_resnet.bench.suite.task import Contender, Task
+from fused_resnet.bench.suite.task_lists import block_tasks
 
 NETWORKS = ("resnet18", "resnet50")
 INFERENCE_BATCHES, TRAINING_BATCHES = ((1, 256), (256,)) if ON_GPU else ((1, 8), (4,))

@@ -13,19 +13,25 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.by_pytest import DEVICE, DTYPES, ON_GPU, cases, device_time, measure, named
-from fused_resnet.bench.passes import STATS_APPLY
+from benchmarks.norm_step import NormStepTask
+from fused_resnet.bench.passes import STATS_APPLY, PassTask
 from fused_resnet.bench.result import TRAINING_STEP
+from fused_resnet.bench.sites import norm_sites
 from fused_resnet.bench.suite.op_base import COMPILE, EAGER
-from fused_resnet.bench.suite.op_norm_step import NormStepTask
-from fused_resnet.bench.suite.op_pass import PassTask
-from fused_resnet.bench.suite.op_task import op_contenders, op_tasks, ours
+from fused_resnet.bench.suite.registry import op_contenders, ours
 from fused_resnet.bench.suite.task import Contender, Task
+from fused_resnet.bench.suite.task_lists import op_tasks
 
 BATCH_SIZES = (256, 32, 1) if ON_GPU else (8,)
 TASKS = op_tasks(["resnet50", "resnet18"], [TRAINING_STEP], BATCH_SIZES, DTYPES, DEVICE)
 PASSES = [task for task in TASKS if isinstance(task, PassTask) and task.norm_pass is not STATS_APPLY]
 STATS_APPLIES = [task for task in TASKS if isinstance(task, PassTask) and task.norm_pass is STATS_APPLY]
-STEPS = [task for task in TASKS if isinstance(task, NormStepTask)]
+STEPS = [
+    NormStepTask(site, batch, dtype, DEVICE)
+    for dtype in DTYPES
+    for batch in BATCH_SIZES
+    for site in dict.fromkeys([*norm_sites("resnet50"), *norm_sites("resnet18")])
+]
 BACKENDS = ("cuda", "triton") if ON_GPU else ("native",)
 CONTENDERS = named(op_contenders(), EAGER, COMPILE, *map(ours, BACKENDS))
 QUICK_SHAPES = ("64x56x56", "512x7x7", "2048x7x7")

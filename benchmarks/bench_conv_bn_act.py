@@ -19,8 +19,9 @@ from fused_resnet.bench.result import INFERENCE, TRAINING_STEP
 from fused_resnet.bench.suite.op_base import COMPILE, EAGER, SEPARATE
 from fused_resnet.bench.suite.op_conv_inference import FOLDED, NCHW, PACKED, ConvInferenceTask
 from fused_resnet.bench.suite.op_conv_training import ConvTrainingTask
-from fused_resnet.bench.suite.op_task import op_contenders, op_tasks, ours
+from fused_resnet.bench.suite.registry import op_contenders, ours
 from fused_resnet.bench.suite.task import Contender, Task
+from fused_resnet.bench.suite.task_lists import op_tasks
 
 NETWORKS = ("resnet18", "resnet50", "resnext50_32x4d")
 DTYPES = (torch.bfloat16, torch.float16) if ON_GPU else (torch.float32,)

@@ -12,9 +12,9 @@ from typing import Any
 
 from benchmarks.by_pytest import DEVICE, DTYPES, ON_GPU, cases, device_time, measure, named
 from fused_resnet.bench.result import INFERENCE, TRAINING_STEP
-from fused_resnet.bench.suite.networks import model_tasks
 from fused_resnet.bench.suite.registry import contenders
 from fused_resnet.bench.suite.task import Contender, Task
+from fused_resnet.bench.suite.task_lists import model_tasks
 
 INFERENCE_NETWORKS, TRAINING_NETWORKS = ("resnet50", "resnet18", "resnext50_32x4d"), ("resnet50",)
 INFERENCE_BATCHES, TRAINING_BATCHES = ((1, 256), (256,)) if ON_GPU else ((1, 8), (16,))

@@ -16,7 +16,7 @@ import torch
 from benchmarks.by_pytest import DEVICE, ON_GPU, cases, device_time, measure, named
 from fused_resnet.bench.suite.op_base import COMPILE, EAGER
 from fused_resnet.bench.suite.op_stem import DTYPES, LAYOUTS, StemTask
-from fused_resnet.bench.suite.op_task import op_contenders, ours
+from fused_resnet.bench.suite.registry import op_contenders, ours
 from fused_resnet.bench.suite.task import Contender, Task
 
 BATCH_SIZES = (256, 32, 1) if ON_GPU else (8,)

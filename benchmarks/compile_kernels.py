@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_resnet.bench.sites import ADDED, SHORTCUT, conv_sites
 from fused_resnet.bench.suite.subjects import builder_names
-from fused_resnet.bench.training_ledger import training_ledger
+from fused_resnet.bench.training_ledger import DryStep
 from fused_resnet.ops import use_backend
 from fused_resnet.ops.route.choose import why_not
 
@@ -75,7 +75,7 @@ def calls_of(name: str, batch: int, dtype: torch.dtype, image_size: int) -> list
     found: dict[Call, None] = {}
     for level in LEVELS:
         with _Recorder() as recorder:
-            training_ledger(name, level, batch, dtype, image_size)
+            DryStep(name, level, batch, dtype, image_size).ledger()
         found |= dict.fromkeys(recorder.calls)
     for site in conv_sites(name, image_size):
         x, weight, out = site.conv.input_shape(batch), site.conv.weight_shape, site.conv.output_shape(batch)

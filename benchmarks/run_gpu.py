@@ -30,8 +30,7 @@ from statistics import geometric_mean
 from typing import Any
 
 from fused_resnet.bench.report import figures, tables
-from fused_resnet.bench.report.condition import merged
-from fused_resnet.bench.report.sections import sections
+from fused_resnet.bench.report.condition import merged, same
 from fused_resnet.bench.result import ABSENT, OP, Result
 from fused_resnet.bench.suite.measure import NO_TIME
 
@@ -134,11 +133,11 @@ def units(work: Path, dry: bool) -> list[Unit]:
         bench("blocks", name, [name], "--batch-size 32 256 --rounds 9 --min-seconds 0.05")
     for name in NETWORKS[:1] if dry else MODEL_NETWORKS:
         bench("models", name, [name], "--batch-size 1 32 256 --rounds 9 --min-seconds 0.2")
-    tune = "--dry --device cpu" if dry else f"--jobs {JOBS} --mode inference training"
+    tune = "--dry --device cpu" if dry else "--mode inference training"
     for name in NETWORKS[:1] if dry else NETWORKS:
         words = [*python, "fused_resnet", "tune", "--model", name, *tune.split()]
         add("tune", name, [*words, "--output", results / f"plan_{name}.json"], left=left_in_log, budget=True)
-    files = result_files(results)
+    files = of_the_newest_condition(result_files(results))
     report = [*BENCH, "report", *files, "--output", results, "--name", "report"]
     add("report", "report", report, None if files else "there are no results yet", repeated=True)
     return found
@@ -153,6 +152,16 @@ def _gpu_tests() -> list[str]:
 def result_files(results: Path) -> list[Path]:
     """What `bench` has saved, as far as there is any."""
     return [path for phase in ("ops", "blocks", "models") for path in sorted(results.glob(f"{phase}_*.json"))]
+
+
+def of_the_newest_condition(paths: Sequence[Path]) -> list[Path]:
+    """Those that one report can tell of; a later machine may have another CPU or driver."""
+    found: dict[Path, Result] = {}
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # the summary names those it cannot read
+            found[path] = Result.load(path)
+    newest = max(found.values(), key=lambda result: str(result.machine.get("date")), default=None)
+    return [path for path, result in found.items() if newest is not None and same(newest, result)]
 
 
 def left_out(path: Path) -> str | None:
@@ -258,12 +267,12 @@ def write_summary(work: Path, state: dict[str, dict[str, Any]], dry: bool) -> No
             results.append(Result.load(path))
         except (OSError, ValueError, KeyError, TypeError) as error:
             lines.append(f"- {path.name} cannot be read: {error}")
-    found = sections(merged(results))
-    headline = tables.headline([section for section in found if section.level != OP])
+    found = tables.in_order([measurement for result in merged(results) for measurement in result.measurements])
+    headline = tables.headline([measurement for measurement in found if measurement.level != OP])
     parts += ["\n".join(lines)] if lines else []
     parts.append(figures.text_table(headline.header, [[cell.text for cell in row] for row in headline.rows]))
     ratios: dict[tuple[str, int], list[float]] = {}
-    for entry in [column.measurement for section in found if section.level == OP for column in section.columns]:
+    for entry in [measurement for measurement in found if measurement.level == OP]:
         if (eager := figures.best_eager(entry)) is not None:
             for name in filter(figures.is_ours, figures.right_timings(entry)):
                 ratio = figures.times_faster(entry, name, eager)

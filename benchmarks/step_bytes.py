@@ -19,7 +19,7 @@ import torch
 from fused_resnet.bench.ledger import BACKWARD, FORWARD
 from fused_resnet.bench.machine import machine_facts
 from fused_resnet.bench.suite.subjects import builder_names
-from fused_resnet.bench.training_ledger import EAGER, LEVELS, SAVED, column, training_ledger, training_saved_bytes
+from fused_resnet.bench.training_ledger import EAGER, LEVELS, SAVED, DryStep, column
 
 IMAGE_SIZE = 224
 STEP_DTYPE, STEP_BATCH = torch.bfloat16, 256
@@ -52,7 +52,7 @@ def step_bytes(model_name: str) -> dict[str, dict[str, float]]:
     """Bytes an image of each level's step, of its forward and backward, and the ratio to eager's."""
     found = {}
     for level in LEVELS:
-        ledger = training_ledger(model_name, level, STEP_BATCH, STEP_DTYPE, IMAGE_SIZE)
+        ledger = DryStep(model_name, level, STEP_BATCH, STEP_DTYPE, IMAGE_SIZE).ledger()
         phases = {
             phase: sum(entry.total for entry in ledger.entries if entry.phase == phase) / ledger.images
             for phase in (FORWARD, BACKWARD)
@@ -65,7 +65,7 @@ def saved(model_name: str) -> dict[str, dict[str, float]]:
     """Bytes an image that each way keeps for backward, and the ratio to eager's."""
     found = {}
     for name, (level, memory) in SAVED.items():
-        total = training_saved_bytes(model_name, level, SAVED_BATCH, SAVED_DTYPE, IMAGE_SIZE, memory)
+        total = DryStep(model_name, level, SAVED_BATCH, SAVED_DTYPE, IMAGE_SIZE, memory).saved_bytes()
         found[name] = {"bytes_per_image": total / SAVED_BATCH}
     return with_ratios(found)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 WHOLE_RUN = 24 * 3600.0  # the time left follows from the speed since the beginning, not of the last seconds
-WIDTH_OF_LINES = 140
+WIDTH_OF_LINES = 160
 """Characters of a table where the output is no terminal."""
 
 
@@ -38,9 +37,7 @@ class Bar:
         self.bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.bar.stop()
 
     def begin_phase(self, description: str, total: float | None) -> None:

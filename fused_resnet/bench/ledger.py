@@ -1,4 +1,5 @@
-"""The ledger of a training step: every pass over memory that it made, and the bytes that each read and wrote.
+"""The ledger of a training step: every pass over memory that it made, and the bytes that each read and wrote; and the
+bytes that a forward keeps for its backward.
 
 Counted, not measured: from the ops that ran and the tensors that they got, by the table in ``bench/traffic.py``. On a
 GPU most of a ResNet waits for memory, so the total divided by the bandwidth is close to the least time a step can take.
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,17 +24,14 @@ FORWARD, BACKWARD, OPTIMIZER = "forward", "backward", "optimizer"
 
 @dataclass(frozen=True)
 class Entry:
-    """All passes of one kind by one op in one phase; bytes of them together."""
+    """All passes of one kind in one phase; bytes of them together."""
 
-    op: str
-    """Such as "aten.convolution"; of `Ledger.by_pass`, every op of the kind, separated by commas."""
     phase: str
     """"forward", "backward" or "optimizer"."""
     kind: str
     """Such as "convolution", "statistics" or "add"."""
     reads: int
     writes: int
-    count: int
 
     @property
     def total(self) -> int:
@@ -41,7 +40,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Ledger:
-    """Every pass of one step. The bytes are those of the step; ``images`` is how many it processed."""
+    """Every pass of one step, in the order in which they first ran. The bytes are those of the step; ``images`` is how
+    many it processed."""
 
     entries: tuple[Entry, ...]
     images: int = 1
@@ -53,18 +53,6 @@ class Ledger:
     @property
     def bytes_per_image(self) -> float:
         return self.total / self.images
-
-    def by_pass(self) -> list[Entry]:
-        """One entry for each phase and kind, in the order in which they first ran."""
-        groups: dict[tuple[str, str], list[Entry]] = {}
-        for entry in self.entries:
-            groups.setdefault((entry.phase, entry.kind), []).append(entry)
-
-        def merged(key: tuple[str, str], group: list[Entry]) -> Entry:
-            sums = (sum(getattr(entry, name) for entry in group) for name in ("reads", "writes", "count"))
-            return Entry(", ".join(entry.op for entry in group), *key, *sums)
-
-        return [merged(key, group) for key, group in groups.items()]
 
 
 def ledger(step: Callable[[], object], images: int = 1) -> Ledger:
@@ -91,15 +79,15 @@ class _Observer(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._updating = False
-        self.found: dict[tuple[str, str, str], list[int]] = {}
-        """By op, phase and kind: bytes read and written, and passes."""
+        self.found: dict[tuple[str, str], list[int]] = {}
+        """By phase and kind: bytes read and written."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         results = func(*args, **kwargs)  # the mode is off in here: what an op of ours is composed of is not seen
         for kind, reads, writes in passes(func, args, kwargs, results):
-            sums = self.found.setdefault((func._schema.name.replace("::", "."), self._phase(), kind), [0, 0, 0])
-            sums[:] = sums[0] + reads, sums[1] + writes, sums[2] + 1
+            sums = self.found.setdefault((self._phase(), kind), [0, 0])
+            sums[:] = sums[0] + reads, sums[1] + writes
         return results
 
     def _phase(self) -> str:
@@ -116,3 +104,33 @@ class _Observer(TorchDispatchMode):
 
         with register_optimizer_step_pre_hook(mark(True)), register_optimizer_step_post_hook(mark(False)):
             yield
+
+
+def saved_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
+    """Bytes of the tensors that ``forward`` saves for backward, each storage counted once and whole.
+
+    The model's own parameters and buffers are not counted: they live anyway. Inputs are counted where they are saved
+    (a first convolution needs its image for the gradient of its weight), and so are a loss's labels.
+
+    ``forward`` runs once, with gradients, and whatever it changes stays changed (running statistics in training mode).
+
+    Example:
+        ``saved_bytes(model, lambda: torch.nn.functional.cross_entropy(model(images), labels))``
+    """
+    owned = {_storage_key(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[tuple[torch.device, int], Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if (key := _storage_key(tensor)) not in owned:
+            kept[key] = tensor.detach()  # alive until the count, so that no address comes back as another storage
+        return tensor.detach()  # not itself: an output that its own node holds is never freed, nor the graph behind it
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = forward()
+    total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    del result
+    return total
+
+
+def _storage_key(tensor: Tensor) -> tuple[torch.device, int]:
+    return tensor.device, tensor.untyped_storage().data_ptr()

@@ -1,13 +1,8 @@
-"""The passes of a norm one by one: what each is given and what it moves, what eager runs for it, what is right.
-
-Counted as the docstrings in ``ops/reference/norm.py`` and ``ops/reference/mask.py`` say: T is the bytes of one
-activation, and a mask has a bit an element. Vectors of C are not counted.
-"""
+"""The passes of a norm one by one, as tasks: what each is given, and what eager runs for it."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_resnet.bench.accuracy import Results, listed
 from fused_resnet.bench.norm_inputs import EPS, Norm
-from fused_resnet.bench.sites import ENDINGS, PROJECTION, RELU, RESIDUAL
+from fused_resnet.bench.result import TRAINING_FORWARD, TRAINING_STEP
+from fused_resnet.bench.sites import ENDINGS, PROJECTION, RELU, RESIDUAL, NormSite
+from fused_resnet.bench.suite.op_base import OpTask
 from fused_resnet.ops import reference
-from fused_resnet.ops.route.packing import packed
 
 WRONG_BITS = 1e-5
 """The part of a mask's bits that rounding may turn over."""
-Results = Sequence[Tensor | None]
 Eager = Callable[[Norm], Results]
 
 
@@ -31,8 +27,7 @@ class NormPass:
     """One op in one of its forms.
 
     Attributes:
-        op: its name in ``ops/schemas.py``.
-        activations, masks: how many it reads and writes.
+        name: the op as in ``ops/schemas.py``, and its form.
         endings: of `bench.sites.NormSite`, where a network that keeps bits or one that keeps outputs runs it.
         arguments: of the op.
         eager: what PyTorch runs for it, giving what the op gives, None in the place of a result that eager has not.
@@ -41,9 +36,6 @@ class NormPass:
     """
 
     name: str
-    op: str
-    activations: int
-    masks: int
     endings: tuple[str, ...]
     arguments: Callable[[Norm], tuple[Any, ...]]
     eager: Eager
@@ -53,65 +45,47 @@ class NormPass:
     def __str__(self) -> str:
         return self.name.replace(" ", "-")
 
-    def moved(self, shape: tuple[int, int, int, int], dtype: torch.dtype) -> int:
-        """Bytes read and written."""
-        rows, stride = reference.mask_shape(shape)
-        return self.activations * math.prod(shape) * dtype.itemsize + self.masks * rows * stride
+    @property
+    def op(self) -> str:
+        return self.name.split()[0]
 
     def call(self, norm: Norm) -> Callable[[], Results]:
         """The op on these tensors, on the backend that is asked for when it is called."""
         function, arguments = getattr(torch.ops.fused_resnet, self.op), self.arguments(norm)
         return lambda: listed(function(*arguments))
 
-    def why_wrong(self, actual: Results, norm: Norm) -> str | None:
-        """None if these results are right, by the project's rule: against float64, at most twice eager's error."""
 
-        def judge(index: int, ours: Tensor, theirs: Tensor | None, right: Tensor) -> str | None:
-            if right.dtype == torch.uint8:
-                turned = reference.unpack_mask(ours, norm.x) != reference.unpack_mask(right, norm.x)
-                part = turned.double().mean().item()
-                return None if part <= WRONG_BITS else f"{part:.3g} of the bits differ"
-            magnitude = norm.x.abs().max().item() if index == self.mean else None
-            return why_wrong(ours, theirs, right, norm.values if index in self.sums else 1, magnitude)
+class PassTask(OpTask):
+    """One op of `passes.PASSES`, or ``STATS_APPLY``, on the activation of a site."""
 
-        exact = listed(getattr(reference, self.op)(*packed(self.op, doubled(self.arguments(norm)))))
-        return first_wrong(actual, self.eager(norm), exact, judge)
+    def __init__(
+        self, norm_pass: NormPass, site: NormSite, batch_size: int, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        mode = TRAINING_STEP if norm_pass.op.startswith("bn_grad") else TRAINING_FORWARD
+        super().__init__(f"{norm_pass.name} {site}", mode, batch_size, dtype, device)
+        self.norm_pass, self.site = norm_pass, site
 
+    def make_inputs(self) -> Norm:
+        return Norm(self.site.shape(self.batch_size), self.dtype, self.device)
 
-def first_wrong(actual: Results, baseline: Results, exact: Results, judge: Callable[..., str | None]) -> str | None:
-    """What is wrong with the first wrong result; results that this form or contender has not are passed over."""
-    for index, (ours, theirs, right) in enumerate(zip(actual, baseline, exact, strict=True)):
-        if ours is not None and right is not None and right.numel() and (wrong := judge(index, ours, theirs, right)):
-            return f"result {index}: {wrong}"
-    return None
+    def ops(self, inputs: Norm) -> list[tuple[str, tuple[Any, ...]]]:
+        return [(self.norm_pass.op, self.norm_pass.arguments(inputs))]
 
+    def eager(self, inputs: Norm) -> Results:
+        return self.norm_pass.eager(inputs)
 
-def why_wrong(
-    actual: Tensor, baseline: Tensor | None, exact: Tensor, terms: int = 1, magnitude: float | None = None
-) -> str | None:
-    """What is wrong with a result, None if nothing is: ``tests/accuracy.py``, on the device and for finite numbers.
+    def judge(self, index: int, ours: Tensor, theirs: Tensor | None, right: Tensor) -> str | None:
+        if right.dtype != torch.uint8:
+            return super().judge(index, ours, theirs, right)
+        turned = reference.unpack_mask(ours, self.first.x) != reference.unpack_mask(right, self.first.x)
+        part = turned.double().mean().item()
+        return None if part <= WRONG_BITS else f"{part:.3g} of the bits differ"
 
-    Its error against ``exact`` may be twice that of ``baseline``, and a rounding of a sum of ``terms`` numbers of this
-    magnitude, which is that of ``exact`` unless given.
-    """
-    if actual.shape != exact.shape:
-        return f"its shape is {tuple(actual.shape)}, not {tuple(exact.shape)}"
-    error = (actual.double() - exact).abs().max().item()
-    theirs = 0.0 if baseline is None else (baseline.double() - exact).abs().max().item()
-    size = exact.abs().max().item() if magnitude is None else magnitude
-    floor = torch.finfo(actual.dtype).eps * size * math.sqrt(terms)
-    if error <= 2 * theirs + floor:  # not if it is NaN
-        return None
-    return f"its error is {error:.3g} against float64, PyTorch's own {theirs:.3g}, the floor {floor:.3g}"
+    def terms(self, index: int, exact: Tensor) -> int:
+        return self.first.values if index in self.norm_pass.sums else 1
 
-
-def doubled(values: Iterable[Any]) -> list[Any]:
-    """Floating point tensors in float64; everything else as it is."""
-    return [v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in values]
-
-
-def listed(results: Any) -> Results:
-    return [results] if isinstance(results, Tensor) else list(results)
+    def magnitude(self, index: int) -> float | None:
+        return self.first.x.abs().max().item() if index == self.norm_pass.mean else None
 
 
 def eager_norm(n: Norm) -> Tensor:
@@ -194,59 +168,42 @@ def _given(names: str, *more: Any) -> Callable[[Norm], tuple[Any, ...]]:
     return arguments
 
 
-_RELU, _ADD, _DUAL, _ENDS = (RELU,), (RESIDUAL,), (PROJECTION,), (RESIDUAL, PROJECTION)
-_SUMS, _BITS = (0, 1), "grad_out x mask statistics"
+def _shortcut(n: Norm) -> Tensor:
+    return eager_norm(n.second)
 
+
+_RELU, _ADD, _DUAL, _ENDS = (RELU,), (RESIDUAL,), (PROJECTION,), (RESIDUAL, PROJECTION)
+_SUMS, _TWO, _BITS = (0, 1), "x norm second.x second.norm", "grad_out x mask statistics"
+_OF_BITS = f"{_BITS} weight sums_of_bits"
+PASSES = [
+    NormPass("bn_stats", ENDINGS, _given("x - -", 0.0, EPS), lambda n: eager_statistics(n.x), mean=0),
+    NormPass("bn_apply", _RELU, _given("x norm -", True), _apply()),
+    NormPass("bn_apply residual", _ADD, _given("x norm residual", True), _apply(add=_residual)),
+    NormPass("bn_apply_mask residual", _ADD, _given("x norm residual"), _apply(None, add=_residual)),
+    NormPass("bn_apply_dual", _DUAL, _given(_TWO, True), _apply(add=_shortcut)),
+    NormPass("bn_apply_dual_mask", _DUAL, _given(_TWO), _apply(None, add=_shortcut)),
+    NormPass("bn_grad_stats no mask", _DUAL, _given("grad_out x - norm", False), _grad_stats("none"), _SUMS),
+    NormPass("bn_grad_stats recomputed", _RELU, _given("grad_out x - norm", True), _grad_stats("recomputed"), _SUMS),
+    NormPass("bn_grad_stats of out", _ENDS, _given("grad_out x out norm", True), _grad_stats("out", True), _SUMS),
+    NormPass("bn_grad_stats_mask", _ENDS, _given(_BITS, False), _grad_stats("out"), _SUMS),
+    NormPass("bn_grad_stats_mask with dz", _ENDS, _given(_BITS, True), _grad_stats("out", True), _SUMS),
+    NormPass("bn_grad_apply no mask", _ENDS, _given("grad_out x norm sums", False), _grad_apply("none", "sums")),
+    NormPass(
+        *("bn_grad_apply recomputed", _RELU, _given("grad_out x norm sums_recomputed", True)),
+        _grad_apply("recomputed", "sums_recomputed"),
+    ),
+    NormPass(
+        *("bn_grad_apply recomputed, constant statistics", _RELU, _given("grad_out x norm - -", True)),
+        _grad_apply("recomputed", None),
+    ),
+    NormPass("bn_grad_apply_mask", _DUAL, _given(_OF_BITS, False), _grad_apply("out", "sums_of_bits", False)),
+    NormPass("bn_grad_apply_mask with dz", _ADD, _given(_OF_BITS, True), _grad_apply("out", "sums_of_bits", True)),
+]
+"""Every pass that the ``cuda`` backend has over one activation (``STATS_APPLY`` apart), in every form."""
 STATS_APPLY = NormPass(
-    *("bn_stats_apply residual", "bn_stats_apply", 3, 1, _ADD),
+    *("bn_stats_apply residual", _ADD),
     lambda n: (n.x, None, None, 0.0, EPS, n.weight, n.bias, n.residual, True, True),
     _apply(None, None, None, add=_residual, training=True),
     mean=2,
 )
 """One launch where the activation fits on the chip, which a backend may refuse."""
-
-_FORWARDS: list[tuple[Any, ...]] = [
-    ("bn_apply", "bn_apply", 2, 0, _RELU, _given("x norm -", True), _apply()),
-    ("bn_apply residual", "bn_apply", 3, 0, _ADD, _given("x norm residual", True), _apply(add=_residual)),
-    ("bn_apply_mask residual", "bn_apply_mask", 3, 1, _ADD, _given("x norm residual"), _apply(None, add=_residual)),
-]
-_DUALS = _given("x norm second.x second.norm", True), _given("x norm second.x second.norm")
-_BACKWARDS: list[tuple[Any, ...]] = [
-    ("no mask", "bn_grad_stats", 2, 0, _DUAL, _given("grad_out x - norm", False), _grad_stats("none")),
-    ("recomputed", "bn_grad_stats", 2, 0, _RELU, _given("grad_out x - norm", True), _grad_stats("recomputed")),
-    ("of out", "bn_grad_stats", 4, 0, _ENDS, _given("grad_out x out norm", True), _grad_stats("out", with_dz=True)),
-    ("of bits", "bn_grad_stats_mask", 2, 1, _ENDS, _given(_BITS, False), _grad_stats("out")),
-    ("of bits, with dz", "bn_grad_stats_mask", 3, 1, _ENDS, _given(_BITS, True), _grad_stats("out", with_dz=True)),
-]
-_APPLIED = "grad_out x norm"
-_OF_BITS = f"{_BITS} weight sums_of_bits"
-_BACKWARD_APPLIES: list[tuple[Any, ...]] = [
-    ("no mask", "bn_grad_apply", 3, 0, _ENDS, _given(f"{_APPLIED} sums", False), _grad_apply("none", "sums")),
-    (
-        *("recomputed", "bn_grad_apply", 3, 0, _RELU),
-        *(_given(f"{_APPLIED} sums_recomputed", True), _grad_apply("recomputed", "sums_recomputed")),
-    ),
-    (
-        *("recomputed, constant statistics", "bn_grad_apply", 3, 0, _RELU),
-        *(_given(f"{_APPLIED} - -", True), _grad_apply("recomputed", None)),
-    ),
-    ("of bits", "bn_grad_apply_mask", 3, 1, _DUAL, _given(_OF_BITS, False), _grad_apply("out", "sums_of_bits", False)),
-    (
-        *("of bits, with dz", "bn_grad_apply_mask", 4, 1, _ADD),
-        *(_given(_OF_BITS, True), _grad_apply("out", "sums_of_bits", True)),
-    ),
-]
-_STATS = NormPass(
-    "bn_stats", "bn_stats", 1, 0, ENDINGS, _given("x - -", 0.0, EPS), lambda n: eager_statistics(n.x), mean=0
-)
-PASSES = [
-    *(_STATS, *(NormPass(*row) for row in _FORWARDS)),
-    NormPass("bn_apply_dual", "bn_apply_dual", 3, 0, _DUAL, _DUALS[0], _apply(add=lambda n: eager_norm(n.second))),
-    NormPass(
-        *("bn_apply_dual_mask", "bn_apply_dual_mask", 3, 1, _DUAL, _DUALS[1]),
-        _apply(None, add=lambda n: eager_norm(n.second)),
-    ),
-    *(NormPass(f"bn_grad_stats {row[0]}", *row[1:], _SUMS) for row in _BACKWARDS),  # type: ignore[call-arg]
-    *(NormPass(f"bn_grad_apply {row[0]}", *row[1:]) for row in _BACKWARD_APPLIES),
-]
-"""Every pass that the ``cuda`` backend has over one activation (``STATS_APPLY`` apart), in every form."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +67,6 @@ class Measurement:
     least_bytes: int | None = None
     """What anyone has to move at least, for the roofline: each input and weight read and each result written once
     where the task is an op; the fewest counted bytes among the contenders where it is more."""
-    clocks: dict[str, Any] = field(default_factory=dict)
-    """Clocks, temperature and load beside the measurement, whatever the machine tells."""
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -92,9 +90,6 @@ class Result:
     ceilings: dict[str, dict[str, float]]
     """By dtype: "bytes_per_second" and "flop_per_second" that the device was seen to reach in this run."""
     measurements: list[Measurement]
-    ledgers: dict[str, dict[str, list[dict[str, Any]]]] = field(default_factory=dict)
-    """By model and level of fusion ("eager", "level 0", ...): the passes of a training step, each with "phase", "kind"
-    and "bytes" an image, for the waterfall."""
 
     def save(self, path: Path) -> None:
         """Writes JSON, whole or not at all."""
@@ -109,7 +104,7 @@ class Result:
 
     @classmethod
     def load(cls, path: Path) -> Result:
-        """Reads what `save` wrote."""
+        """Reads what `save` wrote, and what earlier versions wrote; a fact that nobody reads any more is left out."""
         try:
             found = json.loads(path.read_text())
         except ValueError as error:  # of the encoding, too
@@ -121,6 +116,6 @@ class Result:
             for name, outcome in entry["outcomes"].items():
                 timing = outcome["timing"] and Timing(tuple(outcome["timing"]["samples"]))
                 entry["outcomes"][name] = Outcome(**{**outcome, "timing": timing})
-        measurements = [Measurement(**entry) for entry in found["measurements"]]
-        names = ("machine", "arguments", "ceilings", "ledgers")
-        return cls(measurements=measurements, **{name: found[name] for name in names})
+        known = [entry.name for entry in dataclasses.fields(Measurement)]
+        measurements = [Measurement(**{n: entry[n] for n in known if n in entry}) for entry in found["measurements"]]
+        return cls(found["machine"], found["arguments"], found["ceilings"], measurements)

@@ -1,4 +1,5 @@
-"""Where a network has its norms and convolutions, found by running it on tensors without memory."""
+"""Where a network has its norms and convolutions: its chains of sites (``modules/site.py``), and their shapes, found by
+running it on tensors without memory."""
 
 from __future__ import annotations
 
@@ -12,14 +13,17 @@ from torch import Tensor, nn
 
 from fused_resnet import models
 from fused_resnet.arguments import ConvSettings
-from fused_resnet.bench.suite.subjects import is_residual_block
+from fused_resnet.modules.site import sites_of
 
 RELU, RESIDUAL, PROJECTION = "relu", "residual", "projection"
 ENDINGS = (RELU, RESIDUAL, PROJECTION)
 PLAIN, ADDED, SHORTCUT = "", "with add", "no ReLU"
 
 
-class Sizes(NamedTuple):
+@dataclass(frozen=True)
+class Convolution:
+    """One shape of convolution, for one image."""
+
     channels: int
     height: int
     width: int
@@ -30,53 +34,44 @@ class Sizes(NamedTuple):
     dilation: tuple[int, ...]
     groups: int
 
-
-@dataclass(frozen=True)
-class Convolution:
-    """One shape of convolution, for one image, and how often the network has it."""
-
-    sizes: Sizes
-    out_height: int
-    out_width: int
-    count: int
-
     def __str__(self) -> str:
-        s = self.sizes
-        stride = f"/{s.stride[0]}" if max(s.stride) > 1 else ""
-        groups = f" in {s.groups} groups" if s.groups > 1 else ""
-        return f"{s.channels}x{s.height}x{s.width} {'x'.join(map(str, s.kernel))}{stride} to {s.filters}{groups}"
+        stride = f"/{self.stride[0]}" if max(self.stride) > 1 else ""
+        groups = f" in {self.groups} groups" if self.groups > 1 else ""
+        image, kernel = f"{self.channels}x{self.height}x{self.width}", "x".join(map(str, self.kernel))
+        return f"{image} {kernel}{stride} to {self.filters}{groups}"
 
     @property
     def settings(self) -> ConvSettings:
-        return ConvSettings.of(self.sizes.stride, self.sizes.padding, self.sizes.dilation, self.sizes.groups)
+        return ConvSettings.of(self.stride, self.padding, self.dilation, self.groups)
 
     def input_shape(self, batch: int) -> tuple[int, int, int, int]:
-        return batch, self.sizes.channels, self.sizes.height, self.sizes.width
+        return batch, self.channels, self.height, self.width
 
     def output_shape(self, batch: int) -> tuple[int, int, int, int]:
-        return batch, self.sizes.filters, self.out_height, self.out_width
+        windows = zip((self.height, self.width), self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        height, width = ((size + 2 * pad - step * (k - 1) - 1) // stride + 1 for size, k, stride, pad, step in windows)
+        return batch, self.filters, height, width
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        return self.sizes.filters, self.sizes.channels // self.sizes.groups, *self.sizes.kernel
+        return self.filters, self.channels // self.groups, *self.kernel
 
     def flop(self, batch: int) -> int:
         """Additions and multiplications of one of its three products, none of them with the padding."""
-        return 2 * batch * self.out_height * self.out_width * torch.Size(self.weight_shape).numel()
+        _, _, height, width = self.output_shape(batch)
+        return 2 * batch * height * width * torch.Size(self.weight_shape).numel()
 
 
 @dataclass(frozen=True)
 class NormSite:
-    """One shape of activation after a norm, named after the first norm that is so. ``ending`` is what follows the norm:
-    "relu"; "residual", the end of an identity block (add, ReLU); or "projection", the end of a projection block, where
-    the shortcut has a norm of its own."""
+    """One shape of activation after a norm. ``ending`` is what follows the norm: "relu"; "residual", the end of an
+    identity block (add, ReLU); or "projection", the end of a projection block, where the shortcut has a norm of its
+    own."""
 
-    name: str
     channels: int
     height: int
     width: int
     ending: str
-    count: int
 
     def __str__(self) -> str:
         return f"{self.channels}x{self.height}x{self.width}"
@@ -100,77 +95,56 @@ class ConvSite:
         return f"{self.conv} {self.behind}".strip()
 
 
-def convolutions(name: str, image_size: int = 224) -> list[Convolution]:
-    """Those of one of this package's networks (a builder, such as "resnet50"), each shape once, in the order in which
-    they first run."""
-    counts = Counter(call.conv for call in _calls(name, image_size) if call.conv is not None)
-    return [Convolution(*key, count) for key, count in counts.items()]
+def convolutions(name: str, image_size: int = 224) -> Counter[Convolution]:
+    """Those of one of this package's networks (a builder, such as "resnet50"), and how often it has each."""
+    return Counter(link.conv for link in _links(name, image_size))
 
 
 def conv_sites(name: str, image_size: int = 224) -> list[ConvSite]:
     """The convolutions, each shape in each of its places once."""
-    shapes = {(conv.sizes, conv.out_height, conv.out_width): conv for conv in convolutions(name, image_size)}
-    found: dict[ConvSite, None] = {}
-    for call in _calls(name, image_size):
-        if call.conv is not None:
-            behind = SHORTCUT if call.in_shortcut else ADDED if call.ends_block else PLAIN
-            inside = call.block is not None and not call.in_shortcut and call.own_name != "conv1"
-            found[ConvSite(shapes[call.conv], behind, inside, call.block is not None)] = None
-    return [*found]
+    behind = {RELU: PLAIN, RESIDUAL: ADDED, PROJECTION: ADDED, SHORTCUT: SHORTCUT}
+    links = _links(name, image_size)
+    return list(dict.fromkeys(ConvSite(conv, behind[ending], *place) for conv, ending, *place in links))
 
 
-def norm_sites(name: str, image_size: int = 224) -> list[NormSite]:
-    """The norms, each shape and ending once. A norm in a shortcut is part of the site at the end of its block."""
-    found: dict[tuple[int, int, int, str], list[str]] = {}
-    for call in _calls(name, image_size):
-        if call.conv is None and not call.in_shortcut:
-            last = PROJECTION if getattr(call.block, "downsample", None) is not None else RESIDUAL
-            found.setdefault((*call.output_shape, last if call.ends_block else RELU), []).append(call.name)
-    return [NormSite(names[0], *key, len(names)) for key, names in found.items()]
+def norm_sites(name: str, image_size: int = 224) -> Counter[NormSite]:
+    """The norms, and how often there is one of each shape and ending. A norm in a shortcut is part of the site at the
+    end of its block."""
+    links = [link for link in _links(name, image_size) if link.ending != SHORTCUT]
+    return Counter(NormSite(*link.conv.output_shape(1)[1:], link.ending) for link in links)
 
 
-class _Call(NamedTuple):
-    """A norm or convolution that ran; ``conv`` is the latter's sizes and output, ``block`` the residual block that
-    it is in, None for the stem."""
+class _Link(NamedTuple):
+    """A convolution with the norm after it, and what follows that: one of `ENDINGS`, or `SHORTCUT`."""
 
-    name: str
-    block: Any
-    conv: tuple[Sizes, int, int] | None
-    output_shape: tuple[int, int, int]
-
-    @property
-    def in_shortcut(self) -> bool:
-        return ".downsample." in self.name
-
-    @property
-    def own_name(self) -> str:
-        return self.name.rpartition(".")[2]
-
-    @property
-    def ends_block(self) -> bool:
-        return self.block is not None and self.own_name[-1:] == ("3" if hasattr(self.block, "conv3") else "2")
+    conv: Convolution
+    ending: str
+    normed: bool
+    takes_gradient: bool
 
 
 @functools.lru_cache(maxsize=8)
-def _calls(name: str, image_size: int) -> list[_Call]:
-    found: list[_Call] = []
+def _links(name: str, image_size: int) -> list[_Link]:
+    shapes: dict[nn.Module, Convolution] = {}
+
+    def note(conv: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        windows: Any = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+        shapes[conv] = Convolution(*inputs[0].shape[1:], conv.out_channels, *windows)  # type: ignore[call-arg]
+
     with torch.device("meta"), torch.no_grad():
         model = getattr(models, name)().eval()
-        modules = dict(model.named_modules())
-        paths = {module: path for path, module in modules.items()}
-
-        def note(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            path, (_, channels, height, width) = paths[module], output.shape
-            parent = modules[path.partition(".downsample.")[0] if ".downsample." in path else path.rpartition(".")[0]]
-            block = parent if is_residual_block(parent) else None
-            conv = None
+        for module in model.modules():
             if isinstance(module, nn.Conv2d):
-                windows: Any = (module.kernel_size, module.stride, module.padding, module.dilation, module.groups)
-                conv = Sizes(*inputs[0].shape[1:], channels, *windows), height, width  # type: ignore[call-arg]
-            found.append(_Call(path, block, conv, (channels, height, width)))
-
-        for module in paths:
-            if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
                 module.register_forward_hook(note)
         model(torch.empty(1, 3, image_size, image_size))
+    found: list[_Link] = []
+    for module in model.modules():
+        chain = sites_of(module)
+        is_block = any(site.residual is not None for site in chain)
+        for place, site in enumerate(chain):
+            shortcut = getattr(module, site.residual) if site.residual else None
+            ending = RELU if site.residual is None else RESIDUAL if shortcut is None else PROJECTION
+            found.append(_Link(shapes[getattr(module, site.conv)], ending, place > 0, is_block))
+            beside = [shapes[conv] for conv in (shortcut.modules() if shortcut is not None else ()) if conv in shapes]
+            found += [_Link(conv, SHORTCUT, False, True) for conv in beside]
     return found

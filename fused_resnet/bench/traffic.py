@@ -100,19 +100,10 @@ def _written_only(kind: str) -> Row:
     return lambda call: [Pass(kind, 0, size(call.results))]
 
 
-def _foreach(kind: str) -> Row:
-    """Lists of tensors in one pass: in place, and so without results, it rewrites the first list."""
-    return lambda call: [Pass(kind, size(list(call.arguments.values())), size(call.results or call.arguments["self"]))]
-
-
-def _fused_optimizer(*states: str) -> Row:
-    """One pass over parameters, gradients and states, which rewrites all but the gradients."""
-
-    def row(call: Call) -> list[Pass]:
-        kept = size(call.arguments["self"], [call.arguments[state] for state in states])
-        return [Pass("update", kept + size(call.arguments["grads"]), kept)]
-
-    return row
+def _fused_sgd(call: Call) -> list[Pass]:
+    """One pass over parameters, gradients and momenta, which rewrites all but the gradients."""
+    kept = size(call.arguments["self"], call.arguments["momentum_buffer_list"])
+    return [Pass("update", kept + size(call.arguments["grads"]), kept)]
 
 
 def _convolution_backward(call: Call) -> list[Pass]:
@@ -176,7 +167,7 @@ _ONCE = {
     "pool": "max_pool2d_with_indices mean _adaptive_avg_pool2d _adaptive_avg_pool2d_backward",
     "linear": "addmm mm",
     "loss": "_log_softmax _log_softmax_backward_data nll_loss_forward",
-    "elementwise": "div mul neg sub sqrt rsqrt where addcmul addcdiv lerp reciprocal pow",
+    "elementwise": "div mul neg sub sqrt rsqrt where addcmul pow",
     "sum": "sum",
     "copy": "_to_copy clone contiguous",
 }
@@ -187,24 +178,19 @@ _OURS = {
     "pool": "avgpool",
 }
 _FILL = "zero fill zeros zeros_like ones ones_like full full_like new_zeros new_ones new_full scalar_tensor"
-_EACH = " ".join(
-    f"_foreach_{name}" for name in ("add", "sub", "mul", "div", "neg", "sqrt", "lerp", "addcmul", "addcdiv")
-)
 ROWS: dict[str, Row] = {
     **_rows(_once, _ONCE),
     **_rows(_written_only, {"fill": _FILL}),
-    **_rows(_foreach, {"elementwise": _EACH}),
     **_rows(_once, _OURS, prefix="fused_resnet."),
     "convolution_backward": _convolution_backward,
     **dict.fromkeys(("native_batch_norm", "cudnn_batch_norm"), _batch_norm),
     "native_batch_norm_backward": _batch_norm_backward,
     "cudnn_batch_norm_backward": _cudnn_batch_norm_backward,
-    "batch_norm_gather_stats_with_counts": _once("statistics", "input", rewritten=_RUNNING),
     "max_pool2d_with_indices_backward": _once("pool", "self"),
     "nll_loss_backward": _once("loss", "self"),
     "copy": _once("copy", "self"),
-    "_fused_sgd": _fused_optimizer("momentum_buffer_list"),
-    **dict.fromkeys(("_fused_adam", "_fused_adamw"), _fused_optimizer("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")),
+    "_fused_sgd": _fused_sgd,
+    "_foreach_mul": _once("elementwise", rewritten=("self",)),
     "fused_resnet.bn_stats": _once("statistics", rewritten=_RUNNING),
     "fused_resnet.bn_stats_apply": _once("normalise", rewritten=_RUNNING),
     "fused_resnet.bn_grad_apply": _bn_grad_apply,

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,17 +18,15 @@ from torch import Tensor, nn
 import fused_resnet
 from fused_resnet.bench import options
 from fused_resnet.bench.dry_run import DryRun
-from fused_resnet.bench.ledger import Ledger, ledger
-from fused_resnet.bench.result import MODEL, TRAINING_FORWARD, TRAINING_STEP, Measurement
-from fused_resnet.bench.saved_bytes import saved_bytes
+from fused_resnet.bench.ledger import Ledger, ledger, saved_bytes
 from fused_resnet.bench.suite.subjects import build, builder_names
 from fused_resnet.ops.route.request import asking
-from fused_resnet.training.loop import MOMENTUM, WEIGHT_DECAY, autocast
+from fused_resnet.training.loop import autocast
 
 EAGER = "eager"
 MASKS = "level 3, masks"
 LEVELS: tuple[int | str, ...] = (EAGER, 0, 1, 2, 3, MASKS)
-"""The ways of ``training_ledger``. MASKS is level 3 where CUDA C++ runs the passes: the end of a block keeps one bit of
+"""The ways of a `DryStep`. MASKS is level 3 where CUDA C++ runs the passes: the end of a block keeps one bit of
 each element for its ReLU's backward."""
 SAVED: dict[str, tuple[int | str, str]] = {
     EAGER: (EAGER, "default"),
@@ -46,104 +44,61 @@ def column(level: int | str) -> str:
     return level if isinstance(level, str) else f"level {level}"
 
 
-def step_ledgers(measurement: Measurement, known: Collection[str] = ()) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """An entry for ``Result.ledgers`` from a measured model, counted for its dtype, batch and image size; none of a
-    model that this package has no builder for, of inference, of an op, and of a model in ``known``."""
-    name, training = measurement.subject, measurement.mode in (TRAINING_FORWARD, TRAINING_STEP)
-    if measurement.level != MODEL or not training or name in known or name not in builder_names():
-        return {}
-    settings = (measurement.batch_size, getattr(torch, measurement.dtype), measurement.image_size or 224)
-    found = {column(level): training_ledger(name, level, *settings) for level in LEVELS}
-    return {
-        name: {
-            title: [{"phase": e.phase, "kind": e.kind, "bytes": e.total / one.images} for e in one.by_pass()]
-            for title, one in found.items()
-        }
-    }
-
-
-def training_ledger(
-    model_name: str,
-    level: int | str | None,
-    batch_size: int,
-    dtype: torch.dtype = torch.bfloat16,
-    image_size: int = 224,
-    memory: str = "default",
-    optimizer: bool = False,
-) -> Ledger:
-    """The ledger of a training step (forward, cross entropy, backward) of one of this package's networks.
+@dataclass(frozen=True)
+class DryStep:
+    """A training step (forward, cross entropy, backward) of one of this package's networks, of which only the shapes
+    are computed.
 
     The network and its images are channels_last. The reference is asked for as the backend, and the level by
     ``use_fusion_level``, so that the ops that run are those of the level wherever this is. A convolution with groups
     falls to level 0 there too; which of the others the kernels would refuse on a given GPU is not asked.
 
     Args:
-        model_name: a builder, such as "resnet50".
-        level: of `LEVELS`: "eager" for plain PyTorch (the network after ``unfuse``), or a level of fusion; None for the
-            automatic choice.
+        model_name: a builder, such as "resnet50"; ValueError if there is none of this name.
+        level: of `LEVELS`: "eager" for plain PyTorch (the network after ``unfuse``), or a level of fusion.
         dtype: of activations and convolutions; parameters are float32, and another dtype is autocast's.
         memory: "default" or "efficient", as ``fused_resnet.fuse`` takes it.
-        optimizer: also count the update, SGD with momentum and weight decay as one kernel, in the steady state.
-
-    Raises:
-        ValueError: there is no builder or no level of this name.
     """
-    with _dry_training(model_name, level, batch_size, dtype, image_size, memory) as (model, forward):
-        settings: dict[str, Any] = {"momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY, "nesterov": True, "fused": True}
-        update = torch.optim.SGD(model.parameters(), lr=1e-3, **settings)
 
-        def step() -> None:
-            update.zero_grad()
-            forward().backward()
-            if optimizer:
-                update.step()
+    model_name: str
+    level: int | str
+    batch_size: int = 1
+    dtype: torch.dtype = torch.float32
+    image_size: int = 224
+    memory: str = "default"
 
-        if optimizer:
-            step()  # the first update makes the momenta
-        return ledger(step, batch_size)
+    def ledger(self) -> Ledger:
+        """What it reads and writes."""
+        with self._running() as (_, forward):
+            return ledger(lambda: forward().backward(), self.batch_size)
 
+    def saved_bytes(self) -> int:
+        """What forward and loss keep for backward; under autocast the weights' copies in its dtype are among them."""
+        with self._running() as (model, forward):
+            return saved_bytes(model, forward)
 
-def training_saved_bytes(
-    model_name: str,
-    level: int | str | None,
-    batch_size: int = 1,
-    dtype: torch.dtype = torch.float32,
-    image_size: int = 224,
-    memory: str = "default",
-) -> int:
-    """Bytes that the forward and the loss keep for backward, by `saved_bytes`; arguments as of `training_ledger`. Under
-    autocast the weights' copies in its dtype are among them."""
-    with _dry_training(model_name, level, batch_size, dtype, image_size, memory) as (model, forward):
-        return saved_bytes(model, forward)
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[tuple[nn.Module, Callable[[], Tensor]]]:
+        """The network, and a function that gives its loss on a batch."""
+        if self.level not in LEVELS:
+            raise ValueError(f"level must be 'eager', 0, 1, 2, 3 or {MASKS!r}; got {self.level!r}")
+        level = {EAGER: None, MASKS: 3}[self.level] if isinstance(self.level, str) else self.level
+        with DryRun(), fused_resnet.use_backend("reference"), asking(level=level, masks=self.level == MASKS):
+            model = build(self.model_name)
+            if self.level == EAGER:
+                fused_resnet.unfuse(model)
+            elif self.memory != "default":
+                fused_resnet.fuse(model, memory=self.memory)
+            model = model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+            images = torch.empty(self.batch_size, 3, self.image_size, self.image_size)
+            images = images.contiguous(memory_format=torch.channels_last)
+            labels = torch.empty(self.batch_size, dtype=torch.int64)
 
+            def forward() -> Tensor:
+                with autocast(images, None if self.dtype == torch.float32 else self.dtype):
+                    return F.cross_entropy(model(images), labels)
 
-@contextlib.contextmanager
-def _dry_training(
-    model_name: str, level: int | str | None, batch_size: int, dtype: torch.dtype, image_size: int, memory: str
-) -> Iterator[tuple[nn.Module, Callable[[], Tensor]]]:
-    """(a network in training mode, a function that gives its loss on a batch), in a `DryRun`."""
-    if level not in (*LEVELS, None):
-        raise ValueError(f"level must be 'eager', 0, 1, 2, 3, {MASKS!r} or None; got {level!r}")
-    fused_level = {EAGER: None, MASKS: 3}[level] if isinstance(level, str) else level
-    with (
-        DryRun(),
-        fused_resnet.use_backend("reference"),
-        asking(level=fused_level, masks=level == MASKS),
-    ):
-        model = build(model_name)
-        if level == EAGER:
-            fused_resnet.unfuse(model)
-        elif memory != "default":
-            fused_resnet.fuse(model, memory=memory)
-        model = model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-        images = torch.empty(batch_size, 3, image_size, image_size).contiguous(memory_format=torch.channels_last)
-        labels = torch.empty(batch_size, dtype=torch.int64)
-
-        def forward() -> Tensor:
-            with autocast(images, None if dtype == torch.float32 else dtype):
-                return F.cross_entropy(model(images), labels)
-
-        yield model, forward
+            yield model, forward
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -162,10 +117,10 @@ def main(arguments: argparse.Namespace) -> int:
 
     name, batch, size = arguments.model, arguments.batch_size, arguments.image_size
     settings = (batch, getattr(torch, arguments.dtype), size)
-    ledgers = {column(level): training_ledger(name, level, *settings) for level in LEVELS}
+    ledgers = {column(level): DryStep(name, level, *settings).ledger() for level in LEVELS}
     cells: dict[str, dict[str, float]] = {}
     for level, one in ledgers.items():
-        for entry in one.by_pass():
+        for entry in one.entries:
             cells.setdefault(f"{entry.phase} {entry.kind}", {})[level] = entry.total / batch / MEGABYTE
     eager = ledgers[EAGER].bytes_per_image
     print(f"{name}, {arguments.dtype}, {size}x{size}, batch {batch}; MB (10^6 bytes) an image\n")
@@ -177,7 +132,7 @@ def main(arguments: argparse.Namespace) -> int:
     line("all", [f"{one.bytes_per_image / MEGABYTE:.1f}" for one in ledgers.values()])
     line("to eager", [f"{one.bytes_per_image / eager:.2f}x" for one in ledgers.values()])
     print("\nSaved for backward")
-    saved = {way: training_saved_bytes(name, level, *settings, memory) for way, (level, memory) in SAVED.items()}
+    saved = {way: DryStep(name, level, *settings, memory).saved_bytes() for way, (level, memory) in SAVED.items()}
     for way, value in saved.items():
         line(way, [f"{value / batch / MEGABYTE:.1f}", f"{value / saved[EAGER]:.2f}x"])
     print("\nCounted from the ops that ran, as if each were well-made kernels; nothing was measured.")

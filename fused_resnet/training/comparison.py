@@ -21,12 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_resnet
+from fused_resnet.bench.ledger import saved_bytes
 from fused_resnet.bench.report.figures import PLAIN_EAGER
 from fused_resnet.bench.result import INFERENCE
-from fused_resnet.bench.saved_bytes import saved_bytes
+from fused_resnet.bench.suite.correctness import JudgedTask
 from fused_resnet.bench.suite.measure import measure
-from fused_resnet.bench.suite.networks import ModelTask
-from fused_resnet.bench.suite.pytorch import FORMATS
+from fused_resnet.bench.suite.network_contenders import FORMATS
 from fused_resnet.bench.suite.registry import select
 from fused_resnet.bench.suite.rounds import Method
 from fused_resnet.bench.suite.subjects import build
@@ -138,7 +138,7 @@ def compare_inference(settings: Settings, progress: Progress) -> list[dict[str, 
     method = Method(rounds=settings.rounds, min_seconds=0.0, most_rounds=settings.rounds)
     results = []
     for batch_size in settings.inference_batches:
-        task = ModelTask(
+        task = JudgedTask(
             settings.inference_model,
             *(INFERENCE, batch_size, settings.autocast_dtype or torch.float32, settings.device),
             settings.inference_size,

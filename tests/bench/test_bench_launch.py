@@ -8,13 +8,12 @@ import pytest
 import torch
 
 from benchmarks import bench_launch
-from fused_resnet.bench.passes import PASSES, STATS_APPLY, NormPass
+from benchmarks.norm_step import NormStepTask
+from fused_resnet.bench.passes import PASSES, STATS_APPLY, NormPass, PassTask
 from fused_resnet.bench.sites import ENDINGS, NormSite
 from fused_resnet.bench.suite.op_base import OpTask
-from fused_resnet.bench.suite.op_norm_step import NormStepTask
-from fused_resnet.bench.suite.op_pass import PassTask
 from fused_resnet.bench.suite.op_stem import LAYOUTS, StemTask
-from fused_resnet.bench.suite.op_task import op_contenders
+from fused_resnet.bench.suite.registry import op_contenders
 from fused_resnet.bench.suite.task import Prepared
 from fused_resnet.ops import schemas
 from fused_resnet.ops.backends.cuda import launch as cuda_launch
@@ -82,7 +81,7 @@ def prepared_on_cuda(task: OpTask) -> Prepared:
 def test_the_backend_takes_what_the_benchmark_of_passes_gives_it(norm_pass: NormPass):
     with bench_launch.on_host() as machine:
         machine.skip_launches(False)
-        site = NormSite("here", 40, 5, 7, norm_pass.endings[0], 1)
+        site = NormSite(40, 5, 7, norm_pass.endings[0])
         prepared = prepared_on_cuda(PassTask(norm_pass, site, 2, torch.bfloat16, "cpu"))
         machine.launches()
         prepared.run()
@@ -103,16 +102,16 @@ def test_the_backend_takes_what_the_benchmark_of_the_stem_gives_it(layout: str):
 def test_a_step_runs_on_the_backend_and_moves_less_in_one_launch(ending: str):
     with bench_launch.on_host() as machine:
         machine.skip_launches(False)
-        task = NormStepTask(NormSite("here", 64, 3, 3, ending, 1), 2, torch.float16, "cpu")
+        task = NormStepTask(NormSite(64, 17, 17, ending), 8, torch.float16, "cpu")
         moved = prepared_on_cuda(task).moved_bytes()
-        one = task.first.norm.x.nbytes
+        one = task.first.images[0].nbytes
         bits = one // 16
         by_hand = {
             "relu": {(1 + 2 + 2 + 3) * one, (2 + 2 + 3) * one},
             "residual": {(1 + 3 + 2 + 4) * one + 3 * bits, (3 + 2 + 4) * one + 3 * bits},
             "projection": {(1 + 1 + 3 + 2 * (2 + 3)) * one + 5 * bits},
         }
-        assert moved in by_hand[ending]
+        assert any(0 <= moved - expected < bits for expected in by_hand[ending])  # and vectors
 
 
 def test_only_some_ops_and_a_profile(tmp_path, capsys):

@@ -16,17 +16,16 @@ import torch
 
 from benchmarks import by_pytest as measuring
 from benchmarks.by_pytest import FEWEST_ROUNDS, MOST_ROUNDS, cases, measure, named, rounds_for
-from fused_resnet.bench.passes import PASSES
+from fused_resnet.bench.passes import PASSES, PassTask
 from fused_resnet.bench.roofline import Ceilings
 from fused_resnet.bench.sites import RELU, NormSite
-from fused_resnet.bench.suite.op_pass import PassTask
-from fused_resnet.bench.suite.op_task import op_contenders
+from fused_resnet.bench.suite.registry import op_contenders
 from fused_resnet.bench.suite.task import Contender, Prepared
 
 ROOT = Path(__file__).resolve().parents[2]
-SITE = NormSite("here", 40, 2, 5, RELU, 1)
+SITE = NormSite(40, 2, 5, RELU)
 APPLY = next(norm_pass for norm_pass in PASSES if norm_pass.name == "bn_apply")
-BYTES = 2 * 3 * 40 * 2 * 5 * 2  # read and written of three images in float16
+BYTES = 2 * 3 * 40 * 2 * 5 * 2 + 4 * 40 * 4  # of three images in float16, read and written, and of the vectors
 
 
 class Benchmark:

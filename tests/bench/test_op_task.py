@@ -8,21 +8,22 @@ import weakref
 import pytest
 import torch
 
+from benchmarks.norm_step import NormStepTask
 from fused_resnet.bench.norm_inputs import Norm
-from fused_resnet.bench.passes import PASSES, STATS_APPLY
+from fused_resnet.bench.passes import PASSES, STATS_APPLY, PassTask
 from fused_resnet.bench.result import INFERENCE, TRAINING_FORWARD, TRAINING_STEP
 from fused_resnet.bench.sites import ENDINGS, NormSite, conv_sites
 from fused_resnet.bench.suite.op_base import OpTask
 from fused_resnet.bench.suite.op_conv_inference import ConvInferenceTask
 from fused_resnet.bench.suite.op_conv_training import PRODUCTS, ConvTrainingTask
-from fused_resnet.bench.suite.op_norm_step import NormStepTask
-from fused_resnet.bench.suite.op_pass import PassTask
 from fused_resnet.bench.suite.op_stem import BYTES, CHANNELS_LAST, LAYOUTS, StemTask
-from fused_resnet.bench.suite.op_task import op_contenders, op_tasks
-from fused_resnet.bench.suite.task import Contender, Prepared
+from fused_resnet.bench.suite.registry import op_contenders
+from fused_resnet.bench.suite.task import Prepared
+from fused_resnet.bench.suite.task_lists import op_tasks
 
-SITE = NormSite("here", 40, 2, 5, "residual", 1)
-ONE = 3 * 40 * 2 * 5 * 2  # bytes of an activation of three images in float16
+SITE = NormSite(40, 2, 5, "residual")
+VECTORS = 1024
+"""Bytes: with a norm that is folded into the weight a convolution reads fewer of them."""
 CONTENDERS = {contender.name: contender for contender in op_contenders()}
 CONVS = {str(site): site for site in conv_sites("resnet18", 32)}
 GROUPED = {str(site): site for site in conv_sites("resnext50_32x4d", 32)}
@@ -39,7 +40,7 @@ def by_hand() -> list[OpTask]:
     stages.append(GROUPED["128x8x8 3x3 to 128 in 32 groups"])
     return [
         *(PassTask(norm_pass, SITE, 3, torch.float32, "cpu") for norm_pass in [*PASSES[::4], STATS_APPLY]),
-        *(NormStepTask(NormSite("", 16, 3, 5, ending, 1), 2, torch.float32, "cpu") for ending in ENDINGS),
+        *(NormStepTask(NormSite(16, 3, 5, ending), 2, torch.float32, "cpu") for ending in ENDINGS),
         *(ConvInferenceTask(site, 2, torch.float32, "cpu") for site in stages),
         *(ConvTrainingTask(site, product, 2, torch.float32, "cpu") for site in stages for product in PRODUCTS),
         *(StemTask(17, 2, torch.float16, "cpu", layout) for layout in LAYOUTS),
@@ -58,7 +59,7 @@ def test_every_contender_is_right_or_says_why_not(task: OpTask):
         assert error is not None and 0 <= error < 0.05
         prepared.run()
         moved = prepared.moved_bytes()
-        assert moved is None or moved >= task.least_bytes() > 0
+        assert moved is None or moved >= task.least_bytes() - VECTORS > 0
         took_part.add(contender.name)
         prepared.close()
     assert {"eager", "torch.compile", "ours reference"} <= took_part
@@ -102,35 +103,34 @@ def test_names_are_unique_and_ours_say_so():
 
 
 def test_bytes_of_a_step_by_hand():
-    step = NormStepTask(SITE, 3, torch.float16, "cpu")
-    assert step.least_bytes() == (1 + 3 + 4 + 3) * ONE
-    assert step.moved("reference") == (1 + 3 + 4 + 3) * ONE
+    site = NormSite(40, 16, 16, "residual")
+    step, one = NormStepTask(site, 8, torch.float16, "cpu"), 8 * 40 * 16 * 16 * 2
+    assert step.least_bytes() == (1 + 3 + 4 + 3) * one
+    assert 0 <= step.moved("reference") - step.least_bytes() < one / 10  # vectors
     # Eager adds and applies the ReLU in passes of its own, forward and backward, and reads x once more in each norm.
     assert step.moved("eager") > 1.3 * step.least_bytes()
-    assert step.saved("eager") == 2 * ONE + 2 * 40 * 4  # x and the output; mean and invstd
+    assert step.saved("eager") == 2 * one + 2 * 40 * 4  # x and the output; mean and invstd
 
 
 def test_bytes_of_convolutions_by_hand():
-    x, y, weight = 2 * 64 * 8 * 8 * 2, 2 * 64 * 8 * 8 * 2, 64 * 64 * 9 * 2
+    x, y, weight, vector = 2 * 64 * 8 * 8 * 2, 2 * 64 * 8 * 8 * 2, 64 * 64 * 9 * 2, 64 * 4
     site = CONVS["64x8x8 3x3 to 64 with add"]
     least = {product: ConvTrainingTask(site, product, 2, torch.bfloat16, "cpu").least_bytes() for product in PRODUCTS}
     assert least == {
-        "conv_stats": x + weight + y,
-        "conv_grad_input": 2 * y + weight + 2 * x,
-        "conv_grad_weight": 2 * y + x + weight,
+        "conv_stats": x + weight + y + (4 + 2) * vector,  # the norm before it; mean and invstd
+        "conv_grad_input": 2 * y + weight + 2 * x + (4 + 4 + 2) * vector,  # and the coefficients; two sums
+        "conv_grad_weight": 2 * y + x + 2 * weight + (4 + 4) * vector,  # in float32
     }
-    triton = ConvTrainingTask(site, "conv_grad_weight", 2, torch.bfloat16, "cpu").moved("triton")
-    assert triton == 2 * y + x + 2 * weight  # it writes the gradient in float32
     inference = ConvInferenceTask(site, 2, torch.bfloat16, "cpu")
-    assert inference.least_bytes() == x + weight + 2 * y
-    assert inference.moved("separate") == x + weight + 4 * y
+    assert inference.least_bytes() == x + weight + 2 * y + 2 * vector
+    assert inference.moved("separate") == inference.least_bytes() + 2 * y
     assert inference.flop() == 2 * 2 * 64 * 8 * 8 * 64 * 9
 
 
 def test_stem_by_hand():
     stem = StemTask(224, 2, torch.bfloat16, "cpu", BYTES)
     x, weight, conv, out = 2 * 3 * 224 * 224, 64 * 3 * 49, 2 * 64 * 112 * 112, 2 * 64 * 56 * 56
-    assert stem.least_bytes() == x + 2 * weight + 2 * out
+    assert stem.least_bytes() == x + 2 * weight + 2 * out + 2 * 64 * 4
     assert stem.flop() == 2 * conv * 3 * 49 == 2 * 236_027_904
     vectors = 3 * 4  # a float for each channel of the image
     scaled = (x + 4 * x) + (8 * x + vectors) + (8 * x + vectors) + (4 * x + 2 * x)  # float, times, plus, to bfloat16
@@ -148,7 +148,7 @@ def test_all_ops_of_networks():
     more = op_tasks(["resnet18"], [TRAINING_STEP], [1], [torch.bfloat16], "cpu", 64)
     assert {task.mode for task in more} == {TRAINING_FORWARD, TRAINING_STEP}
     subjects = {task.subject for task in more}
-    for start in ("bn_stats", "bn_apply_dual", "bn_grad_apply of bits", *PRODUCTS, "bn_act step projection"):
+    for start in ("bn_stats", "bn_apply_dual", "bn_grad_apply_mask", *PRODUCTS):
         assert any(subject.startswith(start) for subject in subjects), start
     assert not any(subject.startswith("conv_grad_input 3x64x64") for subject in subjects)
 
@@ -172,19 +172,13 @@ def test_inputs_take_turns_and_are_not_zero():
     assert not torch.equal(seen[0].x, seen[1].x)
 
 
-def contenders(*names: str) -> list[Contender]:
-    return [CONTENDERS[name] for name in names]
-
-
-def test_inputs_go_with_the_last_contender_and_come_back_the_same():
+def test_inputs_that_were_given_back_come_back_the_same():
     task = PassTask(PASSES[1], SITE, 3, torch.float32, "cpu")
-    first, second = (contender.prepare(task) for contender in contenders("eager", "ours reference"))
-    norm = weakref.ref(task.first)
-    values = task.first.x.clone()
-    first.close()
-    assert norm() is not None
-    second.close()
-    del first, second
+    prepared = CONTENDERS["eager"].prepare(task)
+    norm, values = weakref.ref(task.first), task.first.x.clone()
+    task.release()
+    assert norm() is not None  # for the contender
+    del prepared
     gc.collect()
     assert norm() is None
     assert torch.equal(task.first.x, values)

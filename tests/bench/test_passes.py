@@ -11,8 +11,11 @@ from torch import Tensor
 from benchmarks.device_clock import Moment, before_each_round
 from fused_resnet import arguments
 from fused_resnet.bench import norm_inputs
+from fused_resnet.bench.accuracy import why_wrong
 from fused_resnet.bench.norm_inputs import Norm
-from fused_resnet.bench.passes import PASSES, STATS_APPLY, NormPass, why_wrong
+from fused_resnet.bench.passes import PASSES, STATS_APPLY, NormPass, PassTask
+from fused_resnet.bench.sites import NormSite
+from fused_resnet.bench.suite.task import Prepared
 from fused_resnet.ops import reference, use_backend
 from tests.accuracy import assert_at_most_twice
 
@@ -28,44 +31,47 @@ BYTES = {  # in float16, T = 2400 and a mask 240
     "bn_grad_stats no mask": 4800,
     "bn_grad_stats recomputed": 4800,
     "bn_grad_stats of out": 9600,
-    "bn_grad_stats of bits": 5040,
-    "bn_grad_stats of bits, with dz": 7440,
+    "bn_grad_stats_mask": 5040,
+    "bn_grad_stats_mask with dz": 7440,
     "bn_grad_apply no mask": 7200,
     "bn_grad_apply recomputed": 7200,
     "bn_grad_apply recomputed, constant statistics": 7200,
-    "bn_grad_apply of bits": 7440,
-    "bn_grad_apply of bits, with dz": 9840,
+    "bn_grad_apply_mask": 7440,
+    "bn_grad_apply_mask with dz": 9840,
     "bn_stats_apply residual": 7440,
 }
 
 
-def test_bytes_of_every_pass_by_hand():
-    assert {name: norm_pass.moved(SHAPE, torch.float16) for name, norm_pass in NAMED.items()} == BYTES
-    assert NAMED["bn_apply"].moved(SHAPE, torch.float32) == 2 * BYTES["bn_apply"]
+def task_of(norm_pass: NormPass, dtype: torch.dtype) -> PassTask:
+    return PassTask(norm_pass, NormSite(40, 2, 5, "residual"), 3, dtype, "cpu")
 
 
 @pytest.mark.parametrize("norm_pass", NAMED.values(), ids=str)
-def test_bytes_are_those_of_the_tensors(norm_pass: NormPass):
-    """All but the vectors, each once."""
-    norm = Norm(SHAPE, torch.float16, "cpu")
+def test_bytes_by_hand_are_those_that_are_counted_of_the_tensors(norm_pass: NormPass):
+    task = task_of(norm_pass, torch.float16)
     with use_backend("reference"):
-        tensors = [*norm_pass.arguments(norm), *norm_pass.call(norm)()]
-    images = [tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.dim() > 1]
-    assert norm_pass.moved(SHAPE, torch.float16) == sum(image.nbytes for image in images)
+        tensors = [*norm_pass.arguments(task.first), *norm_pass.call(task.first)()]
+    found = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+    assert sum(tensor.nbytes for tensor in found if tensor.dim() > 1) == BYTES[norm_pass.name]
+    assert task.least_bytes() == sum(tensor.nbytes for tensor in found)  # each once, vectors too
 
 
 @pytest.mark.parametrize("norm_pass", NAMED.values(), ids=str)
 def test_a_wrong_result_is_marked(norm_pass: NormPass):
-    norm = Norm(SHAPE, torch.float32, "cpu")
+    task = task_of(norm_pass, torch.float32)
     with use_backend("reference"):
-        right = norm_pass.call(norm)()
-    assert norm_pass.why_wrong(right, norm) is None
+        right = norm_pass.call(task.first)()
+
+    def why_wrong(results: list[Tensor | None]) -> str | None:
+        return task.why_wrong(Prepared(run=lambda: None, results=lambda: results))[1]
+
+    assert why_wrong(right) is None
     for index, result in enumerate(right):
         if result is None or result.numel() == 0:
             continue
         wrong, first = result.clone(), (0,) * result.dim()
         wrong[first] = ~wrong[first] if wrong.dtype == torch.uint8 else wrong[first] + 0.01
-        message = norm_pass.why_wrong([*right[:index], wrong, *right[index + 1 :]], norm)
+        message = why_wrong([*right[:index], wrong, *right[index + 1 :]])
         assert message is not None
         assert message.startswith(f"result {index}: ")
 

@@ -9,25 +9,24 @@ import sys
 import pytest
 import torch
 
-from fused_resnet.bench.suite.peak_memory import available_bytes, peak_bytes
+from fused_resnet.bench.suite.peak_memory import peak_bytes
 
 
 def test_peak_memory_counts_what_a_run_holds_at_once():
     """In a process of its own: among the free blocks that other tests have left in the heap, malloc may place the
     second of two buffers beside the first, which is free already, and the system counts both."""
     done = subprocess.run([sys.executable, "-c", PEAKS], capture_output=True, text=True, check=True, timeout=300)
-    size, one, two_in_turn, two_at_once, available = json.loads(done.stdout)
+    size, one, two_in_turn, two_at_once = json.loads(done.stdout)
     if one is None:
         pytest.skip("this system does not tell")
     assert one == pytest.approx(size, rel=0.05)
     assert two_in_turn == pytest.approx(size, rel=0.05)
     assert two_at_once == pytest.approx(2 * size, rel=0.05)
-    assert available > size
 
 
 PEAKS = """
 import json, torch
-from fused_resnet.bench.suite.peak_memory import available_bytes, peak_bytes
+from fused_resnet.bench.suite.peak_memory import peak_bytes
 
 SIZE = 48 << 20
 
@@ -40,7 +39,6 @@ def two_in_turn():
 
 print(json.dumps([
     SIZE, peak_bytes(one, "cpu"), peak_bytes(two_in_turn, "cpu"), peak_bytes(lambda: [one(), one()], "cpu"),
-    available_bytes("cpu"),
 ]))
 """
 
@@ -69,4 +67,3 @@ def test_peak_memory_of_a_gpu():
     size = 64 << 20
     assert peak_bytes(lambda: torch.ones(size, dtype=torch.uint8, device="cuda"), "cuda") == size
     assert peak_bytes(lambda: None, "cuda") is None
-    assert available_bytes("cuda") > size

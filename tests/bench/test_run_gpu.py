@@ -15,9 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
-from benchmarks import compile_kernels, run_gpu
+from benchmarks import run_gpu
 from benchmarks.run_gpu import DONE, FAILED, ROOT, SKIPPED, UNFINISHED, Unit, fingerprint, last_line, run
 from fused_resnet.bench.result import INFERENCE, MODEL, RIGHT, WRONG, Measurement, Outcome, Result
 from fused_resnet.bench.suite.measure import NO_TIME
@@ -225,6 +224,15 @@ def test_headlines_of_the_summary(tmp_path: Path):
     assert "blocks_x.json cannot be read" in summary
 
 
+def test_a_report_is_of_the_newest_condition(tmp_path: Path):
+    paths = [tmp_path / f"{name}.json" for name in "abcd"]
+    for path, cpu, date in zip(paths, ("one", "two", "two"), ("1", "2", "3"), strict=False):
+        dataclasses.replace(result(), machine={"cpu": cpu, "date": date}).save(path)
+    paths[3].write_text("{")
+    assert run_gpu.of_the_newest_condition(paths) == paths[1:3]
+    assert run_gpu.of_the_newest_condition([]) == []
+
+
 def test_what_bench_had_no_time_for_is_left(tmp_path: Path):
     path = tmp_path / "ops.json"
     assert run_gpu.left_out(path) == "nothing was measured yet"
@@ -343,69 +351,3 @@ def test_the_script_finds_the_repository_and_the_interpreter(tmp_path: Path):
     done = subprocess.run(["sh", script, "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--pack" in done.stdout
-
-
-@pytest.mark.parametrize("dry", [False, True])
-def test_the_real_plan_has_every_phase_and_unique_names(dry: bool, tmp_path: Path):
-    found = run_gpu.units(tmp_path, dry)
-    names = [unit.name for unit in found]
-    assert len(set(names)) == len(names)
-    assert list(dict.fromkeys(unit.phase for unit in found)) == list(run_gpu.BUDGETS)
-    assert min(run_gpu.BUDGETS.values()) >= run_gpu.LEAST
-
-
-def test_the_real_plan_asks_bench_and_tune_for_what_they_take(tmp_path: Path):
-    """Every command that is one of the package's own is parsed, not run."""
-    import argparse
-
-    from fused_resnet.bench import command as bench
-    from fused_resnet.bench.suite import selections
-    from fused_resnet.bench.tune import command as tune
-
-    parsed = 0
-    for dry in (False, True):
-        for unit in run_gpu.units(tmp_path, dry):
-            words = [*unit.words, *(["--budget", "100"] if unit.budget else [])]
-            if words[1:3] != ["-m", "fused_resnet"] or words[3] not in ("bench", "tune") or "report" in words:
-                continue
-            module = {"bench": bench, "tune": tune}[words[3]]
-            parser = argparse.ArgumentParser()
-            module.add_arguments(parser)
-            arguments = parser.parse_args(words[4:])
-            assert arguments.budget == 100.0 or "--dry" in words
-            if module is bench:
-                assert selections.make_contenders(arguments)
-            parsed += 1
-    assert parsed > 10
-
-
-def test_kernels_are_listed_and_made_in_a_pool(capsys):
-    calls = compile_kernels.calls_of("resnet18", 2, torch.float32, 32)
-    ops = {op for op, _ in calls}
-    assert {"conv_stats", "conv_grad_input", "conv_grad_weight", "conv_bn_act", "bn_apply_pool", "bn_stats"} <= ops
-    twice = compile_kernels.grouped([*calls, *compile_kernels.calls_of("resnet18", 4, torch.float32, 32)])
-    assert len(twice) < 2 * len(calls)
-    assert all(len({op for op, _ in group}) == 1 for group in twice)
-    planted = ("bn_apply", (("tensor", (2, 3), (3, 1), torch.float32), *[None] * 5, True))
-    assert compile_kernels.compile_all([[calls[0]], [planted]], "reference", "cpu", jobs=1) == 1
-    said = capsys.readouterr().out
-    assert "failed: bn_apply" in said and "1 calls made, 0 not for reference, 1 failed" in said
-    assert compile_kernels.make(calls, "native", "cpu")[1] > 0  # it has not all of them, and says so
-
-
-def test_small_ops_find_a_planted_fault(tmp_path: Path, monkeypatch, capsys):
-    """What the phase of tests runs on a GPU, here on the reference and of one op only."""
-    from fused_resnet.__main__ import main
-    from fused_resnet.ops import reference
-
-    (unit,) = [unit for unit in run_gpu.units(tmp_path, True) if unit.title == "small ops, reference"]
-    words = [*unit.words[3:], "--model", "resnet18"]
-    assert main(words) == 0
-    real = reference.bn_apply
-
-    def wrong(x: torch.Tensor, *arguments: object) -> torch.Tensor:
-        return real(x, *arguments) + (0 if x.dtype == torch.float64 else 0.1)  # the exact result stays
-
-    monkeypatch.setattr(reference, "bn_apply", wrong)
-    assert main(words) == 1
-    assert "error is" in capsys.readouterr().out

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fused_resnet.bench.saved_bytes import saved_bytes
+from fused_resnet.bench.ledger import saved_bytes
 
 FLOAT = 4
 

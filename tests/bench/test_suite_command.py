@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
 import time
-import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,26 +16,20 @@ import torch
 
 from fused_resnet.__main__ import main
 from fused_resnet.bench import command
-from fused_resnet.bench.report.condition import file_name, reasons_to_start_anew
+from fused_resnet.bench.command import make_tasks, method_for, with_defaults
+from fused_resnet.bench.report import files
 from fused_resnet.bench.result import (
-    FAILED,
     INFERENCE,
+    LEVELS,
     MODEL,
     RIGHT,
     TRAINING_STEP,
-    WRONG,
-    Measurement,
-    Outcome,
     Result,
 )
 from fused_resnet.bench.roofline import Ceilings
-from fused_resnet.bench.suite import runner, selections
-from fused_resnet.bench.suite.registry import fits
+from fused_resnet.bench.suite import registry, runner
 from fused_resnet.bench.suite.rounds import Method
-from fused_resnet.bench.suite.selections import make_tasks, method_for, select
-from fused_resnet.bench.suite.table import cells, footnotes, timed
 from fused_resnet.bench.suite.task import Contender, Prepared, Task
-from fused_resnet.bench.timer import Timing
 
 
 class FakeTask(Task):
@@ -81,14 +75,9 @@ EVERYONE = [
 @pytest.fixture(autouse=True)
 def planted(monkeypatch, tmp_path) -> Iterator[None]:
     """Tasks and contenders of the tests' own, and a report that is the JSON file only."""
-    registry: Any = types.ModuleType("fused_resnet.bench.suite.registry")
-    registry.fits = fits
-    registry.select = lambda patterns: [c for c in EVERYONE if not patterns or any(fits(c.name, p) for p in patterns)]
-    monkeypatch.setitem(sys.modules, registry.__name__, registry)
-    monkeypatch.setattr(selections, "_maker", fake_maker)
-    report: Any = types.ModuleType("fused_resnet.bench.report")
-    report.write_all = write_all
-    monkeypatch.setitem(sys.modules, report.__name__, report)
+    monkeypatch.setattr(registry, "contenders", lambda: EVERYONE)
+    monkeypatch.setattr(command, "MAKERS", {level: fake_maker(level) for level in LEVELS})
+    monkeypatch.setattr(files, "write_all", write_all)
     monkeypatch.setattr(runner, "measure_ceilings", lambda device, dtype, rounds: Ceilings(1e10, 1e11))
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
@@ -103,22 +92,21 @@ def write_all(result: Result, folder: Path, name: str) -> list[Path]:
 
 
 def options_of(*words: str) -> Any:
-    import argparse
-
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     return parser.parse_args(words)
 
 
-def selected(*words: str) -> selections.Selection:
-    return select(options_of("--device", "cpu", *words))
+def selected(*words: str) -> argparse.Namespace:
+    return with_defaults(options_of("--device", "cpu", *words))
 
 
 QUICKLY = ("bench", "--device", "cpu", "--rounds", "2", "--min-seconds", "0", "--image-size", "32")
+FIRST = ("--mode", "inference", "--batch-size", "1")
 
 
 def test_a_run_writes_its_file_and_prints_its_table(tmp_path, capsys):
-    assert main([*QUICKLY, "--model", "resnet18", "--latency", "--threads", "1", "--output", "out"]) == 0
+    assert main([*QUICKLY, *FIRST, "--model", "resnet18", "--threads", "1", "--output", "out"]) == 0
     path = tmp_path / "out" / "cpu_float32_resnet18_inference_b1_32px_1threads.json"
     (measured,) = Result.load(path).measurements
     assert measured.key == (MODEL, "resnet18", INFERENCE, 1, "float32", 32)
@@ -137,7 +125,7 @@ def test_a_run_writes_its_file_and_prints_its_table(tmp_path, capsys):
 
 def test_an_earlier_file_is_kept_beside_the_new_one(tmp_path):
     for _ in range(2):
-        assert main([*QUICKLY, "--latency", "--name", "mine", "--output", str(tmp_path)]) == 0
+        assert main([*QUICKLY, *FIRST, "--name", "mine", "--output", str(tmp_path)]) == 0
     files = [path.name for path in sorted(tmp_path.iterdir())]
     assert files == ["mine.json", "mine.previous.json"]
 
@@ -183,14 +171,6 @@ def test_an_interrupt_writes_what_there_is(tmp_path, monkeypatch, capsys):
     assert "--resume" in capsys.readouterr().out
 
 
-def test_list_gives_the_reasons_and_measures_nothing(tmp_path, capsys):
-    assert main([*QUICKLY, "--list"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[lines.index("onnxruntime") + 1].strip() == "onnxruntime is not installed"
-    assert lines[lines.index("ours") + 1].strip() == "takes part"
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_dry_run_is_marked_and_tiny(tmp_path):
     assert main(["bench", "--device", "cpu", "--dry", "--output", str(tmp_path)]) == 0
     (path,) = tmp_path.iterdir()
@@ -208,42 +188,30 @@ def test_what_a_budget_leaves_out_is_printed(tmp_path, capsys):
 
 def test_defaults_of_the_cpu_and_of_a_gpu(monkeypatch):
     found = selected()
-    assert found.models == ("resnet50",) and found.levels == (MODEL,) and found.image_size == 224
-    assert found.batch_sizes == {INFERENCE: (1, 8), TRAINING_STEP: (16,)}
-    assert found.dtypes == (torch.float32,)
+    assert found.model == ["resnet50"] and found.level == [MODEL] and found.image_size == 224
+    assert found.batch_size == {INFERENCE: [1, 8], TRAINING_STEP: [16]}
+    assert found.dtype == ["float32"] and found.device == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    found = select(options_of())
-    assert found.device.type == "cuda"
-    assert found.batch_sizes == {INFERENCE: (1, 32, 256), TRAINING_STEP: (1, 32, 256)}
-    assert method_for(options_of(), found.device).pause == 0
+    found = with_defaults(options_of())
+    assert found.device == "cuda"
+    assert found.batch_size == {INFERENCE: [1, 32, 256], TRAINING_STEP: [1, 32, 256]}
+    assert method_for(found).pause == 0
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--latency"], {INFERENCE: (1,)}),
-        (["--mode", "training-forward", "--batch-size", "4", "2", "4"], {"training forward": (2, 4)}),
-        (["--mode", "inference", "--sweep"], {INFERENCE: (1, 2, 4, 8, 16, 32, 64, 128, 256)}),
-        (["--quick"], {INFERENCE: (4,), TRAINING_STEP: (4,)}),
-        (["--dry"], {INFERENCE: (2,), TRAINING_STEP: (2,)}),
+        (["--mode", "training-step", "--batch-size", "4", "2", "4"], {TRAINING_STEP: [2, 4]}),
+        (["--dry"], {INFERENCE: [2], TRAINING_STEP: [2]}),
     ],
 )
 def test_batch_sizes(words, expected):
-    assert selected(*words).batch_sizes == expected
-
-
-def test_a_quick_run_leaves_compilers_out_unless_they_are_asked_for():
-    names = [c.name for c in selections.make_contenders(options_of("--quick"))]
-    assert "torch.compile default" not in names and "ours" in names
-    (asked,) = selections.make_contenders(options_of("--quick", "--contenders", "torch.compile*"))
-    assert asked.name == "torch.compile default"
-    assert selections.budget_of(options_of("--quick")) == 60
-    assert selections.budget_of(options_of("--quick", "--budget", "9")) == 9
+    assert selected(*words).batch_size == expected
 
 
 def test_patterns_choose_contenders():
-    chosen = selections.make_contenders(options_of("--contenders", "EAGER*", "ours", "--without", "*NCHW"))
+    chosen = registry.select(["EAGER*", "ours"], ["*NCHW"])
     assert [c.name for c in chosen] == ["eager channels_last", "ours"]
 
 
@@ -260,17 +228,16 @@ def test_a_dry_run_takes_one_shape_of_each_op(monkeypatch):
     def tasks(names, modes, batch_sizes, dtypes, device, image_size):
         return [FakeTask("op", shape, modes[0], batch_sizes[0], dtypes[0], device, None) for shape in shapes]
 
-    monkeypatch.setattr(selections, "_maker", lambda level: tasks)
+    monkeypatch.setitem(command.MAKERS, "op", tasks)
     words = ["--level", "op", "--mode", "training-step"]
     assert [task.subject for task in make_tasks(selected(*words, "--dry"))] == [shapes[0], shapes[2]]
     assert [task.subject for task in make_tasks(selected(*words))] == shapes
 
 
 def test_options_change_the_method():
-    cpu = torch.device("cpu")
-    assert method_for(options_of(), cpu) == Method()
-    assert method_for(options_of("--rounds", "99", "--min-seconds", "0.5"), cpu).most_rounds == 99
-    dry = method_for(options_of("--dry"), cpu)
+    assert method_for(selected()) == Method()
+    assert method_for(selected("--rounds", "99", "--min-seconds", "0.5")).most_rounds == 99
+    dry = method_for(selected("--dry"))
     assert (dry.rounds, dry.warm_up, dry.pause) == (1, False, 0)
 
 
@@ -279,11 +246,8 @@ def test_options_change_the_method():
     [
         (["--device", "tpu"], "--device must"),
         (["--device", "cuda:77"], "--device must be cpu or a GPU that PyTorch finds here; got 'cuda:77'"),
-        (["--latency", "--batch-size", "8"], "--latency is inference at batch 1; got --batch-size"),
-        (["--latency", "--mode", "training-step"], "got --mode"),
-        (["--sweep", "--batch-size", "8"], "--sweep chooses the batch sizes"),
         (["--model", "nonsense"], "no model is named 'nonsense'"),
-        (["--without", "nobody"], "--without must fit a contender; got 'nobody'"),
+        (["--without", "nobody"], "or a pattern that fits one; got 'nobody'"),
         (["--without", "*"], "--without must leave somebody"),
     ],
 )
@@ -330,122 +294,3 @@ def test_help_imports_nothing_to_draw_with_and_no_peer():
     assert done.stderr.strip().endswith("[]")
     for name in command.COMMANDS:
         assert name in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({}, "cpu_float32_resnet50_inference_b1_b8_training-step_b16_224px_2threads"),
-        ({"levels": ["op", "model"]}, "cpu_float32_resnet50_op_model_inference_b1_b8_training-step_b16_224px_2threads"),
-        ({"models": ["a.b:c", "timm:x"], "batch_sizes": {}}, "cpu_float32_a.b-c_timm-x_224px_2threads"),
-        ({"models": list("abcd"), "batch_sizes": {INFERENCE: (1,)}}, "cpu_float32_4models_inference_b1_224px_2threads"),
-        ({"batch_sizes": {INFERENCE: (1, 2, 4, 8, 16)}}, "cpu_float32_resnet50_inference_b1-16_224px_2threads"),
-        ({"device": torch.device("cuda")}, "H100-80GB-HBM3_float32_resnet50_inference_b1_b8_training-step_b16_224px"),
-    ],
-)  # fmt: skip
-def test_names_of_files(changes, expected, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    arguments = {
-        "device": torch.device("cpu"), "threads": 2, "models": ["resnet50"], "levels": [MODEL],
-        "batch_sizes": {INFERENCE: (1, 8), TRAINING_STEP: (16,)}, "dtypes": ["float32"], "image_size": 224,
-    }  # fmt: skip
-    assert file_name(**arguments | changes) == expected
-
-
-@pytest.mark.parametrize(
-    ("fact", "value"), [("commit", "def"), ("torch", "2.11"), ("threads", 1), ("packages", {"timm": "2"})]
-)
-def test_conditions_differ_by_every_fact(fact, value):
-    facts = {"commit": "abc", "torch": "2.13", "threads": 2, "packages": {"timm": "1"}, "load_average": 0.1}
-    before = Result(facts, {"seed": 0}, {}, [])
-    assert reasons_to_start_anew(before, Result(facts | {"load_average": 0.9, "date": "x"}, {"seed": 0}, {}, [])) == []
-    assert reasons_to_start_anew(before, Result(facts | {fact: value}, {"seed": 0}, {}, [])) == [f"another {fact}"]
-    assert reasons_to_start_anew(before, Result(facts | {fact: value}, {"seed": 1}, {}, [])) == [
-        f"another {fact}",
-        "another seed",
-    ]
-    dirty = Result(facts | {"commit": "abc-dirty"}, {"seed": 0}, {}, [])
-    assert reasons_to_start_anew(dirty, dirty) == ["a modified checkout"]
-
-
-def timing(*milliseconds: float) -> Timing:
-    return Timing(tuple(value / 1e3 for value in milliseconds))
-
-
-MEASUREMENT = Measurement(
-    MODEL,
-    "resnet50",
-    INFERENCE,
-    8,
-    "float32",
-    224,
-    {
-        "eager NCHW": Outcome(RIGHT, timing=timing(20, 20, 20), error=1e-6, setup_seconds=0.5),
-        "eager channels_last": Outcome(RIGHT, timing=timing(10, 20, 15), peak_bytes=5_000_000, moved_bytes=30_000_000),
-        "ours": Outcome(RIGHT, timing=timing(5, 5, 5), moved_bytes=10_000_000),
-        "cheat": Outcome(WRONG, "differs", timing=timing(1, 1, 1), error=0.5),
-        "broken": Outcome(FAILED, "RuntimeError: no"),
-        "openvino": Outcome("absent", "not installed"),
-        "onnxruntime": Outcome("absent", "not installed"),
-    },
-    flop=10_000_000,
-    least_bytes=10_000_000,
-    clocks={"notes": ["other programs kept 1.0 of 2 cores busy"]},
-)
-
-
-def test_the_cells_of_a_table():
-    assert timed(MEASUREMENT) == ["ours", "eager channels_last", "eager NCHW", "cheat"]
-    ceilings = {"float32": {"bytes_per_second": 4e9, "flop_per_second": 4e9}}
-    ours, eager, _, cheat = (cells(MEASUREMENT, name, ceilings) for name in timed(MEASUREMENT))
-    assert ours["ms (20-80 %)"] == "5.00 (5.00-5.00)"
-    assert ours["images/s"] == "1600"
-    assert ours["vs eager"] == "3.00x"  # the median of 2, 4 and 3
-    assert ours["GB/s"] == "2.00" and ours["% roof"] == "50"
-    assert eager["vs eager"] == "1.00x" and eager["peak MB"] == "5.00" and eager["setup s"] == "-"
-    assert cheat["numbers"] == "WRONG: differs"
-    assert cells(MEASUREMENT, "ours", {})["% roof"] == "-"
-
-
-def test_what_stands_beneath_a_table():
-    assert footnotes(MEASUREMENT) == [
-        "failed: broken: RuntimeError: no",
-        "absent: openvino, onnxruntime (not installed)",
-        "note: other programs kept 1.0 of 2 cores busy",
-    ]
-    told = {("openvino", "not installed"), ("onnxruntime", "other")}
-    assert footnotes(MEASUREMENT, told)[1] == "absent: onnxruntime (not installed); 1 for reasons told above"
-    assert footnotes(MEASUREMENT, told)[1] == "absent: 2 for reasons told above"
-
-
-def test_the_table_is_told_in_words_and_leaves_empty_columns_out(capsys):
-    from rich.console import Console
-
-    from fused_resnet.bench.suite.table import table
-
-    Console(width=140).print(table(MEASUREMENT, {}))
-    lines = capsys.readouterr().out.splitlines()
-    assert "resnet50, inference, batch 8, float32, 224x224" in lines[0]
-    assert any("saved MB" in line for line in lines) is False
-    assert any("WRONG: differs" in line for line in lines)
-
-
-def test_a_bar_in_a_terminal_shows_the_time_left():
-    import io
-
-    from rich.console import Console
-
-    from fused_resnet.bench.suite.table import BenchProgress
-
-    screen = io.StringIO()
-    console = Console(file=screen, force_terminal=True, width=160)
-    with BenchProgress(console) as progress:
-        progress.start([1.0, 3.0])
-        progress.begin("one")
-        progress.stage("rounds", 0.5)
-        progress.finish(MEASUREMENT, Result({}, {}, {}, [MEASUREMENT]))
-        progress.begin("two")
-        progress.leave_out("two", "no time")
-    shown = screen.getvalue()
-    assert "25%" in shown and "100%" in shown and "2 of 2: two" in shown and "left" in shown
-    assert "two: not measured; no time" in shown

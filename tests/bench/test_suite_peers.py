@@ -7,10 +7,11 @@ import torch
 from torch import nn
 from torchvision.models import resnet
 
-from fused_resnet.bench.result import INFERENCE, TRAINING_FORWARD, TRAINING_STEP
-from fused_resnet.bench.suite.networks import ModelTask, block_tasks
+from fused_resnet.bench.result import INFERENCE, TRAINING_STEP
+from fused_resnet.bench.suite.correctness import JudgedTask
 from fused_resnet.bench.suite.registry import contenders
 from fused_resnet.bench.suite.task import Contender
+from fused_resnet.bench.suite.task_lists import block_tasks
 
 
 def basic() -> nn.Module:
@@ -25,8 +26,8 @@ def by_name(name: str) -> Contender:
     return found
 
 
-def model_task(dtype: torch.dtype = torch.float32, mode: str = INFERENCE) -> ModelTask:
-    return ModelTask(f"{__name__}:basic", mode, 2, dtype, image_size=32)
+def model_task(dtype: torch.dtype = torch.float32, mode: str = INFERENCE) -> JudgedTask:
+    return JudgedTask(f"{__name__}:basic", mode, 2, dtype, image_size=32)
 
 
 @pytest.mark.parametrize(
@@ -65,36 +66,11 @@ def test_a_runtime_with_another_model_is_called_wrong(package: str):
     assert (task.why_wrong(prepared)[1] or "").startswith("the error of output")
 
 
-@pytest.mark.parametrize("mode", [INFERENCE, TRAINING_STEP])
-def test_timms_network_has_the_same_numbers(mode: str):
-    pytest.importorskip("timm")
-    task = ModelTask("resnet18", mode, 2, image_size=64)
-    contender = by_name("timm")
-    assert contender.why_absent(task) == []
-    assert task.why_wrong(contender.prepare(task))[1] is None
-    block = block_tasks(["resnet50"], [mode], [2], [torch.float32], "cpu", 32)[0]
-    assert block.why_wrong(contender.prepare(block))[1] is None
-
-
-def test_every_builders_network_has_a_twin_in_timm_with_the_same_parameters():
-    pytest.importorskip("timm")
-    why_absent = by_name("timm").why_absent
-    absent = {
-        name: why_absent(ModelTask(name, INFERENCE, 1, image_size=32))
-        for name in ("resnet34", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "vgg11", "shufflenet_v2_x1_0")
-    }
-    assert {name for name, reasons in absent.items() if not reasons} == {
-        *("resnet34", "resnet50", "resnext50_32x4d", "wide_resnet50_2")
-    }
-    assert absent["shufflenet_v2_x1_0"] == ["timm has no shufflenet_v2_x1_0"]
-    assert why_absent(ModelTask("timm:resnet18", INFERENCE, 1)) == ["eager is timm's already"]
-
-
 @pytest.mark.parametrize(
     ("name", "dtype", "mode", "reason"),
     [
         ("onnxruntime", torch.bfloat16, INFERENCE, "it takes float32 here"),
-        ("onnxruntime", torch.float32, TRAINING_FORWARD, "it does inference only"),
+        ("onnxruntime", torch.float32, TRAINING_STEP, "it does inference only"),
         ("openvino", torch.float16, INFERENCE, "it takes float32 and bfloat16 here"),
     ],
 )

@@ -9,12 +9,10 @@ import torch
 
 from fused_resnet.bench.result import ABSENT, RIGHT, TRAINING_STEP, Result
 from fused_resnet.bench.roofline import Ceilings
-from fused_resnet.bench.suite import measure as measure_module
 from fused_resnet.bench.suite import runner
 from fused_resnet.bench.suite.measure import NO_TIME
 from fused_resnet.bench.suite.rounds import LEAST_ROUNDS, Method
 from fused_resnet.bench.suite.runner import INTERRUPTED, LEFT_OUT, Listener, weight
-from fused_resnet.bench.suite.task import Contender, Prepared, Task
 from tests.bench.planted import FakeTask, raising, run_on
 
 
@@ -82,45 +80,6 @@ def test_who_is_not_ready_in_time_is_left_out_but_never_eager_and_ours(machine):
     assert [name for name in names if outcomes[name].status == ABSENT] == ["torch.compile"]
 
 
-def test_a_sweep_ends_with_patience_and_with_memory(machine, monkeypatch):
-    def contender() -> Contender:
-        """A run takes as many seconds as the batch has images."""
-        now: list[int] = []
-
-        def prepare(task: Task) -> Prepared:
-            now[:] = [task.batch_size]
-            return Prepared(lambda: machine.sleep(now[0]), lambda: [torch.tensor(1.0)])
-
-        return Contender("a", lambda task: [], prepare)
-
-    def sweep(**changes: Any) -> tuple[list[int], list[str]]:
-        result = run_on(machine, [FakeTask(2**n) for n in range(8)], [contender()], **changes)
-        return [m.batch_size for m in result.measurements], result.arguments[LEFT_OUT]
-
-    measured, left_out = sweep(longest_run=5.0)
-    assert measured == [1, 2, 4, 8]
-    assert left_out[0].endswith("a run of batch 8 took 8.0 s")
-    monkeypatch.setattr(measure_module, "peak_bytes", lambda run, device: 1_000_000_000)
-    monkeypatch.setattr(runner, "available_bytes", lambda device: 2_000_000_000)
-    measured, left_out = sweep()
-    assert measured == [1]
-    assert left_out[0].endswith("it would take 2.0 GB, and 2.0 GB are available")
-
-
-def test_a_sweep_ends_where_nobody_had_memory(machine):
-    def prepare(task: Task) -> Prepared:
-        if task.batch_size > 2:
-            raise MemoryError("no more")
-        return machine.contender("a").prepare(task)
-
-    tasks = [FakeTask(n) for n in (1, 2, 4, 8, 16)] + [FakeTask(16, subject="other")]
-    result = run_on(machine, tasks, [Contender("a", lambda task: [], prepare)])
-    assert [(m.subject, m.batch_size) for m in result.measurements] == [
-        ("fake", 1), ("fake", 2), ("fake", 4), ("other", 16),
-    ]  # fmt: skip
-    assert all("nobody managed batch 4" in line for line in result.arguments[LEFT_OUT])
-
-
 def test_the_listener_is_told_all_of_it(machine):
     told: list[Any] = []
 
@@ -148,20 +107,6 @@ def test_the_listener_is_told_all_of_it(machine):
     assert kinds[2] == ("finish", True) and kinds[4] == ("left out", NO_TIME)
     stages = [entry for entry in told if isinstance(entry, float)]
     assert stages == sorted(stages)
-
-
-def test_a_training_step_of_ours_brings_its_ledgers(machine):
-    task = FakeTask(2, subject="resnet18", mode=TRAINING_STEP, image_size=64)
-    again = FakeTask(4, subject="resnet18", mode=TRAINING_STEP, image_size=64)
-    result = run_on(
-        machine, [task, again, FakeTask(2, subject="alexnet", mode=TRAINING_STEP)], [machine.contender("a")]
-    )
-    assert list(result.ledgers) == ["resnet18"]
-    levels = result.ledgers["resnet18"]
-    totals = {level: sum(entry["bytes"] for entry in entries) for level, entries in levels.items()}
-    assert list(levels) == ["eager", "level 0", "level 1", "level 2", "level 3", "level 3, masks"]
-    assert totals["level 3"] < totals["level 0"] < totals["eager"]
-    assert {"phase", "kind", "bytes"} == set(levels["eager"][0])
 
 
 def test_the_weight_of_a_task_grows_with_its_work():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
 from pathlib import Path
 
@@ -11,10 +12,10 @@ import torch
 
 from fused_resnet.arguments import ConvSettings
 from fused_resnet.bench.suite.rounds import Method
-from fused_resnet.bench.tune import command, sites
-from fused_resnet.bench.tune.level_step import LevelStep
-from fused_resnet.bench.tune.run import tune, unknown
-from fused_resnet.bench.tune.sites import Selection, subjects
+from fused_resnet.bench.tune import command
+from fused_resnet.bench.tune.fastest import tune
+from fused_resnet.bench.tune.level_task import LevelStep
+from fused_resnet.bench.tune.questions import Selection, questions
 from fused_resnet.ops import reference, training_level, use_backend
 from fused_resnet.ops.backends.native.conv import NativeConv, takes_dtype
 from fused_resnet.ops.plan import measured_plan, plan_file, plan_key
@@ -22,7 +23,7 @@ from fused_resnet.ops.route import choose, request
 from fused_resnet.ops.route.reasons import module, why_not_device
 from tests.ops.step import NEEDS_NATIVE
 
-SELECTION = Selection(("resnet18",), ("training",), (("training", (2,)),), ("float32",), "cpu", 32)
+SELECTION = Selection(("resnet18",), {"training": (2,)}, (torch.float32,), torch.device("cpu"), 32)
 QUICK = Method(rounds=5, min_seconds=0, most_rounds=5, sample_seconds=0.0002, pause=0, warm_up=False)
 SLEEP = 0.003
 
@@ -40,18 +41,18 @@ def no_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.fixture
-def few_subjects(monkeypatch: pytest.MonkeyPatch) -> None:
+def few_questions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of all the shapes, those of two passes and the first two convolutions."""
 
     def few(selection, tiles):
-        found = sites.subjects(selection, tiles)
-        convolutions = [subject for subject in found if subject.op == "conv_bn_act"][:2]
+        found = questions(selection, tiles)
+        convolutions = [each for each in found if each.op == "conv_bn_act"][:2]
         return [
             *convolutions,
-            *(subject for subject in found if subject.title.startswith(("bn_stats ", "bn_apply 64"))),
+            *(each for each in found if each.title.startswith(("bn_stats ", "bn_apply 64"))),
         ]
 
-    monkeypatch.setattr(command, "subjects", few)
+    monkeypatch.setattr(command, "questions", few)
 
 
 def run(*words: str) -> int:
@@ -75,7 +76,7 @@ def chosen_for_bn_apply(batch: int = 2) -> str:
 
 
 @NEEDS_NATIVE
-def test_what_is_planted_wins_and_is_chosen_from_then_on(few_subjects, monkeypatch, capsys):
+def test_what_is_planted_wins_and_is_chosen_from_then_on(few_questions, monkeypatch, capsys):
     """The heuristics' choice is made slow for one op, the other candidate for another: only the first changes."""
     assert chosen_for_bn_apply().endswith("native")
     monkeypatch.setattr(module("native"), "bn_apply", slowed(module("native").bn_apply))
@@ -98,7 +99,7 @@ def test_what_is_planted_wins_and_is_chosen_from_then_on(few_subjects, monkeypat
 
 
 @NEEDS_NATIVE
-def test_a_rerun_goes_on_where_the_first_one_stopped(few_subjects, capsys, tmp_path):
+def test_a_rerun_goes_on_where_the_first_one_stopped(few_questions, capsys, tmp_path):
     words = ("--mode", "inference", "training", "--batch-size", "1", "--image-size", "32")
     file = tmp_path / "mine.json"
     assert run(*words, "--budget", "0.000001", "--output", str(file)) == 0
@@ -124,7 +125,7 @@ def test_the_dry_mode_runs_everything_tiny_to_the_end_and_keeps_nothing(capsys):
 
 
 @NEEDS_NATIVE
-def test_wrong_numbers_are_dropped_and_reported(few_subjects, monkeypatch, capsys):
+def test_wrong_numbers_are_dropped_and_reported(few_questions, monkeypatch, capsys):
     right = reference.bn_apply
 
     def wrong(*arguments):
@@ -138,7 +139,7 @@ def test_wrong_numbers_are_dropped_and_reported(few_subjects, monkeypatch, capsy
     assert {d.winner for (op, _), d in measured_plan.decisions().items() if op == "bn_apply"} == {"native"}
 
 
-def test_nothing_live_is_touched(few_subjects):
+def test_nothing_live_is_touched(few_questions):
     """Not the generator, the requested backend, or the plan in effect."""
     torch.manual_seed(7)
     expected = torch.rand(3)
@@ -150,54 +151,54 @@ def test_nothing_live_is_touched(few_subjects):
 
 
 def test_ctrl_c_keeps_what_was_measured(monkeypatch):
-    asked = subjects(SELECTION, {})[:4]
+    asked = questions(SELECTION, {})[:4]
 
-    def interrupt(subject):
-        if subject is asked[2]:
+    def interrupt(question):
+        if question is asked[2]:
             raise KeyboardInterrupt
 
     outcome = tune(asked, {}, None, method=QUICK, begin=interrupt)
-    assert outcome.interrupted and outcome.left == [subject.title for subject in asked[2:]]
-    assert unknown(asked, measured_plan.decisions()) == [2, 3]
+    assert outcome.interrupted and outcome.left == [question.title for question in asked[2:]]
+    assert set(measured_plan.decisions()) == {(question.op, question.key) for question in asked[:2]}
 
 
 def test_a_budget_is_kept_by_what_the_slowest_of_its_op_took():
-    asked, now = subjects(SELECTION, {})[:5], [0.0]
+    asked, now = questions(SELECTION, {})[:5], [0.0]
 
-    def take_ten_seconds(subject, found):
+    def take_ten_seconds(question, found):
         now[0] += 10
 
     outcome = tune(asked, {}, None, method=QUICK, seconds=35, clock=lambda: now[0], finish=take_ten_seconds)
-    assert len({subject.op for subject in asked}) == 1
+    assert len({question.op for question in asked}) == 1
     assert len(outcome.found) == 3 and len(outcome.left) == 2  # a fourth would have ended at 40
 
 
 def test_one_that_raises_is_reported_and_the_others_go_on(monkeypatch):
-    asked = subjects(SELECTION, {})[:3]
-    monkeypatch.setattr(asked[1], "candidates", lambda: 1 / 0)
+    asked = questions(SELECTION, {})[:3]
+    asked[1] = dataclasses.replace(asked[1], ask=lambda: 1 / 0)
     outcome = tune(asked, {}, None, method=QUICK)
     assert len(outcome.found) == 2 and "ZeroDivisionError" in outcome.failed[asked[1].title]
 
 
 def test_the_questions_are_of_every_pass_and_shape_once():
-    found = subjects(SELECTION, {})
-    keys = [(subject.op, subject.key) for subject in found]
+    found = questions(SELECTION, {})
+    keys = [(question.op, question.key) for question in found]
     assert len(set(keys)) == len(keys) and {op for op, _ in keys} == {
         *("bn_stats", "bn_apply", "bn_apply_dual", "bn_grad_stats", "bn_grad_apply"),
         *([measured_plan.LEVEL] if takes_dtype(torch.float32) else []),
     }
-    for subject in found[:3]:  # a key is made of one image, and is that of the whole batch
-        op, args = subject.task.ops(subject.task.first)[0]
-        assert plan_key.key_of(op, args) == subject.key and subject.key[0][0] == 2
+    for question in found[:3]:  # a key is made of one image, and is that of the whole batch
+        op, args = question.task.ops(question.task.first)[0]
+        assert plan_key.key_of(op, args) == question.key and question.key[0][0] == 2
 
 
 @pytest.mark.skipif(not takes_dtype(torch.float32), reason="no C++ convolutions for this processor")
 @pytest.mark.skipif(not why_not_device("triton", torch.device("cpu")), reason="Triton's interpreter comes first")
 def test_the_levels_of_the_cpu_are_measured_and_used(monkeypatch):
     def some(selection, tiles):
-        return [s for s in sites.subjects(selection, tiles) if s.op == measured_plan.LEVEL][:1]
+        return [each for each in questions(selection, tiles) if each.op == measured_plan.LEVEL][:1]
 
-    monkeypatch.setattr(command, "subjects", some)
+    monkeypatch.setattr(command, "questions", some)
     right = LevelStep.run
 
     def slow_above_0(self, level):
@@ -209,9 +210,10 @@ def test_the_levels_of_the_cpu_are_measured_and_used(monkeypatch):
     ((op, key), decision) = next(iter(measured_plan.decisions().items()))
     assert op == measured_plan.LEVEL and set(decision.seconds) == {"0", "1", "2"}
     assert (decision.winner, decision.heuristic) == ("0", "2")
-    (subject,) = some(SELECTION, {})
-    x, weight, settings = subject._inputs.x, subject._inputs.weight, subject._inputs.settings
-    assert key == subject.key and training_level(x, weight, *settings) == 0
+    (question,) = some(SELECTION, {})
+    inputs = question.task.first.inputs
+    x, weight, settings = inputs.x, inputs.weight, inputs.settings
+    assert key == question.key and training_level(x, weight, *settings) == 0
     with measured_plan.ignoring_measured_plan():
         assert training_level(x, weight, *settings) == 2
 
@@ -219,9 +221,9 @@ def test_the_levels_of_the_cpu_are_measured_and_used(monkeypatch):
 @pytest.mark.skipif(not takes_dtype(torch.float32), reason="no C++ convolutions for this processor")
 def test_the_methods_of_a_frozen_network_are_measured_and_used(monkeypatch, capsys):
     def some(selection, tiles):
-        return [s for s in sites.subjects(selection, tiles) if s.op == measured_plan.METHOD][:2]
+        return [each for each in questions(selection, tiles) if each.op == measured_plan.METHOD][:2]
 
-    monkeypatch.setattr(command, "subjects", some)
+    monkeypatch.setattr(command, "questions", some)
     monkeypatch.setattr(NativeConv, "estimated", lambda self, shape, dtype: "gemm")
     right = NativeConv.__call__
 
@@ -231,7 +233,7 @@ def test_the_methods_of_a_frozen_network_are_measured_and_used(monkeypatch, caps
 
     monkeypatch.setattr(NativeConv, "__call__", slow_products)
     assert run("--mode", "inference", "--batch-size", "2", "--image-size", "32") == 0
-    assert "winograd, " in capsys.readouterr().out
+    assert "winograd (as written: gemm)" in capsys.readouterr().out
     decisions = {key: d for (op, key), d in measured_plan.decisions().items() if op == measured_plan.METHOD}
     assert {(d.winner, d.heuristic) for d in decisions.values()} == {("winograd", "gemm")}
     weight = torch.randn(64, 64, 3, 3)
@@ -259,7 +261,6 @@ def test_the_methods_of_a_frozen_network_are_measured_and_used(monkeypatch, caps
         (["--budget", "-1"], "must be seconds, 0 or more; got '-1'"),
         (["--batch-size", "0"], "must be a whole number of at least 1; got '0'"),
         (["--image-size", "16"], "must be at least 32, since networks divide it by 32; got 16"),
-        (["--jobs", "two"], "must be a whole number of at least 1; got 'two'"),
         (["--model", "vgg16"], "invalid choice: 'vgg16'"),
     ],
 )

@@ -14,8 +14,8 @@ from fused_resnet.bench.suite.task import Prepared
 from fused_resnet.bench.timer import Timing
 from fused_resnet.bench.tune import fastest
 from fused_resnet.bench.tune.fastest import NothingRan, find_fastest, is_faster
+from tests.bench.planted import FakeTask
 
-CPU = torch.device("cpu")
 METHOD = Method(rounds=9, min_seconds=0, most_rounds=9, sample_seconds=0, pause=0, warm_up=False)
 
 
@@ -39,14 +39,8 @@ class Workshop:
         return prepare
 
     def find(self, candidates: dict, heuristic: str, **settings):
-        return find_fastest(
-            candidates, heuristic, why_wrong, CPU, settings.pop("method", METHOD), clock=lambda: self.now, **settings
-        )
-
-
-def why_wrong(prepared: Prepared) -> str | None:
-    (result,) = prepared.results()
-    return None if result == 1 else f"it is {result:g}"
+        method = settings.pop("method", METHOD)
+        return find_fastest(FakeTask(), candidates, heuristic, method, clock=lambda: self.now, **settings)
 
 
 def test_the_planted_winner_is_found():
@@ -92,7 +86,7 @@ def test_wrong_numbers_and_failures_are_dropped_with_their_reasons():
     }
     found = shop.find(candidates, "usual")
     assert found.winner == "fast" and set(found.seconds) == {"usual", "fast"}
-    assert found.dropped == {"wrong": "wrong: it is 2", "raises": "failed: RuntimeError: shared memory"}
+    assert found.dropped == {"wrong": "wrong: differs by 1.0", "raises": "failed: RuntimeError: shared memory"}
     assert "wrong" in shop.closed and "wrong" not in shop.ran
 
 
@@ -113,12 +107,12 @@ def test_a_heuristic_that_is_wrong_loses_to_what_is_right():
     found = shop.find(
         {"usual": shop.candidate("usual", 0.1, result=5.0), "other": shop.candidate("other", 1.0)}, "usual"
     )
-    assert found.winner == "other" and math.isnan(found.ratio) and found.dropped == {"usual": "wrong: it is 5"}
+    assert found.winner == "other" and math.isnan(found.ratio) and found.dropped == {"usual": "wrong: differs by 4.0"}
 
 
 def test_nothing_ran():
     shop = Workshop()
-    with pytest.raises(NothingRan, match="^a: wrong: it is 0; b: failed: ValueError: no$"):
+    with pytest.raises(NothingRan, match="^a: wrong: differs by 1.0; b: failed: ValueError: no$"):
         shop.find({"a": shop.candidate("a", 1, result=0.0), "b": shop.candidate("b", 1, error=ValueError("no"))}, "a")
 
 
@@ -141,5 +135,5 @@ def test_never_inside_the_capture_of_a_graph(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     shop = Workshop()
     with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
-        find_fastest({"a": shop.candidate("a", 1.0)}, "a", why_wrong, torch.device("cuda"), METHOD)
+        find_fastest(FakeTask(device=torch.device("cuda")), {"a": shop.candidate("a", 1.0)}, "a", METHOD)
     assert not shop.ran

@@ -13,10 +13,7 @@ import torch
 pytest.importorskip("triton")
 from fused_resnet import kernels
 from fused_resnet.arguments import ConvSettings
-from fused_resnet.bench.tune import compile
-from fused_resnet.bench.tune.compile import compiling_only
-from fused_resnet.bench.tune.sites import Selection
-from fused_resnet.bench.tune.subject import choosing, questions, with_tiles
+from fused_resnet.bench.tune.questions import choosing, tile_questions, with_tiles
 from fused_resnet.kernels import chosen_tiles
 from fused_resnet.kernels.conv_tiles import conv_tiles
 from fused_resnet.kernels.device import CHIPS
@@ -36,7 +33,7 @@ def nobody_is_asked_afterwards():
 
 
 def asks() -> list:
-    return questions(lambda: (conv_tiles(*SHAPE), training_tiles(PRODUCT, 2, CHIPS[9, 0])))
+    return tile_questions(lambda: (conv_tiles(*SHAPE), training_tiles(PRODUCT, 2, CHIPS[9, 0])))
 
 
 def test_the_kernels_say_what_they_could_take():
@@ -100,7 +97,7 @@ def test_a_plan_with_tiles_reaches_the_kernels(tmp_path, monkeypatch):
 def test_other_tiles_are_other_machine_code(compile_launches):  # noqa: F811
     x, weight = empty((8, 64, 28, 28), torch.bfloat16), empty((64, 64, 1, 1), torch.bfloat16)
     arguments = (x, weight, None, None, None, ConvSettings(), True)
-    (question,) = questions(lambda: compile_launches(kernels.conv_bn_act, *arguments))
+    (question,) = tile_questions(lambda: compile_launches(kernels.conv_bn_act, *arguments))
     found = {}
     for name in (question.usual, next(name for name in question.names if name.startswith("16x32"))):
         (found[name],) = with_tiles(
@@ -110,48 +107,27 @@ def test_other_tiles_are_other_machine_code(compile_launches):  # noqa: F811
     assert first.ptx != second.ptx and ".reqntid 64" in second.ptx.replace(", 1, 1", "")
 
 
-def test_compiling_only_launches_nothing(monkeypatch):
-    from triton.runtime.jit import JITFunction
-
-    warmups = []
-    monkeypatch.setattr(JITFunction, "run", lambda self, *args, grid, warmup, **options: warmups.append(warmup))
-    with compiling_only():
-        JITFunction.run(None, 1, grid=(1,), warmup=False)
-    JITFunction.run(None, 1, grid=(1,), warmup=False)
-    assert warmups == [True, False]
-
-
-def test_processes_share_the_compiling():
-    """Here no candidate is Triton's; each process finds the subjects by their places all the same."""
-    selection = Selection(("resnet18",), ("inference",), (("inference", (1,)),), ("float32",), "cpu", 32)
-    heard = []
-    assert compile.compile_all(selection, [], 4) == 0
-    assert compile.compile_all(selection, [0, 1], 2, seconds=0) == 0
-    assert compile.compile_all(selection, [1, 10_000, 0], 1, after_each=lambda: heard.append(1)) == 2
-    assert len(heard) == 3
-
-
 INTERPRETED = """
 import torch
 from fused_resnet.bench.suite.op_conv_inference import ConvInferenceTask
 from fused_resnet.bench.suite.op_conv_training import PRODUCTS, ConvTrainingTask
-from fused_resnet.bench.sites import Convolution, ConvSite, Sizes
-from fused_resnet.bench.tune.level_subject import LevelSubject
+from fused_resnet.bench.sites import Convolution, ConvSite
+from fused_resnet.bench.tune import questions
+from fused_resnet.bench.tune.level_task import LevelTask
 from fused_resnet.bench.suite.rounds import ONCE
-from fused_resnet.bench.tune.subject import BackendSubject, TrainingTileSubject
-from fused_resnet.bench.tune.run import tune
+from fused_resnet.bench.tune.fastest import tune
 from fused_resnet.ops.plan import measured_plan
 from fused_resnet.ops import training_level
 
 torch.set_num_threads(1)
-conv = Convolution(Sizes(16, 3, 3, 16, (1, 1), (1, 1), (0, 0), (1, 1), 1), 3, 3, 1)
+conv = Convolution(16, 3, 3, 16, (1, 1), (1, 1), (0, 0), (1, 1), 1)
 site = ConvSite(conv, "", normed=True, takes_gradient=True)
 settings = (1, torch.float32, torch.device("cpu"))
 tiles = {}
-subjects = [BackendSubject(ConvInferenceTask(site, *settings), 1)]
-subjects += [TrainingTileSubject(ConvTrainingTask(site, product, *settings), 1) for product in PRODUCTS]
-subjects += [LevelSubject(site, *settings, tiles)]
-outcome = tune(subjects, tiles, None, method=ONCE)
+asked = [questions.which_backend(1, ConvInferenceTask(site, *settings))]
+asked += [questions.which_tile(1, ConvTrainingTask(site, product, *settings)) for product in PRODUCTS]
+asked += [questions.which_level(tiles, LevelTask(site, *settings))]
+outcome = tune(asked, tiles, None, method=ONCE)
 assert not outcome.failed and not outcome.left, (outcome.failed, outcome.left)
 first, *products, level = [found for _, found in outcome.found]
 assert not any(found.dropped for _, found in outcome.found), outcome.found

@@ -43,7 +43,7 @@ def programs(product: Product, tiles: Tiles) -> int:
 @pytest.mark.parametrize("builder", builder_names())
 def test_every_convolution_of_the_ten_models(builder: str, kind: tuple[int, int]) -> None:
     chip = NAMED[kind]
-    found = [conv for conv in convolutions(builder) if conv.sizes.groups == 1]
+    found = [conv for conv in convolutions(builder) if conv.groups == 1]
     assert len(found) >= 10
     for conv in found:
         for batch in BATCHES:

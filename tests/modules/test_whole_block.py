@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet
 
 import fused_resnet
-from fused_resnet.bench.saved_bytes import saved_bytes
+from fused_resnet.bench.ledger import saved_bytes
 from fused_resnet.convert import fuse, unfuse
 from fused_resnet.modules import BasicBlock, BatchNormAct2d, Bottleneck, whole_block
 from fused_resnet.modules.plain import UNFUSED

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fused_resnet.bench.saved_bytes import saved_bytes
+from fused_resnet.bench.ledger import saved_bytes
 from tests.ops.blocks import (
     BASIC,
     BASIC_PROJECTION,

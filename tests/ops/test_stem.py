@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused_resnet.bench.saved_bytes import saved_bytes
+from fused_resnet.bench.ledger import saved_bytes
 from fused_resnet.ops import BatchNorm, ConvNorm, conv_bn_act_pool, use_backend, use_fusion_level
 from fused_resnet.ops.conv_norm import Done
 from tests.accuracy import assert_at_most_twice

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from fused_resnet.bench.suite.pytorch import FORMATS
+from fused_resnet.bench.suite.network_contenders import FORMATS
 from fused_resnet.training import demo
 from fused_resnet.training.comparison import FROZEN, FUSED
 

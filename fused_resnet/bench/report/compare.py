@@ -1,18 +1,16 @@
-"""``bench compare A.json B.json``: what changed between two results beyond noise, in words and tables or as JSON."""
+"""``bench compare A.json B.json``: what changed between two results beyond noise, in words and tables."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fused_resnet.bench.options import missing_packages
 from fused_resnet.bench.report import condition
-from fused_resnet.bench.report.figures import NOTHING, duration, megabytes, text_table
+from fused_resnet.bench.report.figures import NOTHING, duration, text_table
 from fused_resnet.bench.result import Result
 
 if TYPE_CHECKING:
@@ -26,9 +24,7 @@ PROBE = 0.10
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add, threshold_help = parser.add_argument, "smaller changes are not told (default: %(default)s)"
     add("files", nargs=2, type=Path, metavar="FILE.json", help="two results: before and after")
-    add("--threshold", type=_percent, default=5.0, metavar="PERCENT", help=threshold_help)
-    add("--only", metavar="PATTERN", help="a regular expression: what it finds in 'MEASUREMENT: CONTENDER' is compared")
-    add("--json", action="store_true", help="print JSON instead of tables")
+    add("--threshold", type=float, default=5.0, metavar="PERCENT", help=threshold_help)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -40,11 +36,11 @@ def main(arguments: argparse.Namespace) -> int:
         from fused_resnet.bench.report.comparison import compare
 
         before, after = map(Result.load, arguments.files)
-        found = compare(before, after, arguments.threshold / 100, arguments.only)
+        found = compare(before, after, arguments.threshold / 100)
     except (OSError, ValueError) as error:
         print(f"bench compare: {error}", file=sys.stderr)
         return UNUSABLE
-    print(json.dumps(as_plain(found), indent=1) if arguments.json else comparison_text(found))
+    print(comparison_text(found))
     return LOSS if found.losses else 0
 
 
@@ -63,41 +59,20 @@ def comparison_text(found: Comparison) -> str:
     changed = sorted(  # losses of ours first, the largest change first
         (speed for speed in speeds if speed.kind), key=lambda speed: (not speed.is_loss, -abs(speed.verdict.value))
     )
-    sizes = [
-        [b.measurement, b.contender, b.what, *map(megabytes, (b.before, b.after)), f"{b.after / max(b.before, 1):.3f}"]
-        for b in found.bytes
-    ]
     for header, rows in (
         (["status", "contender", "before", "after", "reason"], statuses),
         (["time", "contender", "before", "after", "ratio", "interval", ""], [*map(_row, changed)]),
-        (["bytes", "contender", "of", "MB before", "MB after", "ratio"], sizes),
     ):
         parts += [text_table(header, rows)] if rows else []
     slower, faster = (sum(speed.kind == kind for speed in speeds) for kind in ("slower", "faster"))
     threshold = f"{100 * found.threshold:g} %"
     summary = f"No change beyond noise and {threshold}."
-    if changed or statuses or sizes:
+    if changed or statuses:
         summary = (
-            f"Beyond noise and {threshold}: {slower} slower, {faster} faster; {len(statuses)} changes of status, "
-            f"{len(sizes)} of bytes. Losses: {len(found.losses)}."
+            f"Beyond noise and {threshold}: {slower} slower, {faster} faster; {len(statuses)} changes of status. "
+            f"Losses: {len(found.losses)}."
         )
     return "\n\n".join([*parts, _sight(found), summary])
-
-
-def as_plain(found: Comparison) -> dict[str, Any]:
-    """For JSON. Ratios are of times, after over before and relative to the references; above 1 is slower."""
-    names = ("threshold", "turned_rivals", "too_few_rounds", "peak_noise", "only_before", "only_after")
-    return {
-        "before": found.before.machine,
-        "after": found.after.machine,
-        "warnings": warnings(found),
-        "losses": len(found.losses),
-        "speeds": [_plain_speed(speed) for speed in [*found.overall, *found.speeds]],
-        "statuses": [{**dataclasses.asdict(change), "loss": change.is_loss} for change in found.statuses],
-        "bytes": [dataclasses.asdict(change) for change in found.bytes],
-        "between_runs": found.spreads,
-        **{name: getattr(found, name) for name in names},
-    }
 
 
 def warnings(found: Comparison) -> list[str]:
@@ -137,32 +112,5 @@ def _sight(found: Comparison) -> str:
         "A ratio is of times relative to the contenders that this package does not run, round by round; its interval "
         f"holds for all {len(found.speeds) + len(found.overall)} together, and reckons with a spread between runs of "
         f"{spreads}. Half of the times would have shown a change of {100 * half:.0f} %; {blind} are too noisy to show "
-        f"one of {100 * PROBE:.0f} %. Peak memory is told where it changed by more than that of anyone this package "
-        f"does not run did: {100 * found.peak_noise:.0f} %."
+        f"one of {100 * PROBE:.0f} %."
     )
-
-
-def _plain_speed(speed: Speed) -> dict[str, Any]:
-    verdict = speed.verdict
-    return {
-        "measurement": speed.measurement,
-        "contender": speed.contender,
-        "before_seconds": speed.before,
-        "after_seconds": speed.after,
-        "ratio": math.exp(verdict.value),
-        "interval": [math.exp(verdict.low), math.exp(verdict.high)],
-        "smallest_ratio_seen": math.exp(verdict.smallest),
-        "change": speed.kind,
-        "loss": speed.is_loss,
-        "references": list(speed.references),
-    }
-
-
-def _percent(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if not 0 <= number < 100:
-        raise argparse.ArgumentTypeError(f"must be a percentage from 0 to below 100; got {text!r}")
-    return number

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,14 +16,6 @@ from fused_resnet.bench.report.noise import FEWEST_ROUNDS, Difference, Verdict
 from fused_resnet.bench.result import ABSENT, FAILED, RIGHT, WRONG, Measurement, Outcome, Result
 from fused_resnet.bench.timer import Timing
 
-SAME_BYTES = 0.01
-"""Bytes that are counted and differ by less are the same."""
-SAME_PEAK = 0.05
-"""The same of peak memory, which is measured; and what differs by no more than the peak of any rival does is noise."""
-LEAST_PEAK = 1 << 20
-"""Bytes: peaks below it are as good as it. A runtime that keeps its memory between runs holds a page more or none."""
-PEAK = "peak_bytes"
-BYTES = {PEAK: "peak memory", "saved_bytes": "saved for backward", "moved_bytes": "moved"}
 FEWEST_TOGETHER = 3
 """Measurements whose mean is judged beside each of them."""
 SLOWER, FASTER, APPEARED, GONE = "slower", "faster", "appeared", "gone"
@@ -68,17 +59,6 @@ class Status:
         return self.before == RIGHT and self.after in (WRONG, FAILED)
 
 
-@dataclass(frozen=True)
-class Bytes:
-    """A number of bytes that changed."""
-
-    measurement: str
-    contender: str
-    what: str
-    before: int
-    after: int
-
-
 @dataclass
 class Comparison:
     """All of it. Everything compared is in ``speeds``, changed or not; ``overall`` has the means of ours over several
@@ -89,14 +69,11 @@ class Comparison:
     threshold: float
     turned_rivals: list[str]
     """Who changed against the other rivals throughout, and was not measured by."""
-    peak_noise: float
-    """The fraction below which a change of peak memory is not told."""
     only_before: list[str]
     only_after: list[str]
     speeds: list[Speed] = field(default_factory=list)
     overall: list[Speed] = field(default_factory=list)
     statuses: list[Status] = field(default_factory=list)
-    bytes: list[Bytes] = field(default_factory=list)
     too_few_rounds: list[str] = field(default_factory=list)
     spreads: dict[str, float] = field(default_factory=dict)
     """By level of measurement: the standard deviation between runs that was reckoned with."""
@@ -146,18 +123,9 @@ class _Cell:
         return is_ours(self.contender) or len(self.references) != 1
 
 
-def compare(before: Result, after: Result, threshold: float = 0.05, only: str | None = None) -> Comparison:
-    """What changed from one result to the other; ValueError if they have no measurement in common or ``only`` is not
-    usable.
-
-    Args:
-        threshold: changes of speed below this fraction are not told.
-        only: a regular expression; where "MEASUREMENT: CONTENDER" does not contain it, nothing is compared.
-    """
-    try:
-        wanted = re.compile(only or "")
-    except re.error as error:
-        raise ValueError(f"--only must be a regular expression; got {only!r}: {error}") from None
+def compare(before: Result, after: Result, threshold: float = 0.05) -> Comparison:
+    """What changed from one result to the other; changes of speed below the threshold, a fraction, are not told.
+    ValueError if they have no measurement in common."""
     first, second = ({entry.key: entry for entry in result.measurements} for result in (before, after))
     common = [_Pair(first[key], second[key]) for key in first if key in second]
     if not common:
@@ -166,32 +134,24 @@ def compare(before: Result, after: Result, threshold: float = 0.05, only: str | 
         [entry.title for key, entry in one.items() if key not in other]
         for one, other in ((first, second), (second, first))
     )
-    found = Comparison(
-        *(before, after, threshold, _turned_rivals(common, threshold), _peak_noise(common), only_before, only_after)
-    )
+    found = Comparison(before, after, threshold, _turned_rivals(common, threshold), only_before, only_after)
     cells: list[_Cell] = []
-    is_any_wanted = False
     for pair in common:
         references = [name for name in pair.references if name not in found.turned_rivals]
         for name in dict.fromkeys([*pair.before.outcomes, *pair.after.outcomes]):
-            title, rounds, timings = f"{pair.after.title}: {name}", pair.rounds(name), pair.timings(name)
+            rounds, timings = pair.rounds(name), pair.timings(name)
             if timings is not None and min(rounds) >= FEWEST_ROUNDS:
                 others = [other for other in references if other != name and pair.rounds(other) == rounds]
                 beside = [both for other in others if (both := pair.timings(other)) is not None]
                 difference = noise.difference(*noise.relative(timings, beside))
                 cells.append(_Cell(pair, name, tuple(others), difference, name in references and bool(others)))
-            if wanted.search(title):
-                is_any_wanted = True
-                found.statuses += _status(pair, name)
-                found.bytes += _bytes(pair, name, found.peak_noise)
-                found.too_few_rounds += [title] if rounds and min(rounds) < FEWEST_ROUNDS else []
-    if not is_any_wanted:
-        raise ValueError(f"nothing that both results have matches --only {only!r}")
-    _judge(found, cells, wanted)
+            found.statuses += _status(pair, name)
+            found.too_few_rounds += [f"{pair.after.title}: {name}"] if rounds and min(rounds) < FEWEST_ROUNDS else []
+    _judge(found, cells)
     return found
 
 
-def _judge(comparison: Comparison, cells: Sequence[_Cell], wanted: re.Pattern[str]) -> None:
+def _judge(comparison: Comparison, cells: Sequence[_Cell]) -> None:
     """Each cell, and of ours those of a contender at one level, in one mode and dtype together. Ops are noisier than
     models, so errors are steadied, and the spread between runs is learnt from the controls, of each level by itself."""
     told: list[_Cell] = []
@@ -202,7 +162,7 @@ def _judge(comparison: Comparison, cells: Sequence[_Cell], wanted: re.Pattern[st
         group = [dataclasses.replace(cell, found=found) for cell, found in zip(group, steadied, strict=True)]
         own = [cell.found for cell in group if cell.is_control]
         comparison.spreads[level] = noise.between_runs(own if len(own) >= noise.FEWEST_CONTROLS else controls)
-        told += [c for c in group if c.tells and wanted.search(f"{c.pair.after.title}: {c.contender}")]
+        told += [cell for cell in group if cell.tells]
     groups: dict[tuple[str, ...], list[_Cell]] = {}
     for cell in filter(lambda cell: is_ours(cell.contender), told):
         entry = cell.pair.after
@@ -252,23 +212,3 @@ def _status(pair: _Pair, name: str) -> Iterator[Status]:
     if before.status != after.status and {before.status, after.status} != {GONE, ABSENT}:
         was = APPEARED if before.status == GONE else before.status
         yield Status(pair.after.title, name, was, after.status, after.reason or before.reason)
-
-
-def _bytes(pair: _Pair, name: str, peak_noise: float) -> Iterator[Bytes]:
-    for attribute, what in BYTES.items():
-        was, now = (getattr(outcome, attribute) for outcome in pair.outcomes(name))
-        least, tolerance = (LEAST_PEAK, peak_noise) if attribute == PEAK else (0, SAME_BYTES)
-        if was is not None and now is not None and _apart(was, now, least) > tolerance:
-            yield Bytes(pair.after.title, name, what, was, now)
-
-
-def _peak_noise(common: Sequence[_Pair]) -> float:
-    peaks = [[o.peak_bytes for o in pair.outcomes(name)] for pair in common for name in pair.references]
-    known = [(was, now) for was, now in peaks if was is not None and now is not None]
-    return max([SAME_PEAK, *(_apart(*both, LEAST_PEAK) for both in known)])
-
-
-def _apart(one: int, other: int, least: int) -> float:
-    """By what fraction the larger is larger, of numbers below ``least`` as if they were it."""
-    low, high = sorted((max(one, least), max(other, least)))
-    return 0.0 if low == high else high / low - 1 if low > 0 else math.inf

@@ -5,12 +5,9 @@ Results of one condition and commit become one (`merged`).
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-import torch
 
 from fused_resnet.bench.machine import device_name
 from fused_resnet.bench.report.figures import three_digits
@@ -23,10 +20,8 @@ RESUMED_MACHINE = ("device", "device_type", "threads", *VERSIONS[:-1], "packages
 RESUMED_ARGUMENTS = ("dry", "seed")
 """What must be the same for a run to go on with an earlier result."""
 COMMIT_DIGITS = 10
-UNTOLD = ("output", "name")
-"""Arguments that say nothing of what was measured."""
-MOST_NAMES, MOST_BATCH_SIZES = 3, 4
-"""So many models and batch sizes are named in a file's name; of more, only the number and the ends."""
+MOST_NAMES = 3
+"""So many models are named in a file's name; of more, only the number."""
 
 
 def differences(first: Result, second: Result) -> dict[str, tuple[Any, Any]]:
@@ -60,7 +55,7 @@ def merged(results: Sequence[Result]) -> list[Result]:
     """One result for each condition and commit, in the order in which they first appear.
 
     What was measured twice is taken from the later run, whole: rounds of two runs are not rounds of one. Ceilings are
-    those of the last run that has them, the load is the highest.
+    those of the last run that has them, the load is the highest, and what each run was asked for is left out.
     """
     groups: list[list[Result]] = []
     for result in results:
@@ -79,43 +74,22 @@ def _one(group: Sequence[Result]) -> Result:
     for result in group:
         measurements |= {measurement.key: measurement for measurement in result.measurements}
         found.ceilings.update(result.ceilings)
-        found.ledgers.update(result.ledgers)
     found.measurements.extend(measurements.values())
     loads = [load for result in group if (load := result.machine.get("load_average")) is not None]
     found.machine["load_average"] = max(loads, default=None)
-    for name in dict.fromkeys(name for result in group for name in result.arguments):
-        values = [result.arguments.get(name) for result in group]
-        found.arguments[name] = values[0] if all(value == values[0] for value in values) else _every(values)
     return found
 
 
-def _every(values: Sequence[Any]) -> list[Any]:
-    """Every value once."""
-    flat = itertools.chain.from_iterable(value if isinstance(value, list | tuple) else [value] for value in values)
-    found: list[Any] = []
-    for value in flat:
-        found += [] if value is None or value in found else [value]
-    return found
-
-
-def file_name(
-    device: torch.device,
-    threads: int,
-    models: Sequence[str],
-    levels: Sequence[str],
-    batch_sizes: Mapping[str, Sequence[int]],
-    dtypes: Sequence[str],
-    image_size: int,
-) -> str:
-    """Such as "cpu_float32_resnet50_inference_b1_b8_training-step_b16_224px_2threads", without an ending."""
-    on_gpu = device.type == "cuda"
-    where = re.sub(r"^nvidia[ -]", "", device_name(device), flags=re.IGNORECASE) if on_gpu else "cpu"
+def file_name(asked: Mapping[str, Any], threads: int) -> str:
+    """Such as "cpu_float32_resnet50_inference_b1_b8_training-step_b16_224px_2threads", without an ending; ``asked`` as
+    in ``Result.arguments``."""
+    on_gpu, models = asked["device"] != "cpu", asked["model"]
+    where = re.sub(r"^nvidia[ -]", "", device_name(asked["device"]), flags=re.IGNORECASE) if on_gpu else "cpu"
     named = [_slug(name) for name in models] if len(models) <= MOST_NAMES else [f"{len(models)}models"]
-    parts = [_slug(where), *dtypes, *named, *(level for level in levels if list(levels) != [MODEL])]
-    for mode, sizes in batch_sizes.items():
-        parts.append(mode.replace(" ", "-"))
-        parts += [f"b{size}" for size in sizes] if len(sizes) <= MOST_BATCH_SIZES else [f"b{sizes[0]}-{sizes[-1]}"]
-    return "_".join([*parts, f"{image_size}px", *([] if on_gpu else [f"{threads}threads"])])
+    parts = [_slug(where), *asked["dtype"], *named, *(asked["level"] if asked["level"] != [MODEL] else [])]
+    for mode, sizes in asked["batch_size"].items():
+        parts += [mode.replace(" ", "-"), *(f"b{size}" for size in sizes)]
+    return "_".join([*parts, f"{asked['image_size']}px", *([] if on_gpu else [f"{threads}threads"])])
 
 
 def _slug(name: str) -> str:
@@ -142,7 +116,6 @@ def lines(result: Result) -> list[tuple[str, str]]:
     cpu = machine.get("cpu") if machine.get("cpu") != machine.get("device") else None
     counts = (_counted(machine, "core"), _counted(machine, "thread"))
     versions = {name: machine.get(name) for name in VERSIONS} | (machine.get("packages") or {})
-    asked = {name.replace("_", " "): value for name, value in result.arguments.items() if name not in UNTOLD}
     entries = [
         ("machine", _joined(machine.get("device"), cpu, *counts, machine.get("os"))),
         ("versions", _joined(*(f"{name} {version}" for name, version in versions.items() if version))),
@@ -150,7 +123,6 @@ def lines(result: Result) -> list[tuple[str, str]]:
         ("date", machine.get("date")),
         ("load before", None if load is None else f"{load:.1f} processes (near 0 on a quiet machine)"),
         *((f"ceilings, {dtype}", ceiling_text(found)) for dtype, found in result.ceilings.items()),
-        ("asked for", _joined(*(f"{name} {_told(value)}" for name, value in asked.items() if _told(value)))),
     ]
     return [(title, str(text)) for title, text in entries if text]
 
@@ -164,15 +136,6 @@ def ceiling_text(ceiling: Mapping[str, float]) -> str:
 def _counted(machine: Mapping[str, Any], thing: str) -> str | None:
     number = machine.get(f"{thing}s")
     return f"{number} {thing}{'s' if number != 1 else ''}" if number else None
-
-
-def _told(value: Any) -> str:
-    """Nothing of what was not asked for."""
-    if isinstance(value, Mapping):
-        return "; ".join(f"{name} {_told(one)}" for name, one in value.items())
-    if isinstance(value, list | tuple):
-        return " ".join(map(str, value))
-    return "" if value is None or value is False else str(value)
 
 
 def _joined(*parts: Any) -> str:

@@ -125,12 +125,9 @@ def megabytes(number: float | None) -> str:
 
 def spread(timing: Timing, second: float) -> str:
     """The median, and the 20th to 80th percentile after it, in units of ``second`` seconds: "12.3 (12.0-12.9)"."""
-    median, low, high = (f"{value / second:.{_decimals(timing.median / second)}f}" for value in _percentiles(timing))
+    decimals = _decimals(timing.median / second)
+    median, low, high = (f"{value / second:.{decimals}f}" for value in (timing.median, timing.p20, timing.p80))
     return f"{median} ({low}-{high})"
-
-
-def _percentiles(timing: Timing) -> tuple[float, float, float]:
-    return timing.median, timing.p20, timing.p80
 
 
 def duration(seconds: float | None) -> str:
@@ -144,9 +141,6 @@ def duration(seconds: float | None) -> str:
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table whose columns are padded, so that it reads as well in a terminal; the first is aligned left, the
     others right."""
-    for row in rows:
-        if len(row) != len(header):
-            raise ValueError(f"every row must have {len(header)} cells, as the header; got {list(row)}")
     lines = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (header, *rows)]
     widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])

@@ -9,13 +9,11 @@ import importlib.util
 import io
 import sys
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fused_resnet.bench.report import condition, tables
 from fused_resnet.bench.report.figures import figures, text_table
-from fused_resnet.bench.report.sections import READING, TITLE, letters, sections
 from fused_resnet.bench.result import Measurement, Result
 
 PAGE_NEEDS = ("jinja2", "matplotlib")
@@ -40,22 +38,22 @@ def write_all(result: Result, folder: Path, name: str) -> list[Path]:
     """
     data = folder / f"{name}.json"
     result.save(data)
-    return [data, *write_reports([result], folder, name)]
+    return [data, *write_reports(result, folder, name)]
 
 
-def write_reports(results: Sequence[Result], folder: Path, name: str) -> list[Path]:
-    """Writes ``name``.csv, .md and .html of these results, beside each other where they are several."""
+def write_reports(result: Result, folder: Path, name: str) -> list[Path]:
+    """Writes ``name``.csv, .md and .html of a result."""
     folder.mkdir(parents=True, exist_ok=True)
     written = [
-        _write(folder / f"{name}.csv", csv_text(results)),
-        _write(folder / f"{name}.md", markdown_report(results)),
+        _write(folder / f"{name}.csv", csv_text(result)),
+        _write(folder / f"{name}.md", markdown_report(result)),
     ]
     if missing := [package for package in PAGE_NEEDS if importlib.util.find_spec(package) is None]:
         warnings.warn(f"{name}.html was not made: {' and '.join(missing)} not installed here", stacklevel=2)
         return written
     from fused_resnet.bench.report.page import page
 
-    return [*written, _write(folder / f"{name}.html", page(results))]
+    return [*written, _write(folder / f"{name}.html", page(result))]
 
 
 def _write(path: Path, text: str) -> Path:
@@ -63,18 +61,17 @@ def _write(path: Path, text: str) -> Path:
     return path
 
 
-def csv_text(results: Sequence[Result]) -> str:
-    """The rows of these results under one header, every number in SI units; an empty cell where nothing is known.
+def csv_text(result: Result) -> str:
+    """A row for each contender of each measurement, every number in SI units; an empty cell where nothing is known.
 
     ``times_best_eager`` is how many times as fast as the faster plain eager, ``roofline_fraction`` the part of the
-    measured ceilings that was reached. ``commit`` and the columns beside it tell the results apart.
+    measured ceilings that was reached.
     """
     target = io.StringIO()
     writer = csv.DictWriter(target, COLUMNS, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
-    for result in results:
-        for measurement in result.measurements:
-            writer.writerows(_row(result, measurement, contender) for contender in measurement.outcomes)
+    for measurement in tables.in_order(result.measurements):
+        writer.writerows(_row(result, measurement, contender) for contender in measurement.outcomes)
     return target.getvalue()
 
 
@@ -86,23 +83,15 @@ def _row(result: Result, measurement: Measurement, contender: str) -> dict[str, 
     return row | {"contender": contender} | {name: result.machine.get(name) for name in MACHINE}
 
 
-def markdown_report(results: Sequence[Result]) -> str:
-    """Everything that the results hold; several stand beside each other, each under a letter."""
-    found = sections(results)
-    parts = [f"# {TITLE}"]
-    for result, letter in zip(results, letters(results), strict=True):
-        parts.append(f"## Condition{' ' + letter if letter else ''}")
-        parts.append("\n".join(f"- {title}: {text}" for title, text in condition.lines(result)))
+def markdown_report(result: Result) -> str:
+    """Everything that the result holds."""
+    found = tables.in_order(result.measurements)
+    parts = ["# fused_resnet benchmark", "\n".join(f"- {title}: {text}" for title, text in condition.lines(result))]
     if not found:
         return "\n\n".join([*parts, "Nothing was measured."]) + "\n"
-    sentences, of = tables.losses(found), tables.contests(found)
-    lost = "\n".join([f"In {len(sentences)} of {of} measurements:", "", *(f"- {sentence}" for sentence in sentences)])
-    parts += ["## Where ours is not the fastest", lost if sentences else f"Nowhere, in {of} measurements."]
-    parts += ["## Measured", READING]
-    for section in found:
-        parts += [f"### {section.title}", _table(tables.speed(section))]
-    for title, table in tables.appendix(found):
-        parts += [f"## {title}", *([table.note] if table.note else []), _table(table)]
+    parts += ["## Summary", tables.standing(found), _table(tables.headline(found)), "## Measured", tables.READING]
+    for measurement in found:
+        parts += [f"### {measurement.title}", _table(tables.measured(measurement, result.ceilings))]
     if reasons := tables.reasons(found):
         parts += ["## Absent, failed or wrong", "\n".join(f"- {line}" for line in reasons)]
     return "\n\n".join(parts) + "\n"
@@ -119,15 +108,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Writes the files and prints their paths. Results of the same machine, versions and commit become one, the others
-    stand beside each other. 0, or 2 if a file is not a result."""
+    """Writes the files and prints their paths. Results of the same machine, versions and commit become one. 0, or 2 if
+    a file is not a result or they are not of one condition."""
     first, *others = arguments.files
     try:
         results = condition.merged([Result.load(path) for path in arguments.files])
+        if len(results) > 1:
+            conditions = "; ".join(map(condition.one_line, results))
+            raise ValueError(f"the files must be of one condition and commit; got {conditions}")
     except (OSError, ValueError) as error:
         print(f"bench report: {error}", file=sys.stderr)
         return UNUSABLE
     name = arguments.name or (TOGETHER if others else first.stem)
-    for path in write_reports(results, arguments.output or first.parent, name):
+    for path in write_reports(results[0], arguments.output or first.parent, name):
         print(path)
     return 0

@@ -22,13 +22,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
-from fused_resnet.bench.result import TRAINING_STEP
+from fused_resnet.bench.accuracy import Results
 from fused_resnet.bench.suite.network_task import NetworkTask
-from fused_resnet.bench.suite.subjects import is_residual_block
-from fused_resnet.bench.suite.task import Prepared, Results
+from fused_resnet.bench.suite.task import Prepared
 from fused_resnet.bench.suite.training import Training, result_names
 
 FORMATS = (torch.channels_last, torch.contiguous_format)
@@ -121,37 +119,11 @@ def expected_results(task: NetworkTask) -> Expected:
 def _results(task: NetworkTask, dtype: torch.dtype | None, memory_format: torch.memory_format) -> list[Tensor | None]:
     module = task.copy()
     if task.training:
-        run = Training(task, module, memory_format=memory_format, dtype=dtype)
-        if dtype is not None and task.mode == TRAINING_STEP:
-            _keep_little(module)
-        return run.first_results()
+        return Training(task, module, memory_format=memory_format, dtype=dtype).first_results()
     dtype = task.dtype if dtype is None else dtype
     module = module.to(dtype=dtype, memory_format=memory_format)  # type: ignore[call-overload]
     with torch.inference_mode():
         return [module(task.inputs[0].to(dtype).to(memory_format=memory_format))]
-
-
-def _keep_little(module: nn.Module) -> None:
-    """Has residual blocks compute their activations again in backward, without updating their statistics again."""
-    for block in filter(is_residual_block, module.modules()):
-        norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-
-        def contexts(norms: list[Any] = norms) -> tuple[Any, Any]:
-            return contextlib.nullcontext(), _statistics_kept(norms)
-
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
-
-
-@contextlib.contextmanager
-def _statistics_kept(norms: list[nn.modules.batchnorm._BatchNorm]) -> Iterator[None]:
-    buffers = [buffer for norm in norms for buffer in norm.buffers()]
-    before = [buffer.clone() for buffer in buffers]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.copy_(value)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
+import dataclasses
 import gc
 import math
 import time
@@ -16,18 +16,16 @@ import torch
 from fused_resnet.bench.options import dtype_name
 from fused_resnet.bench.report.figures import PLAIN_EAGER
 from fused_resnet.bench.result import ABSENT, FAILED, OP, RIGHT, WRONG, Measurement, Outcome
-from fused_resnet.bench.suite.clocks import Clocks
 from fused_resnet.bench.suite.peak_memory import peak_bytes
 from fused_resnet.bench.suite.rounds import Method, measure_rounds
 from fused_resnet.bench.suite.task import Contender, Prepared, Task
+from fused_resnet.bench.timer import Timing
 
 NO_TIME = "left out: the time budget was used up"
 SETUP_SHARE = 0.6
 """Of a measurement's time, after which nobody more is made ready."""
 NEVER_LEFT_OUT = 3
 """So many are made ready whatever time it takes: plain eager in both memory formats, and one of ours."""
-SLOW_TO_SET_UP = ("*compile*",)
-"""Patterns of the contenders whose compilers take longer than everybody else together."""
 LONGEST_REASON = 300
 LACKS_OF_MEMORY = ("out of memory", "can't allocate memory", "failed to allocate memory")
 
@@ -55,18 +53,47 @@ def measure(
         stage: called with what happens now, and how much is done of all, from 0 to 1.
     """
     _free(task.device)  # what the measurement before has left
-    clocks = Clocks(task.device)
-    together = _Group(task, method, clock, sleep, stage, clock() + seconds)
-    outcomes = together.measure(contenders, seconds)
-    for contender in together.crowded_out:
+    how: dict[str, Any] = {"clock": clock, "sleep": sleep, "stage": stage}
+    outcomes, crowded_out = _measure_together(task, contenders, method, seconds, **how)
+    for contender in crowded_out:
         _free(task.device)
-        alone = _Group(task, method, clock, sleep, stage, clock() + seconds / len(contenders))
-        outcomes |= alone.measure([contender], math.inf)
+        alone, _ = _measure_together(task, [contender], method, seconds / len(contenders), **how)
+        outcomes |= alone
     outcomes = {contender.name: outcomes[contender.name] for contender in contenders}
     counted = [o.moved_bytes for o in outcomes.values() if o.status == RIGHT and o.moved_bytes is not None]
     least_bytes = task.least_bytes() if hasattr(task, "least_bytes") else min(counted, default=None)
-    flop = _or_none(task.flop)
-    return describe(task, outcomes=outcomes, least_bytes=least_bytes, flop=flop, clocks=clocks.facts())
+    return describe(task, outcomes=outcomes, least_bytes=least_bytes, flop=_or_none(task.flop))
+
+
+def _measure_together(
+    task: Task,
+    contenders: Sequence[Contender],
+    method: Method,
+    seconds: float,
+    stage: Callable[[str, float], object],
+    **clocks: Any,
+) -> tuple[dict[str, Outcome], list[Contender]]:
+    """The outcome of each, and those that ran out of memory beside others."""
+    with Group(task, **clocks) as group:
+        end = group.clock() + seconds
+        last_setup = end - (1 - SETUP_SHARE) * seconds if seconds < math.inf else math.inf
+        for index, contender in enumerate(in_order_of_setup(contenders)):
+            stage(contender.name, 0.5 * index / len(contenders))
+            group.prepare(contender, may_start=len(group.ready) < NEVER_LEFT_OUT or group.clock() < last_setup)
+        timings = group.time(
+            list(group.ready), method, end - group.clock(), lambda done: stage("rounds", 0.5 + 0.45 * done)
+        )
+        for name, timing in timings.items():
+            stage(f"memory of {name}", 0.95)
+            prepared = group.ready[name]
+            group.outcomes[name] = dataclasses.replace(
+                group.outcomes[name],
+                timing=timing,
+                peak_bytes=_or_none(lambda run=prepared.run: peak_bytes(run, task.device)),  # type: ignore[misc]
+                saved_bytes=_or_none(prepared.saved_bytes),
+                moved_bytes=_or_none(prepared.moved_bytes),
+            )
+        return group.outcomes, group.crowded_out
 
 
 def describe(task: Task, outcomes: dict[str, Outcome] | None = None, **facts: Any) -> Measurement:
@@ -77,46 +104,41 @@ def describe(task: Task, outcomes: dict[str, Outcome] | None = None, **facts: An
 
 def in_order_of_setup(contenders: Sequence[Contender]) -> list[Contender]:
     """As they are made ready: who is last is the first to be left out for want of time. Plain eager, ours, everybody
-    else, and then those that are `SLOW_TO_SET_UP`."""
+    else, and then ``torch.compile``, which takes longer than everybody else together."""
 
     def rank(contender: Contender) -> int:
-        if any(fnmatch.fnmatchcase(contender.name.lower(), pattern) for pattern in SLOW_TO_SET_UP):
-            return 3
-        return 0 if contender.name in PLAIN_EAGER else 1 if contender.ours else 2
+        return 3 if "compile" in contender.name else 0 if contender.name in PLAIN_EAGER else 1 if contender.ours else 2
 
     return sorted(contenders, key=rank)
 
 
 @dataclass
-class _Group:
-    """Contenders that are held in memory at the same time."""
+class Group:
+    """Contenders that are held in memory at the same time; a context manager, which closes them at its end.
+
+    Attributes:
+        ready: whoever could be made ready and has not failed since; his numbers may be wrong.
+        outcomes: what is known so far of everyone.
+        crowded_out: who ran out of memory beside others.
+    """
 
     task: Task
-    method: Method
-    clock: Callable[[], float]
-    sleep: Callable[[float], object]
-    stage: Callable[[str, float], object]
-    end: float
-    ready: dict[str, tuple[Prepared, Outcome]] = field(default_factory=dict)
-    """With what is known before it is timed."""
+    clock: Callable[[], float] = time.perf_counter
+    sleep: Callable[[float], object] = time.sleep
+    ready: dict[str, Prepared] = field(default_factory=dict)
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     crowded_out: list[Contender] = field(default_factory=list)
 
-    def measure(self, contenders: Sequence[Contender], seconds: float) -> dict[str, Outcome]:
-        """The outcome of each."""
-        last_setup = self.end - (1 - SETUP_SHARE) * seconds if seconds < math.inf else math.inf
-        try:
-            for index, contender in enumerate(in_order_of_setup(contenders)):
-                self.stage(contender.name, 0.5 * index / len(contenders))
-                self._prepare(contender, may_start=len(self.ready) < NEVER_LEFT_OUT or self.clock() < last_setup)
-            self._time()
-        finally:
-            for prepared, _ in self.ready.values():
-                _close(prepared)
-            self.ready.clear()
-        return self.outcomes
+    def __enter__(self) -> Group:
+        return self
 
-    def _prepare(self, contender: Contender, may_start: bool) -> None:
+    def __exit__(self, *error: object) -> None:
+        for prepared in self.ready.values():
+            _close(prepared)
+        self.ready.clear()
+
+    def prepare(self, contender: Contender, may_start: bool = True) -> None:
+        """Makes it ready and judges its numbers, if it can take part."""
         name, prepared = contender.name, None
         try:
             if (reasons := contender.why_absent(self.task)) or not may_start:
@@ -129,7 +151,8 @@ class _Group:
             setup_seconds = self.clock() - start
             error, reason = self.task.why_wrong(prepared)
             status = RIGHT if reason is None else WRONG
-            self.ready[name] = prepared, Outcome(status, reason, error=error, setup_seconds=setup_seconds)
+            self.outcomes[name] = Outcome(status, reason, error=error, setup_seconds=setup_seconds)
+            self.ready[name] = prepared
         except Exception as error:
             if prepared is not None:
                 _close(prepared)
@@ -139,23 +162,22 @@ class _Group:
             del error
             _free(self.task.device)
 
-    def _time(self) -> None:
-        runs = {name: prepared.run for name, (prepared, _) in self.ready.items()}
-        how: dict[str, Any] = {"clock": self.clock, "sleep": self.sleep, "flush_cache": self.task.level == OP}
-        how |= {"after_round": lambda done: self.stage("rounds", 0.5 + 0.45 * done)}
-        rounds = measure_rounds(runs, self.task.device, self.method, seconds=self.end - self.clock(), **how)
-        for name, error in rounds.failures.items():
-            setup_seconds = self.ready[name][1].setup_seconds
-            self.outcomes[name] = Outcome(FAILED, last_line(error), setup_seconds=setup_seconds)
-        for name, timing in rounds.timings.items():
-            self.stage(f"memory of {name}", 0.95)
-            prepared, known = self.ready[name]
-            self.outcomes[name] = Outcome(
-                *(known.status, known.reason, timing, known.error, known.setup_seconds),
-                peak_bytes=_or_none(lambda run=prepared.run: peak_bytes(run, self.task.device)),  # type: ignore[misc]
-                saved_bytes=_or_none(prepared.saved_bytes),
-                moved_bytes=_or_none(prepared.moved_bytes),
-            )
+    def time(
+        self,
+        names: Sequence[str],
+        method: Method,
+        seconds: float,
+        after_round: Callable[[float], object] = lambda done: None,
+    ) -> dict[str, Timing]:
+        """Of these, who take turns; whoever raises has failed, and is no longer ready."""
+        runs = {name: self.ready[name].run for name in names}
+        how: dict[str, Any] = {"clock": self.clock, "sleep": self.sleep, "after_round": after_round}
+        how |= {"flush_cache": self.task.level == OP, "seconds": seconds}
+        timings, failures = measure_rounds(runs, self.task.device, method, **how)
+        for name, error in failures.items():
+            _close(self.ready.pop(name))
+            self.outcomes[name] = Outcome(FAILED, last_line(error), setup_seconds=self.outcomes[name].setup_seconds)
+        return timings
 
 
 def is_out_of_memory(error: BaseException) -> bool:

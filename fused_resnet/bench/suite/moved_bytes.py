@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -11,39 +10,33 @@ from torch import nn
 import fused_resnet
 from fused_resnet.bench.dry_run import DryRun
 from fused_resnet.bench.ledger import ledger
-from fused_resnet.bench.result import TRAINING_STEP
 from fused_resnet.bench.suite.network_task import NetworkTask
 from fused_resnet.bench.suite.training import Training
 from fused_resnet.ops.route.reasons import unavailable
-from fused_resnet.ops.route.request import AUTO, asking
+from fused_resnet.ops.route.request import AUTO, HIGHEST_LEVEL, asking
 
 EAGER, FROZEN, FUSED, EFFICIENT = "eager", "frozen", "fused", "efficient"
-Way: TypeAlias = str | int | None
-"""EAGER; FUSED at the automatic level, EFFICIENT likewise; a level; FROZEN; or None: nobody can count it."""
-HIGHEST = 3
 
 
-def moved_bytes(task: NetworkTask, way: Way) -> int | None:
-    """Of one run. Nothing is computed: as many operations as the run has, on memory that is not touched.
+def moved_bytes(task: NetworkTask, way: str | None) -> int | None:
+    """Of one run of a network in eager, fused (``EFFICIENT``: with ``memory="efficient"``) or frozen. Nothing is
+    computed: as many operations as the run has, on memory that is not touched.
 
-    None for a way that is none, and for a network with an op whose bytes nobody has written down.
+    None where nobody can count it: ``way`` is None, or the network has an op whose bytes nobody has written down.
     """
     if way is None:
         return None
-    level = automatic_level(task) if way in (FUSED, EFFICIENT) else way
-    natively = task.device.type == "cpu" and level in (1, 2) and automatic_level(task) == 2
-    masks = level == HIGHEST and task.device.type == "cuda" and not unavailable("cuda")
-    with (
-        DryRun(),
-        asking(backend=AUTO if natively else "reference", level=level if isinstance(level, int) else None, masks=masks),
-    ):
+    level = _level_of(task) if task.training else None
+    natively = task.device.type == "cpu" and level in (1, 2)
+    masks = level == HIGHEST_LEVEL and task.device.type == "cuda" and not unavailable("cuda")
+    with DryRun(), asking(backend=AUTO if natively else "reference", level=level, masks=masks):
         try:
             return _count(task, way)
         except NotImplementedError:
             return None
 
 
-def _count(task: NetworkTask, way: Way) -> int:
+def _count(task: NetworkTask, way: str) -> int:
     module: nn.Module = task.make_module().train(task.training)
     if way != EAGER:
         fused_resnet.fuse(module, memory="efficient" if way == EFFICIENT else "default")
@@ -59,16 +52,14 @@ def _count(task: NetworkTask, way: Way) -> int:
     twin.device = torch.device("cpu")
     twin.__dict__ |= {"inputs": [torch.empty(task.input_shape())], "targets": [task.make_target()]}
     training = Training(twin, module)
-    if task.mode == TRAINING_STEP:
-        training.run()  # the first update makes the momenta
+    training.run()  # the first update makes the momenta
     return ledger(training.run, task.batch_size).total
 
 
-def automatic_level(task: NetworkTask) -> int:
-    """What ``ops/route/fusion_level.py`` chooses for most of a network: for a 3x3 convolution of 64 channels."""
-    with fused_resnet.use_backend("auto"), fused_resnet.ops.use_fusion_level(None):
-        x, weight = (
-            torch.empty(shape, dtype=task.dtype, device=task.device).to(memory_format=torch.channels_last)
-            for shape in ((task.batch_size, 64, 8, 8), (64, 64, 3, 3))
-        )
-        return fused_resnet.ops.training_level(x, weight, (1, 1), (1, 1), (1, 1), 1)
+def _level_of(task: NetworkTask) -> int:
+    """At which most of a network trains: of a 3x3 convolution of 64 channels (``ops/route/fusion_level.py``)."""
+    x, weight = (
+        torch.empty(shape, dtype=task.dtype, device=task.device).to(memory_format=torch.channels_last)
+        for shape in ((task.batch_size, 64, 8, 8), (64, 64, 3, 3))
+    )
+    return fused_resnet.ops.training_level(x, weight, (1, 1), (1, 1), (1, 1), 1)

@@ -1,10 +1,10 @@
-"""What tasks at model and block level have in common: one module, a few random inputs, a loss."""
+"""A network or one of its residual blocks as a task: one module, a few random inputs, a loss."""
 
 from __future__ import annotations
 
 import copy
-from abc import abstractmethod
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -13,13 +13,25 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_resnet.bench.options import dtype_name
-from fused_resnet.bench.result import INFERENCE, MODES, TRAINING_STEP
-from fused_resnet.bench.suite.subjects import Subject, find_subject
+from fused_resnet.bench.result import BLOCK, INFERENCE, MODEL
+from fused_resnet.bench.suite.subjects import Subject, find_subject, settle_statistics
 from fused_resnet.bench.suite.task import Task
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROTATING = 3
 """Inputs that a contender takes in turn."""
+SETTLING = ROTATING + 1
+"""The seed of what running statistics are taken of: not of an input, whose batch statistics they would be."""
+SETTLING_PIXELS = 2**14
+"""Running statistics of a network are taken of as many images as have about so many pixels, two at least."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A residual block of a network, and the shape of one image's activation before and after it."""
+
+    path: str
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
 
 
 class NetworkTask(Task):
@@ -27,15 +39,18 @@ class NetworkTask(Task):
 
     float32 is plain. In another dtype inference has the whole module in it where the contender can have that, and
     training is autocast with parameters in float32. ``path`` is that of the module in ``network``, "" for all of it;
-    ``takes_input_gradient``: the input wants a gradient in training, as within a network.
+    ``takes_input_gradient``: the input wants a gradient in training, as a block's does within a network.
+
+    A network's training step begins with cross entropy and random labels; a block's backward with a fixed random
+    gradient of its result.
 
     Args:
         subject: the network, or its name as `find_subject` takes it.
         image_size: of the network's image, also where the task is a block, whose shapes followed from it.
+        block: of the network; the whole network where it is None.
     """
 
-    path, takes_input_gradient = "", False
-    _latest: NetworkTask | None = None
+    made = ("module", "inputs", "targets", "expected")
 
     def __init__(
         self,
@@ -45,41 +60,44 @@ class NetworkTask(Task):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         image_size: int = 224,
+        *,
+        block: Block | None = None,
     ) -> None:
-        if mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}; got {dtype}")
-        for name, number in (("batch_size", batch_size), ("image_size", image_size)):
-            if number < 1:
-                raise ValueError(f"{name} must be at least 1; got {number}")
         self.network = find_subject(subject) if isinstance(subject, str) else subject
-        self.subject, self.mode, self.batch_size, self.dtype = self.network.name, mode, batch_size, dtype
+        self.block, self.path, self.takes_input_gradient = block, block.path if block else "", block is not None
+        self.level = BLOCK if block else MODEL
+        self.subject = f"{self.network.name} {self.path}".strip()
+        self.mode, self.batch_size, self.dtype = mode, batch_size, dtype
         self.device, self.image_size, self.size = torch.device(device), image_size, image_size
         self.training = mode != INFERENCE
-        self.autocast_dtype = None if dtype == torch.float32 else dtype  # of the training modes; None is no autocast
+        self.autocast_dtype = None if dtype == torch.float32 else dtype  # of training; None is no autocast
 
     def __repr__(self) -> str:
         dtype = dtype_name(self.dtype)
         return f"{self.subject}, {self.mode}, batch {self.batch_size}, {dtype}, {self.size}px, {self.device}"
 
-    @abstractmethod
     def make_module(self) -> nn.Module:
         """The module on the CPU, in float32 and eval mode, with running statistics of its inputs' distribution."""
+        module, images = self.network.build().get_submodule(self.path), max(2, SETTLING_PIXELS // self.size**2)
+        shape = (max(2, min(8, self.batch_size)) if self.block else images, *self.input_shape()[1:])
+        settle_statistics(module, torch.randn(shape, generator=torch.Generator().manual_seed(SETTLING)))
+        return module
 
-    @abstractmethod
     def input_shape(self) -> tuple[int, ...]:
         """Of one batch."""
+        return self.batch_size, *(self.block.input_shape if self.block else (3, self.size, self.size))
 
-    @abstractmethod
     def make_target(self) -> Tensor:
         """What the loss compares with, of the generator as it stands: labels; the gradient of a block's result."""
+        if self.block:
+            return torch.randn(self.batch_size, *self.block.output_shape)
+        return torch.randint(_classes(self.network, self.size), (self.batch_size,))
 
     @cached_property
     def module(self) -> nn.Module:
         """The plain PyTorch module in float32 on the task's device, contiguous, in the mode that is measured. Nobody
         runs or changes it: `copy` it."""
-        self._let_go_of_others()
+        self.let_go_of_others()
         module = self.make_module()
         for norm in module.modules() if self.training else ():
             # Not the statistics of the inputs: whoever does not update them, or uses them, then gives other numbers.
@@ -96,7 +114,7 @@ class NetworkTask(Task):
     @cached_property
     def inputs(self) -> list[Tensor]:
         """The rotating inputs, float32 and contiguous; their values are numbers of the task's dtype."""
-        self._let_go_of_others()
+        self.let_go_of_others()
         generators = [torch.Generator().manual_seed(seed) for seed in range(ROTATING)]
         made = [torch.randn(self.input_shape(), generator=generator).to(self.dtype) for generator in generators]
         return [x.float().to(self.device) for x in made]
@@ -110,7 +128,7 @@ class NetworkTask(Task):
     @cached_property
     def targets(self) -> list[Tensor]:
         """What belongs to each input for the loss."""
-        self._let_go_of_others()
+        self.let_go_of_others()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(ROTATING)
             return [self.make_target().to(self.device) for _ in range(ROTATING)]
@@ -123,20 +141,16 @@ class NetworkTask(Task):
             target = self.make_target()
         with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(self.training):
             out = module(x)
-            if self.mode == TRAINING_STEP:
+            if self.training:
                 loss_of(out, target).backward()
         return counter.get_total_flops()
 
-    def release(self) -> None:
-        """Gives back weights, inputs and what is right; asked for again, they are made again and are the same."""
-        for name in ("module", "inputs", "targets", "expected"):
-            self.__dict__.pop(name, None)
 
-    def _let_go_of_others(self) -> None:
-        """A list of tasks must not hold the weights and the inputs of all of them."""
-        before, NetworkTask._latest = NetworkTask._latest, self
-        if before is not None and before is not self:
-            before.release()
+@cache
+def _classes(network: Subject, size: int) -> int:
+    """How many logits it gives."""
+    with torch.device("meta"), torch.no_grad():
+        return network.build()(torch.empty(1, 3, size, size)).shape[1]
 
 
 def loss_of(out: Tensor, target: Tensor) -> Tensor:
@@ -148,8 +162,6 @@ def loss_of(out: Tensor, target: Tensor) -> Tensor:
 class _GivenGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, out: Tensor, gradient: Tensor) -> Tensor:
-        if out.shape != gradient.shape:
-            raise ValueError(f"the gradient must have the result's shape {tuple(out.shape)}; got {gradient.shape}")
         ctx.gradient, ctx.dtype = gradient, out.dtype  # lives anyway: not saved, and so not counted as saved
         return torch.zeros((), device=out.device)
 

@@ -11,17 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_resnet.bench.accuracy import Results, doubled, first_wrong, listed, relative_error, why_wrong
+from fused_resnet.bench.dry_run import DryRun
 from fused_resnet.bench.ledger import ledger
 from fused_resnet.bench.options import dtype_name
-from fused_resnet.bench.passes import doubled, first_wrong, listed, why_wrong
 from fused_resnet.bench.result import OP
-from fused_resnet.bench.suite.task import Prepared, Results, Task
+from fused_resnet.bench.suite.task import Prepared, Task
+from fused_resnet.bench.traffic import tensors
 from fused_resnet.ops import reference, use_backend
 from fused_resnet.ops.route.choose import why_not
 from fused_resnet.ops.route.packing import packed
 from fused_resnet.ops.route.reasons import unavailable
 
 EAGER, COMPILE, SEPARATE = "eager", "torch.compile", "separate"
+BACKENDS = ("cuda", "triton", "native", SEPARATE, "reference")
 CACHE_BYTES = 2**26
 """Rotating inputs are as many as together pass this, `MOST_SETS` at most: larger than what a CPU caches for one core.
 On a GPU the runner flushes the L2 cache."""
@@ -40,13 +43,13 @@ class OpTask(Task):
 
     level, image_size, exists = OP, None, True
     compile_backend, compile_mode = "inductor", ""
-    _latest: OpTask | None = None
+    made = ("input_sets", "_exact")
 
     def __init__(
         self, subject: str, mode: str, batch_size: int, dtype: torch.dtype, device: torch.device | str
     ) -> None:
         self.subject, self.mode, self.batch_size, self.dtype = subject, mode, batch_size, dtype
-        self.device, self._users = torch.device(device), 0
+        self.device = torch.device(device)
 
     def __repr__(self) -> str:
         return f"{self.subject} x {self.batch_size} {dtype_name(self.dtype)} {self.device.type}"
@@ -63,9 +66,11 @@ class OpTask(Task):
     def eager(self, inputs: Any) -> Results:
         """As a network in eager PyTorch runs it; what is compiled, and the baseline of the rule."""
 
-    @abstractmethod
     def least_bytes(self) -> int:
-        """What anyone has to move: each input and weight read, and each result written, once."""
+        """What anyone has to move: the op's inputs read and its results written, once (``bench/traffic.py``)."""
+        op, arguments = self.ops(self.first)[0]
+        with DryRun(), use_backend("reference"):
+            return ledger(lambda: getattr(torch.ops.fused_resnet, op)(*arguments)).total
 
     def ours(self, inputs: Any) -> Call:
         """This package's op, on the backend that is asked for when it is called."""
@@ -73,9 +78,10 @@ class OpTask(Task):
         return without_gradients(lambda: listed(getattr(torch.ops.fused_resnet, op)(*arguments)))
 
     def ways(self) -> dict[str, Callable[[Any], Call]]:
-        """What is there beside this package's backends, by the name of the contender: from a set of inputs to a
-        function that does the task on it."""
-        return {EAGER: lambda inputs: without_gradients(lambda: self.eager(inputs)), COMPILE: self.compiled}
+        """By the name of a contender, from a set of inputs to a function that does the task on it."""
+        backends = {name: lambda inputs, name=name: on_backend(name, self.ours(inputs)) for name in BACKENDS}
+        eager = lambda inputs: without_gradients(lambda: self.eager(inputs))  # noqa: E731
+        return {EAGER: eager, COMPILE: self.compiled, **backends}
 
     def compiled(self, inputs: Any) -> Call:
         if inputs is self.first:  # forget what was compiled before: after eight shapes PyTorch would run it in eager
@@ -89,19 +95,14 @@ class OpTask(Task):
         op, arguments = self.ops(self.first)[0]
         return listed(getattr(reference, op)(*packed(op, doubled(arguments))))
 
-    def why_results_are_wrong(self, results: Results) -> str | None:
-        """By the project's rule: at most twice the error of PyTorch's eager mode in the same dtype."""
-
-        def judge(index: int, ours: Tensor, theirs: Tensor | None, right: Tensor) -> str | None:
-            return why_wrong(ours, theirs, right, self.terms(right), self.magnitude(index))
-
-        with torch.no_grad():
-            return first_wrong(results, self.baseline(), self._exact, judge)
+    def judge(self, index: int, ours: Tensor, theirs: Tensor | None, right: Tensor) -> str | None:
+        """What is wrong with one of the results, None if nothing is."""
+        return why_wrong(ours, theirs, right, self.terms(index, right), self.magnitude(index))
 
     def baseline(self) -> Results:
         return self.eager(self.first)
 
-    def terms(self, exact: Tensor) -> int:
+    def terms(self, index: int, exact: Tensor) -> int:
         """How many rounded numbers a result adds up, for the floor of the rule."""
         return 1
 
@@ -125,51 +126,42 @@ class OpTask(Task):
     @functools.cached_property
     def input_sets(self) -> list[Any]:
         """The rotating inputs; the first is the one that results are checked on."""
-        before, OpTask._latest = OpTask._latest, self
-        if before is not None and before is not self and before._users == 0:
-            before.release()  # a list of tasks must not hold the inputs of all, of those that nobody could do either
+        self.let_go_of_others()
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(0)
-            count = max(1, min(MOST_SETS, -(-CACHE_BYTES // max(self.least_bytes(), 1))))
-            return [self.make_inputs() for _ in range(count)]
+            first = self.make_inputs()
+            size = sum(value.nbytes for _, arguments in self.ops(first)[:1] for value in tensors(list(arguments)))
+            count = max(1, min(MOST_SETS, -(-CACHE_BYTES // max(size, 1))))
+            return [first, *(self.make_inputs() for _ in range(count - 1))]
 
     @property
     def first(self) -> Any:
         return self.input_sets[0]
 
-    def why_not(self, backend: str) -> list[str]:
-        """The reasons why a backend of this package cannot do it; an empty list means that it can."""
-        if reasons := unavailable(backend):
+    def why_not(self, name: str) -> list[str]:
+        """The reasons why a contender cannot do it here; an empty list means that it can."""
+        if name not in self.ways():
+            return [f"it has no {self.subject.split()[0]}"]
+        if name not in BACKENDS:
+            return []
+        if reasons := unavailable(name):
             return list(reasons)
-        of_ops = ([f"{op}: {why}" for why in why_not(backend, op, *args)] for op, args in self.ops(self.first))
+        of_ops = ([f"{op}: {why}" for why in why_not(name, op, *args)] for op, args in self.ops(self.first))
         return next(filter(None, of_ops), [])
-
-    def why_not_way(self, name: str) -> list[str]:
-        """The same of a contender that is no backend."""
-        return [] if name in self.ways() else [f"it has no {self.subject.split()[0]}"]
 
     def prepare(self, name: str, make: Callable[[Any], Call]) -> Prepared:
         """A contender from its way to do the task on a set of inputs; it has run once on each when this returns."""
         calls = [make(inputs) for inputs in self.input_sets]
         for call in calls:
             call()
-        turns, self._users = itertools.cycle(calls), self._users + 1
-        counts = (lambda: self.saved(name), lambda: self.moved(name))
-        return Prepared(lambda: next(turns)(), calls[0], *counts, self._close)
-
-    def release(self) -> None:
-        """Gives back the inputs and the exact results; asked for again, they are made again and are the same."""
-        for name in ("input_sets", "_exact"):
-            self.__dict__.pop(name, None)
-
-    def _close(self) -> None:
-        self._users -= 1
-        if self._users == 0:
-            self.release()
+        turns = itertools.cycle(calls)
+        return Prepared(lambda: next(turns)(), calls[0], lambda: self.saved(name), lambda: self.moved(name))
 
     def why_wrong(self, prepared: Prepared) -> tuple[float | None, str | None]:
         results = prepared.results()
-        return relative_error(results, self._exact), self.why_results_are_wrong(results)
+        with torch.no_grad():
+            wrong = first_wrong(results, self.baseline(), self._exact, self.judge)
+        return relative_error(results, self._exact), wrong
 
     @functools.cached_property
     def _exact(self) -> Results:
@@ -216,19 +208,3 @@ def counted(call: Callable[[], object]) -> int | None:
         return ledger(call).total
     except NotImplementedError:
         return None
-
-
-def terms_of_products(dtype: torch.dtype, count: int) -> int:
-    """How many rounded numbers a sum of so many products adds up, for the floor of the project's rule. Sums are
-    float32: their rounding is lost in that of a narrower result."""
-    return count if dtype == torch.float32 else 1
-
-
-def relative_error(results: Results, exact: Results) -> float | None:
-    """The largest difference to the exact results, each as a fraction of its own largest value; bits left out."""
-    found = [
-        ((ours.detach().double() - right).abs().max() / right.abs().max().clamp(min=1e-30)).item()
-        for ours, right in zip(results, exact, strict=True)
-        if ours is not None and right is not None and right.numel() > 0 and right.is_floating_point()
-    ]
-    return max(found, key=lambda error: (error != error, error)) if found else None

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_resnet.bench.accuracy import Results, terms_of_products
 from fused_resnet.bench.norm_inputs import EPS
 from fused_resnet.bench.result import INFERENCE
 from fused_resnet.bench.sites import ADDED, SHORTCUT, ConvSite
 from fused_resnet.bench.suite import op_base
 from fused_resnet.bench.suite.op_base import EAGER, SEPARATE, Call, OpTask, counted, without_gradients
-from fused_resnet.bench.suite.task import Results
 from fused_resnet.ops.backends.onednn import pack_conv_weight, packed_conv_act, why_not_packed
 from fused_resnet.ops.conv_bn_act import fold
 
@@ -80,21 +80,16 @@ class ConvInferenceTask(OpTask):
     def ways(self) -> dict[str, Callable[[Any], Call]]:
         return super().ways() | {NCHW: _nchw, FOLDED: _folded, PACKED: _packed}
 
-    def why_not_way(self, name: str) -> list[str]:
+    def why_not(self, name: str) -> list[str]:
         if name != PACKED:
-            return super().why_not_way(name)
+            return super().why_not(name)
         reasons = why_not_packed(torch.empty(0, dtype=self.dtype, device=self.device))
         if self._grouped_add and self.dtype != torch.float32:
             reasons.append("with groups and a residual it takes float32 only")
         return reasons
 
-    def terms(self, exact: Tensor) -> int:
-        return op_base.terms_of_products(self.dtype, math.prod(self.site.conv.weight_shape[1:]))
-
-    def least_bytes(self) -> int:
-        conv = self.site.conv
-        image, weight = math.prod(conv.input_shape(self.batch_size)), math.prod(conv.weight_shape)
-        return self.dtype.itemsize * (image + weight) + (2 if self.site.behind == ADDED else 1) * self._out_bytes
+    def terms(self, index: int, exact: Tensor) -> int:
+        return terms_of_products(self.dtype, math.prod(self.site.conv.weight_shape[1:]))
 
     def moved(self, name: str) -> int | None:
         if name == FOLDED:
@@ -114,7 +109,7 @@ class ConvInferenceTask(OpTask):
 
     @property
     def _grouped_add(self) -> bool:
-        return self.site.conv.sizes.groups > 1 and self.site.behind == ADDED
+        return self.site.conv.groups > 1 and self.site.behind == ADDED
 
 
 def _nchw(inputs: ConvInferenceInputs) -> Call:

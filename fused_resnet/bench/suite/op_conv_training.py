@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_resnet.bench.accuracy import Results, terms_of_products
 from fused_resnet.bench.norm_inputs import EPS, NEAR_ZERO, Norm
 from fused_resnet.bench.passes import eager_norm, eager_statistics, eager_sums, eager_through_norm
 from fused_resnet.bench.result import TRAINING_FORWARD, TRAINING_STEP
 from fused_resnet.bench.sites import ConvSite
 from fused_resnet.bench.suite import op_base
-from fused_resnet.bench.suite.op_base import COMPILE, EAGER, SEPARATE, Call, OpTask, on_backend, without_gradients
-from fused_resnet.bench.suite.task import Prepared, Results
+from fused_resnet.bench.suite.op_base import SEPARATE, Call, OpTask, on_backend, without_gradients
 from fused_resnet.ops import reference
 from fused_resnet.ops.reference.norm import normalize
 
@@ -95,18 +95,17 @@ class ConvTrainingTask(OpTask):
     def eager(self, inputs: ConvTrainingInputs) -> Results:
         return _EAGER[self.product](inputs)
 
-    def why_not(self, backend: str) -> list[str]:
-        return [] if backend == SEPARATE else super().why_not(backend)
+    def ways(self) -> dict[str, Callable[[Any], Call]]:
+        separate = _SEPARATE[self.product]
+        made = lambda inputs: on_backend("auto", without_gradients(lambda: separate(inputs)))  # noqa: E731
+        return super().ways() | {SEPARATE: made}
 
-    def prepare(self, name: str, make: Callable[[Any], Call]) -> Prepared:
-        if name == SEPARATE:
-            separate = _SEPARATE[self.product]
-            make = lambda inputs: on_backend("auto", without_gradients(lambda: separate(inputs)))  # noqa: E731
-        return super().prepare(name, make)
+    def why_not(self, name: str) -> list[str]:
+        return [] if name == SEPARATE else super().why_not(name)
 
-    def terms(self, exact: Tensor) -> int:
+    def terms(self, index: int, exact: Tensor) -> int:
         weight = self.first.weight
-        terms = op_base.terms_of_products(self.dtype, (weight[0] if self.product == FORWARD else weight[:, 0]).numel())
+        terms = terms_of_products(self.dtype, (weight[0] if self.product == FORWARD else weight[:, 0]).numel())
         pixels = (self.first.before if self.product == GRAD_INPUT else self.first.behind).values
         return terms * pixels if exact.dim() == 1 or self.product == GRAD_WEIGHT else terms
 
@@ -118,24 +117,11 @@ class ConvTrainingTask(OpTask):
         assert y is not None and mean is not None and invstd is not None
         return (y.abs().max() if index == 1 else (invstd * (1 + mean.abs() * invstd)).max()).item()
 
-    def least_bytes(self) -> int:
-        """Vectors and partial sums are not counted."""
-        conv = self.site.conv
-        shapes = (conv.input_shape(self.batch_size), conv.output_shape(self.batch_size), conv.weight_shape)
-        x, y, weight = (self.dtype.itemsize * torch.Size(shape).numel() for shape in shapes)
-        if self.product == FORWARD:
-            return x + weight + y
-        if self.product == GRAD_INPUT:  # after a norm it reads x to know where the ReLU let pass
-            return 2 * y + weight + (2 if self.site.normed else 1) * x
-        return 2 * y + x + weight
-
     def moved(self, name: str) -> int | None:
         if name == "reference":  # with copies of its own
             return None
         if name == SEPARATE:
             return op_base.counted(without_gradients(lambda: _SEPARATE[self.product](self.first)))
-        if name not in (EAGER, COMPILE) and self.product == GRAD_WEIGHT:  # which the fused kernel writes in float32
-            return self.least_bytes() + (4 - self.dtype.itemsize) * self.first.weight.numel()
         return super().moved(name)
 
     def flop(self) -> int:

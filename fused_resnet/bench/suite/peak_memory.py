@@ -36,15 +36,6 @@ def peak_bytes(run: Callable[[], object], device: torch.device | str) -> int | N
     return min((peak for peak in peaks if peak is not None), default=None)
 
 
-def available_bytes(device: torch.device | str) -> int | None:
-    """Memory that could still be taken; None where the system does not tell."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return _kibibytes("/proc/meminfo", "MemAvailable")
-
-
 def _of_gpu(run: Callable[[], object], device: torch.device) -> int | None:
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)

@@ -7,24 +7,22 @@ import functools
 import importlib.util
 import itertools
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fused_resnet.bench.ledger import saved_bytes
 from fused_resnet.bench.options import dtype_name
-from fused_resnet.bench.result import INFERENCE, TRAINING_STEP
-from fused_resnet.bench.saved_bytes import saved_bytes
-from fused_resnet.bench.suite.moved_bytes import Way, moved_bytes
+from fused_resnet.bench.result import INFERENCE
+from fused_resnet.bench.suite.moved_bytes import moved_bytes
 from fused_resnet.bench.suite.network_task import NetworkTask
 from fused_resnet.bench.suite.task import Contender, Prepared
 from fused_resnet.bench.suite.training import Training
 
 Condition = Callable[[NetworkTask], list[str]]
 """The reasons against, none where the task meets it."""
-Surroundings = Callable[[], AbstractContextManager[Any]]
-"""Makes what is entered around every run."""
 
 
 def network_contender(
@@ -52,8 +50,7 @@ def only(meets: Callable[[NetworkTask], bool], reason: str) -> Condition:
 
 
 inference_only = only(lambda task: task.mode == INFERENCE, "it does inference only")
-training_only = only(lambda task: task.training, "it differs in training only")
-training_steps_only = only(lambda task: task.mode == TRAINING_STEP, "it does whole training steps only")
+training_only = only(lambda task: task.training, "it does training only")
 cuda_only = only(lambda task: task.device.type == "cuda", "it needs a CUDA device; the task is on {device}")
 cpu_only = only(lambda task: task.device.type == "cpu", "it is measured on CPUs only; the task is on {device}")
 
@@ -86,27 +83,26 @@ def prepared_inference(
     call: Callable[[Any], Any],
     inputs: list[Any],
     *,
-    guard: Surroundings = torch.inference_mode,
-    surroundings: Surroundings = nullcontext,
+    guard: Callable[[], AbstractContextManager[Any]] = torch.inference_mode,
     output: Callable[[Any], Tensor] = lambda result: result,
-    way: Way = None,
+    way: str | None = None,
 ) -> Prepared:
     """A function of one input in turn. It has run on each of them when this returns.
 
     Args:
         inputs: of `NetworkTask.inputs_as`, or what they are in the contender's own form.
-        guard, surroundings: entered around every run, the latter within the former.
+        guard: makes what is entered around every run.
         output: from what a run returns to the tensor to hold against the exact one; not measured.
         way: for `moved_bytes`.
     """
     turns = itertools.cycle(inputs)
 
     def run() -> Any:
-        with guard(), surroundings():
+        with guard():
             return call(next(turns))
 
     def results() -> list[Tensor]:
-        with guard(), surroundings():
+        with guard():
             return [output(call(inputs[0])).clone()]
 
     for _ in inputs:
@@ -114,29 +110,19 @@ def prepared_inference(
     return Prepared(run, results, moved_bytes=lambda: moved_bytes(task, way))
 
 
-def prepared_training(
-    task: NetworkTask, training: Training, surroundings: Surroundings = nullcontext, way: Way = None
-) -> Prepared:
+def prepared_training(task: NetworkTask, training: Training, way: str | None = None) -> Prepared:
     """A module in training. Its first run gives the results; it has run on each input when this returns."""
-
-    def within(call: Callable[[], Any]) -> Callable[[], Any]:
-        def run() -> Any:
-            with surroundings():
-                return call()
-
-        return run
-
-    first, run = within(training.first_results)(), within(training.run)
+    first = training.first_results()
     for _ in task.inputs[1:]:
-        run()
+        training.run()
 
     def results() -> list[Tensor | None]:
         given = list(first)
         first.clear()  # they are as large as the parameters, and asked for once
         return given
 
-    saved = within(lambda: saved_bytes(training.module, training.loss))
-    return Prepared(run, results, saved, lambda: moved_bytes(task, way))
+    counts = (lambda: saved_bytes(training.module, training.loss), lambda: moved_bytes(task, way))
+    return Prepared(training.run, results, *counts)
 
 
 def prepared_module(
@@ -144,11 +130,10 @@ def prepared_module(
     module: nn.Module,
     *,
     memory_format: torch.memory_format = torch.channels_last,
-    surroundings: Surroundings = nullcontext,
-    way: Way = None,
+    way: str | None = None,
 ) -> Prepared:
     """A module as it is, in the task's mode: in its dtype for inference, under autocast in training."""
     if task.training:
-        return prepared_training(task, Training(task, module, memory_format=memory_format), surroundings, way)
+        return prepared_training(task, Training(task, module, memory_format=memory_format), way)
     inputs, module = task.inputs_as(task.dtype, memory_format), module_in(task, module, memory_format)
-    return prepared_inference(task, module, inputs, surroundings=surroundings, way=way)
+    return prepared_inference(task, module, inputs, way=way)

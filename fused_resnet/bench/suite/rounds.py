@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +20,8 @@ from fused_resnet.bench.timer import Stopwatch, Timing, rotate
 
 LEAST_ROUNDS = 5
 """Measured even where the time is used up; ``report.noise`` says nothing of fewer."""
-LEAST_WARMUP, MOST_WARMUP, STABLE = 2, 10, 0.05
+WARMUP = 3
+"""Rounds that go unmeasured; everyone has run a few times before, when he was made ready."""
 WARMUP_SHARE = 0.25
 """Of a measurement's time, at most."""
 SHORT_CALL, MOST_CALLS = 0.25, 10_000
@@ -31,7 +31,7 @@ SHORT_CALL, MOST_CALLS = 0.25, 10_000
 class Method:
     """How long to measure: at least so many ``rounds``, where time allows, and as many more, until every contender has
     been timed for ``min_seconds``, but no more than ``most_rounds``. A sample is the mean of as many calls as take
-    ``sample_seconds``, after a ``pause``; with ``warm_up`` rounds go unmeasured until they are stable."""
+    ``sample_seconds``, after a ``pause``; with ``warm_up`` the first rounds go unmeasured."""
 
     rounds: int = 15
     min_seconds: float = 2.0
@@ -40,27 +40,9 @@ class Method:
     pause: float = 0.02
     warm_up: bool = True
 
-    def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise ValueError(f"rounds must be at least 1; got {self.rounds}")
-        for name in ("min_seconds", "sample_seconds", "pause"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative; got {getattr(self, name)}")
-
 
 ONCE = Method(rounds=1, min_seconds=0.0, most_rounds=1, sample_seconds=0.0, pause=0.0, warm_up=False)
 """Of a dry run."""
-
-
-@dataclass
-class Rounds:
-    """Timings of those who ran to the end, the exceptions of the others, how many rounds went unmeasured, and whether
-    the last of those took as long as the ones before; None where there were none."""
-
-    timings: dict[str, Timing] = field(default_factory=dict)
-    failures: dict[str, Exception] = field(default_factory=dict)
-    warmup: int = 0
-    stable: bool | None = None
 
 
 def measure_rounds(
@@ -73,8 +55,10 @@ def measure_rounds(
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], object] = time.sleep,
     after_round: Callable[[float], object] = lambda done: None,
-) -> Rounds:
+) -> tuple[dict[str, Timing], dict[str, Exception]]:
     """Times these functions in turns; one that raises is out from then on, and the others go on.
+
+    Gives the timings of those who ran to the end, and the exceptions of the others.
 
     Args:
         runs: what to call, by name. They have run before: compiling and packing are over.
@@ -83,16 +67,12 @@ def measure_rounds(
         after_round: called after every round with how much of all is done, from 0 to 1.
     """
     turns = _Turns(dict(runs), list(runs), Stopwatch(device, clock=clock, flush_cache=flush_cache), method, sleep)
-    start, found = clock(), Rounds(failures=turns.failures)
-    totals: list[float] = []
-    samples: list[dict[str, float]] = []
+    start, samples = clock(), list[dict[str, float]]()
     with _no_garbage_collection():
-        while method.warm_up and turns.runs:
-            totals.append(sum(turns.round(len(totals)).values()))
+        for index in range(WARMUP if method.warm_up and runs else 0):
+            turns.round(index)
             after_round(0.0)
-            found.stable, found.warmup = is_stable(totals), len(totals)
-            much = (clock() - start) * (1 + 1 / len(totals)) > seconds * WARMUP_SHARE
-            if len(totals) >= LEAST_WARMUP and (found.stable or much or len(totals) >= MOST_WARMUP):
+            if clock() - start > seconds * WARMUP_SHARE:
                 break
         measured_since = clock()
         while turns.runs:
@@ -105,16 +85,7 @@ def measure_rounds(
             after_round(min(1.0, done / last))
             if done >= last:
                 break
-    found.timings = {name: Timing(tuple(each[name] for each in samples)) for name in turns.runs}
-    return found
-
-
-def is_stable(totals: list[float]) -> bool:
-    """Whether the last round changed the median of the last three by less than `STABLE`."""
-    if len(totals) < 2:
-        return False
-    now, before = statistics.median(totals[-3:]), statistics.median(totals[-4:-1])
-    return abs(now - before) < STABLE * before
+    return {name: Timing(tuple(each[name] for each in samples)) for name in turns.runs}, turns.failures
 
 
 @dataclass

@@ -14,20 +14,16 @@ import torch
 from fused_resnet.bench.machine import machine_facts
 from fused_resnet.bench.options import dtype_name
 from fused_resnet.bench.report.condition import reasons_to_start_anew
-from fused_resnet.bench.result import FAILED, TRAINING_FORWARD, TRAINING_STEP, Measurement, Result
+from fused_resnet.bench.result import TRAINING_FORWARD, TRAINING_STEP, Measurement, Result
 from fused_resnet.bench.roofline import ROUNDS, measure_ceilings
 from fused_resnet.bench.suite.measure import NO_TIME, describe, measure
-from fused_resnet.bench.suite.peak_memory import available_bytes
 from fused_resnet.bench.suite.rounds import Method
 from fused_resnet.bench.suite.task import Contender, Task
-from fused_resnet.bench.training_ledger import step_ledgers
 
 SETUP_WEIGHT = 8
 """What a measurement costs beside its runs, in images of inference."""
 IMAGE_WEIGHT = {TRAINING_STEP: 4, TRAINING_FORWARD: 2}
 """Of an image in training, in images of inference."""
-MOST_MEMORY = 0.8
-"""Of what is available, that a batch may be expected to take; on a CPU nothing else would stop the system's killer."""
 INTERRUPTED, LEFT_OUT = "interrupted", "left_out"
 """Keys of ``Result.arguments``: whether the run was stopped, and the titles of what it left out, with reasons."""
 
@@ -35,13 +31,12 @@ INTERRUPTED, LEFT_OUT = "interrupted", "left_out"
 @dataclass(frozen=True)
 class Settings:
     """How a run measures: each measurement gets a share of what is left of the ``budget``, in seconds, by its weight;
-    a doubling of batch sizes ends once the quickest contender takes ``longest_run`` seconds; ``seed`` is that of
-    PyTorch's generator; without ``ceiling_rounds`` there is no roofline; ``arguments`` are for the file."""
+    ``seed`` is that of PyTorch's generator; without ``ceiling_rounds`` there is no roofline; ``arguments`` are for the
+    file."""
 
     device: torch.device
     method: Method = field(default_factory=Method)
     budget: float = math.inf
-    longest_run: float = math.inf
     seed: int = 0
     ceiling_rounds: int = ROUNDS
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -83,9 +78,14 @@ def run(
     What an earlier result, ``before``, has measured in the same condition and at the same commit is taken over: of
     these tasks what this run need not make, or cannot make better, and of others all.
     """
-    going = _Run(tasks, contenders, settings, listener or Listener(), save, clock, sleep)
-    going.take_over(before)
-    return going.run()
+    result, earlier = settings.new_result(), list[Measurement]()
+    if before is not None and not reasons_to_start_anew(before, result):
+        earlier = before.measurements
+        loads = [load for one in (before, result) if (load := one.machine.get("load_average")) is not None]
+        result.machine.update({"load_average": max(loads)} if loads else {})
+        result.ceilings.update(before.ceilings)
+    known = {measurement.key: measurement for measurement in earlier}
+    return _Run(tasks, contenders, settings, listener or Listener(), save, clock, sleep, result, known).run()
 
 
 def weight(task: Task) -> float:
@@ -93,116 +93,84 @@ def weight(task: Task) -> float:
     return SETUP_WEIGHT + task.batch_size * IMAGE_WEIGHT.get(task.mode, 1)
 
 
+@dataclass
 class _Run:
-    def __init__(
-        self,
-        tasks: list[Task],
-        contenders: Sequence[Contender],
-        settings: Settings,
-        listener: Listener,
-        *functions: Any,
-    ) -> None:
-        self._tasks, self._contenders, self._settings, self._listener = tasks, contenders, settings, listener
-        self._save, self._clock, self._sleep = functions
-        self._end = self._clock() + settings.budget
-        self._measured_dtypes: list[torch.dtype] = []
-        self._weights = [weight(task) for task in tasks]
-        self._names = {contender.name for contender in contenders}
-        self._earlier: dict[tuple[Any, ...], Measurement] = {}
-        self.result = settings.new_result()
+    tasks: list[Task]
+    contenders: Sequence[Contender]
+    settings: Settings
+    listener: Listener
+    save: Callable[[Result], object]
+    clock: Callable[[], float]
+    sleep: Callable[[float], object]
+    result: Result
+    earlier: dict[tuple[Any, ...], Measurement]
+    measured_dtypes: list[torch.dtype] = field(default_factory=list)
 
-    def take_over(self, before: Result | None) -> None:
-        """The measurements of an earlier result, if it was made in the same condition and at the same commit."""
-        if before is None or reasons_to_start_anew(before, self.result):
-            return
-        self._earlier = {measurement.key: measurement for measurement in before.measurements}
-        loads = [load for one in (before, self.result) if (load := one.machine.get("load_average")) is not None]
-        self.result.machine.update({"load_average": max(loads)} if loads else {})
-        self.result.ceilings.update(before.ceilings)
-        self.result.ledgers.update(before.ledgers)
+    def __post_init__(self) -> None:
+        self.end = self.clock() + self.settings.budget
+        self.weights = [weight(task) for task in self.tasks]
 
     def run(self) -> Result:
-        self._listener.start(self._weights)
+        self.listener.start(self.weights)
         try:
-            while self._tasks:
-                task = self._tasks.pop(0)
+            while self.tasks:
+                task = self.tasks.pop(0)
                 self._one(task)
                 del task
-            for dtype in self._measured_dtypes:  # the machine may have been busy when it was asked first
+            for dtype in self.measured_dtypes:  # the machine may have been busy when it was asked first
                 self._measure_ceilings(dtype)
         except KeyboardInterrupt:
             self.result.arguments[INTERRUPTED] = True
         self.result = self._so_far()
-        self._save(self.result)
+        self.save(self.result)
         return self.result
 
     def _one(self, task: Task) -> None:
         share, like = self._share(), describe(task)
-        self._listener.begin(like.title)
-        measurement = known = self._earlier.get(like.key)
+        self.listener.begin(like.title)
+        measurement = known = self.earlier.get(like.key)
         had_a_turn = set() if known is None else _had_a_turn(known)
-        if known is None or not self._names <= had_a_turn:  # somebody is missing in it
-            others = ", ".join(sorted(had_a_turn - self._names))
+        names = {contender.name for contender in self.contenders}
+        if known is None or not names <= had_a_turn:  # somebody is missing in it
+            others = ", ".join(sorted(had_a_turn - names))
             kept = f"it was measured with {others}, not asked for now" if others else None
-            reason = kept or self._why_not(task, like)
+            reason = kept or (NO_TIME if self.clock() >= self.end else None)
             if reason is None:
                 made = self._measure(task, share)
                 measurement = made if had_a_turn <= _had_a_turn(made) else known  # the fuller one
             if kept or measurement is None:
                 self.result.arguments[LEFT_OUT].append(f"{like.title}: {reason}")
             if measurement is None:
-                self._listener.leave_out(like.title, str(reason))
+                self.listener.leave_out(like.title, str(reason))
                 return
         assert measurement is not None
         self.result.measurements.append(measurement)
-        self.result.ledgers.update(step_ledgers(measurement, known=self.result.ledgers))
-        self._save(self._so_far())
-        self._listener.finish(measurement, self.result)
+        self.save(self._so_far())
+        self.listener.finish(measurement, self.result)
 
     def _measure(self, task: Task, seconds: float) -> Measurement:
-        if task.dtype not in self._measured_dtypes:
-            self._measured_dtypes.append(task.dtype)
+        if task.dtype not in self.measured_dtypes:
+            self.measured_dtypes.append(task.dtype)
             self._measure_ceilings(task.dtype)
-        torch.manual_seed(self._settings.seed)
-        how: dict[str, Any] = {"clock": self._clock, "sleep": self._sleep, "stage": self._listener.stage}
-        return measure(task, self._contenders, self._settings.method, seconds=seconds, **how)
+        torch.manual_seed(self.settings.seed)
+        how: dict[str, Any] = {"clock": self.clock, "sleep": self.sleep, "stage": self.listener.stage}
+        return measure(task, self.contenders, self.settings.method, seconds=seconds, **how)
 
     def _so_far(self) -> Result:
         """With what an earlier result has of all that is not measured yet."""
         measured = {measurement.key: measurement for measurement in self.result.measurements}
-        others = [measurement for key, measurement in self._earlier.items() if key not in measured]
+        others = [measurement for key, measurement in self.earlier.items() if key not in measured]
         return dataclasses.replace(self.result, measurements=[*measured.values(), *others])
 
     def _share(self) -> float:
         """Seconds for the next measurement."""
-        left = self._weights[-len(self._tasks) - 1 :]
-        return (self._end - self._clock()) * left[0] / sum(left)
-
-    def _why_not(self, task: Task, like: Measurement) -> str | None:
-        """Why the task is not measured: no time, no memory, or longer runs than wanted; None if it is."""
-        if self._clock() >= self._end:
-            return NO_TIME
-        line = _without_batch(like)
-        smaller = [m for m in self.result.measurements if _without_batch(m) == line and m.batch_size < task.batch_size]
-        if not smaller:
-            return None
-        last = max(smaller, key=lambda measurement: measurement.batch_size)
-        outcomes = last.outcomes.values()
-        medians = [outcome.timing.median for outcome in outcomes if outcome.timing is not None]
-        if not medians and any(outcome.status == FAILED for outcome in outcomes):
-            return f"nobody managed batch {last.batch_size}"
-        if min(medians, default=0.0) > self._settings.longest_run:
-            return f"a run of batch {last.batch_size} took {min(medians):.1f} s"
-        peak = max((outcome.peak_bytes or 0 for outcome in outcomes), default=0)
-        expected, available = peak * task.batch_size / last.batch_size, available_bytes(task.device)
-        if task.device.type == "cpu" and available is not None and expected > MOST_MEMORY * available:
-            return f"it would take {expected / 1e9:.1f} GB, and {available / 1e9:.1f} GB are available"
-        return None
+        left = self.weights[-len(self.tasks) - 1 :]
+        return (self.end - self.clock()) * left[0] / sum(left)
 
     def _measure_ceilings(self, dtype: torch.dtype) -> None:
         """The most that was ever reached."""
-        if self._settings.ceiling_rounds:
-            found = measure_ceilings(self._settings.device, dtype, rounds=self._settings.ceiling_rounds)
+        if self.settings.ceiling_rounds:
+            found = measure_ceilings(self.settings.device, dtype, rounds=self.settings.ceiling_rounds)
             known = self.result.ceilings.setdefault(dtype_name(dtype), {})
             for name, value in dataclasses.asdict(found).items():
                 known[name] = max(value, known.get(name, 0.0))
@@ -211,8 +179,3 @@ class _Run:
 def _had_a_turn(measurement: Measurement) -> set[str]:
     """Who was not left out for want of time."""
     return {name for name, outcome in measurement.outcomes.items() if outcome.reason != NO_TIME}
-
-
-def _without_batch(measurement: Measurement) -> tuple[object, ...]:
-    """What measurements at growing batch sizes have in common."""
-    return (*measurement.key[:3], *measurement.key[4:])

@@ -23,9 +23,7 @@ from fused_resnet.bench.suite.rounds import Method, measure_rounds
 from fused_resnet.bench.suite.task import Contender, Prepared
 
 PROVIDERS = ["CPUExecutionProvider"]
-ERRORS_ONLY = 3
 TRIAL = Method(rounds=5, min_seconds=0.0, most_rounds=5, sample_seconds=0.0, pause=0.0)
-OUTPUT = "output"
 PRECISION = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
@@ -42,7 +40,7 @@ def _onnx_bytes(module: nn.Module, x: Tensor) -> bytes:
     settings: dict[str, Any] = {"dynamo": True, "verbose": False, "optimize": True}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(module, (x,), **settings, input_names=["input"], output_names=[OUTPUT])
+        program = torch.onnx.export(module, (x,), **settings, input_names=["input"], output_names=["output"])
     assert program is not None
     return program.model_proto.SerializeToString()
 
@@ -51,10 +49,10 @@ def _prepare_onnx(task: NetworkTask) -> Prepared:
     inputs = task.inputs_as()
     model, feeds = _onnx_bytes(task.copy(), inputs[0]), [{"input": x.numpy()} for x in inputs]
     sessions = {str(spins): _session(model, spins) for spins in (True, False)}
-    runs = {name: functools.partial(session.run, [OUTPUT], feeds[0]) for name, session in sessions.items()}
-    timings = measure_rounds(runs, "cpu", TRIAL).timings
+    runs = {name: functools.partial(session.run, ["output"], feeds[0]) for name, session in sessions.items()}
+    timings, _ = measure_rounds(runs, "cpu", TRIAL)
     session = sessions[min(timings, key=lambda name: timings[name].median)]
-    return prepared_inference(task, lambda feed: session.run([OUTPUT], feed)[0], feeds, output=torch.from_numpy)
+    return prepared_inference(task, lambda feed: session.run(["output"], feed)[0], feeds, output=torch.from_numpy)
 
 
 def _session(model: bytes, spins: bool) -> Any:
@@ -63,7 +61,7 @@ def _session(model: bytes, spins: bool) -> Any:
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.log_severity_level = ERRORS_ONLY
+    options.log_severity_level = 3  # errors only
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spins)))
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return onnxruntime.InferenceSession(model, options, providers=PROVIDERS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import pkgutil
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +19,6 @@ LAST_NORM = (0.1, 0.3)
 """Weights of the last norm of a residual block: F(x) is small beside x, as it is in trained networks. With weights
 near 1 a deep network amplifies rounding until a gradient in bfloat16 says nothing, and no mistake is seen in it."""
 TORCHVISION, TIMM, USER, UNFUSED = "torchvision", "timm", "user", "fused_resnet.unfuse"
-SEED = 0
-ONE_OUTPUT = {"aux_logits": False, "init_weights": True}
-TWO_OUTPUTS = ("googlenet", "inception_v3")
-"""They give more than the logits in training unless they are asked not to."""
 
 
 def builder_names() -> list[str]:
@@ -56,7 +53,7 @@ class Subject:
         identity, or zero, and hide mistakes. What is random in training (dropout, layers left out) is switched off,
         so that results can be compared."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(SEED)
+            torch.manual_seed(0)
             model = self._make()
             if not isinstance(model, nn.Module):
                 raise TypeError(f"{self.name} must give a torch.nn.Module; got {type(model).__name__}")
@@ -75,58 +72,36 @@ class Subject:
         if self.source == TIMM:
             return importlib.import_module("timm").create_model(self.name.removeprefix("timm:"), pretrained=False)
         if self.source == TORCHVISION:
-            settings = ONE_OUTPUT if self.name in TWO_OUTPUTS else {}
-            return importlib.import_module("torchvision.models").get_model(self.name, weights=None, **settings)
+            return importlib.import_module("torchvision.models").get_model(self.name, weights=None)
         return getattr(models, self.name)()
 
 
 def find_subject(name: str) -> Subject:
-    """The network of this name."""
-    if ":" in name and not name.startswith("timm:"):
-        _callable(name)
-        return Subject(name, USER)
+    """The network of this name: torchvision's, this package's where that is missing, "timm:NAME", "module:callable"."""
+    library = import_or_none("torchvision.models")
+    known = [*builder_names(), *([] if library is None else library.list_models(module=library))]
     if name.startswith("timm:"):
         if (timm := import_or_none("timm")) is None:
             raise ValueError(f"a model named {name!r} needs timm, which cannot be imported here")
-        if timm.is_model(name.removeprefix("timm:")):
+        known = [f"timm:{model}" for model in timm.list_models()]
+        if name in known:
             return Subject(name, TIMM)
-        raise ValueError(_unknown(name, [f"timm:{model}" for model in timm.list_models()], []))
-    library = import_or_none("torchvision.models")
-    of_torchvision = [] if library is None else library.list_models(module=library)
-    if name in of_torchvision:
-        return Subject(name, TORCHVISION)
-    if name in builder_names():
-        return Subject(name, UNFUSED)
-    if (timm := import_or_none("timm")) is not None and timm.is_model(name):
-        return Subject(name, TIMM)
-    missing = [title for title, found in (("torchvision", library), ("timm", timm)) if found is None]
-    known = [*of_torchvision, *builder_names(), *([] if timm is None else timm.list_models())]
-    raise ValueError(_unknown(name, known, missing))
-
-
-def _unknown(name: str, known: list[str], missing: list[str]) -> str:
-    message = f"no model is named {name!r}{_close_to(name, dict.fromkeys(known))}"
-    if missing:
-        message += f"; {' and '.join(missing)} cannot be imported here"
-    return message + '. A model of your own is "package.module:callable"'
-
-
-def _close_to(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, known, n=4)
-    return f"; close to it are {', '.join(close)}" if close else ""
+    elif ":" in name:
+        _callable(name)
+        return Subject(name, USER)
+    elif name in known:
+        return Subject(name, UNFUSED if library is None else TORCHVISION)
+    close = difflib.get_close_matches(name, dict.fromkeys(known), n=4)
+    told = f"; close to it are {', '.join(close)}" if close else ""
+    told += "" if library is not None else "; torchvision cannot be imported here"
+    raise ValueError(f'no model is named {name!r}{told}. timm\'s are "timm:NAME", your own "package.module:callable"')
 
 
 def _callable(name: str) -> Any:
-    path, _, attribute = name.partition(":")
     try:
-        found: Any = importlib.import_module(path)
-    except ImportError as error:
-        raise ValueError(f"the model {name!r} is not there: {path!r} cannot be imported ({error})") from error
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            hint = _close_to(part, dir(found))
-            raise ValueError(f"the model {name!r} is not there: {path!r} has no {attribute!r}{hint}")
-        found = getattr(found, part)
+        found = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"the model {name!r} is not there: {error}") from error
     if not callable(found):
         raise ValueError(f"the model {name!r} must be a callable; got {type(found).__name__}")
     return found

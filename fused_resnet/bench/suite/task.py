@@ -4,20 +4,18 @@ takes part."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-Results = Sequence[Tensor | None]
-"""What a run gives: logits of a network; the loss of a training step; the results of an op."""
+from fused_resnet.bench.accuracy import Results
 
 
 class Task(ABC):
     """One thing to measure. Everything costly (the weights, the exact results) is made when first asked for, once, and
-    shared by all contenders; nobody changes what he is handed."""
+    shared by all contenders; nobody changes what he is handed. ``made`` names these attributes."""
 
     level: str
     subject: str
@@ -26,6 +24,8 @@ class Task(ABC):
     dtype: torch.dtype
     device: torch.device
     image_size: int | None
+    made: tuple[str, ...] = ()
+    _latest: Task | None = None
 
     @abstractmethod
     def why_wrong(self, prepared: Prepared) -> tuple[float | None, str | None]:
@@ -35,6 +35,17 @@ class Task(ABC):
     @abstractmethod
     def flop(self) -> int | None:
         """Additions and multiplications of convolutions and matrix products, in one run."""
+
+    def release(self) -> None:
+        """Gives back what was made; asked for again, it is made again and is the same."""
+        for name in self.made:
+            self.__dict__.pop(name, None)
+
+    def let_go_of_others(self) -> None:
+        """A list of tasks must not hold the tensors of all of them: before this one makes any, the last one's go."""
+        before, Task._latest = Task._latest, self
+        if before is not None and before is not self:
+            before.release()
 
 
 @dataclass

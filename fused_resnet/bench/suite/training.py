@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_resnet.bench.result import TRAINING_STEP
 from fused_resnet.bench.suite.network_task import NetworkTask, loss_of
 from fused_resnet.training.loop import MOMENTUM, WEIGHT_DECAY, autocast
 
@@ -20,12 +19,12 @@ that follows the gradients asks the device after every step."""
 
 
 class Training:
-    """Forward and, in a training step, backward and update of a module that nobody else has.
+    """Forward, backward and update of a module that nobody else has.
 
     Inputs and targets are copied to the memory format and dtype that the module wants before anything runs.
 
     Args:
-        task: in a training mode.
+        task: a training step.
         module: in training mode on the task's device; its parameters and buffers are what is trained.
         call: what is called in its place, such as its compiled form.
         memory_format: of parameters and inputs.
@@ -51,33 +50,11 @@ class Training:
         self._optimizer: torch.optim.Optimizer | None = None
 
     def run(self) -> Tensor:
-        """The task, once, on the next input: the output, or the loss before the update."""
-        x, target = next(self._turns)
-        return self._step(x, target) if self.task.mode == TRAINING_STEP else self._forward(x)
-
-    def first_results(self) -> list[Tensor | None]:
-        """Runs the task on the first input, which has to be the first run, and gives what `result_names` names."""
-        given = self.run()
-        return results_of(self.task, self.module, given, self._leaf)
-
-    def loss(self) -> Tensor:
-        """Of the first input, with what its backward needs."""
-        return self._forward(*self._batches[0][: 2 if self.task.mode == TRAINING_STEP else 1])
-
-    def _forward(self, x: Tensor, target: Tensor | None = None) -> Tensor:
-        """The output; with a target the loss."""
-        if self.task.takes_input_gradient:
-            x = self._leaf = x.detach().requires_grad_()
-        with autocast(x, self._autocast_dtype):
-            out = self.call(x)
-            return out if target is None else loss_of(out, target)
-
-    def _step(self, x: Tensor, target: Tensor) -> Tensor:
+        """A step on the next input; the loss before the update."""
         if self._optimizer is None:
             self._optimizer = make_optimizer(self.module)
         self._optimizer.zero_grad()
-        self._leaf = None
-        loss = self._forward(x, target)
+        loss = self._loss(*next(self._turns))
         if self._scale == 1.0:
             loss.backward()
         else:
@@ -85,6 +62,20 @@ class Training:
             torch._foreach_mul_([p.grad for p in self.module.parameters() if p.grad is not None], 1 / self._scale)
         self._optimizer.step()
         return loss.detach()
+
+    def first_results(self) -> list[Tensor | None]:
+        """Runs the task on the first input, which has to be the first run, and gives what `result_names` names."""
+        return results_of(self.task, self.module, self.run(), self._leaf)
+
+    def loss(self) -> Tensor:
+        """Of the first input, with what its backward needs."""
+        return self._loss(*self._batches[0])
+
+    def _loss(self, x: Tensor, target: Tensor) -> Tensor:
+        if self.task.takes_input_gradient:
+            x = self._leaf = x.detach().requires_grad_()
+        with autocast(x, self._autocast_dtype):
+            return loss_of(self.call(x), target)
 
 
 def make_optimizer(module: nn.Module) -> torch.optim.Optimizer:
@@ -109,19 +100,15 @@ def result_names(task: NetworkTask) -> list[str]:
     """Of what a contender gives for a task, in order."""
     if not task.training:
         return ["output"]
-    buffers = [name for name, buffer in task.module.named_buffers() if buffer.is_floating_point()]
-    if task.mode != TRAINING_STEP:
-        return ["output", *buffers]
     gradients = [f"gradient of {name}" for name, p in task.module.named_parameters() if p.requires_grad]
+    buffers = [name for name, buffer in task.module.named_buffers() if buffer.is_floating_point()]
     return ["gradient of the input" if task.takes_input_gradient else "loss", *gradients, *buffers]
 
 
-def results_of(task: NetworkTask, module: nn.Module, given: Tensor, leaf: Tensor | None) -> list[Tensor | None]:
-    """Copies of what `result_names` names, after the module has run once and gave this; None for a gradient that is
-    not there."""
-    buffers = [buffer.clone() for buffer in module.buffers() if buffer.is_floating_point()]
-    if task.mode != TRAINING_STEP:
-        return [given.detach().clone(), *buffers]
-    first = given.detach() if not task.takes_input_gradient else None if leaf is None else leaf.grad
+def results_of(task: NetworkTask, module: nn.Module, loss: Tensor, leaf: Tensor | None) -> list[Tensor | None]:
+    """Copies of what `result_names` names, after the module has run once and gave this loss; None for a gradient
+    that is not there."""
+    first = loss.detach() if not task.takes_input_gradient else None if leaf is None else leaf.grad
     gradients = [parameter.grad for parameter in module.parameters() if parameter.requires_grad]
-    return [*(None if tensor is None else tensor.clone() for tensor in (first, *gradients)), *buffers]
+    buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+    return [None if tensor is None else tensor.clone() for tensor in (first, *gradients, *buffers)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 import tempfile
 import time
@@ -15,22 +14,17 @@ from typing import Any
 import torch
 
 from fused_resnet.bench import options
+from fused_resnet.bench.report.figures import text_table
 from fused_resnet.bench.suite.rounds import ONCE
 from fused_resnet.bench.suite.subjects import builder_names
-from fused_resnet.bench.tune.compile import compile_all
-from fused_resnet.bench.tune.fastest import METHOD, Found
-from fused_resnet.bench.tune.run import Outcome, tune, unknown
-from fused_resnet.bench.tune.sites import MODES, Selection, subjects
-from fused_resnet.bench.tune.subject import Subject
+from fused_resnet.bench.tune.fastest import METHOD, Found, Outcome, tune
+from fused_resnet.bench.tune.questions import MODES, Question, Selection, questions
 from fused_resnet.ops.plan import measured_plan, plan_file
 from fused_resnet.ops.plan.measured_plan import ignoring_measured_plan
 from fused_resnet.ops.plan.plan_file import NotAPlan
 
 BATCH_SIZES = {"cpu": {"inference": (1, 8), "training": (16,)}, "cuda": {"inference": (1, 32, 256), "training": (256,)}}
 DRY_BATCH_SIZE, DRY_IMAGE_SIZE, DRY_TILES = 2, 32, 1
-MOST_JOBS = 16
-COMPILE_SHARE = 0.5
-"""Of the budget, at most."""
 REFUSED, INTERRUPTED = 1, 130
 
 
@@ -48,8 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", help="such as cpu or cuda:1 (default: a GPU where there is one)")
     threads_help = "of PyTorch on the CPU: a plan for each (default: its choice)"
     add("--threads", type=options.positive, metavar="N", help=threads_help)
-    jobs_help = f"processes that compile Triton's kernels (default: one for each core, {MOST_JOBS} at most)"
-    add("--jobs", type=options.positive, metavar="N", help=jobs_help)
     budget_help = "for everything; what is left is measured by the next run"
     add("--budget", type=options.seconds, metavar="SECONDS", help=budget_help)
     add("--output", type=Path, metavar="FILE", help="(default: the user's plan, which is used from then on)")
@@ -83,13 +75,12 @@ def select(arguments: argparse.Namespace) -> Selection:
         batch_sizes, image_size = dict.fromkeys(MODES, (DRY_BATCH_SIZE,)), DRY_IMAGE_SIZE
     if arguments.batch_size:
         batch_sizes = dict.fromkeys(MODES, tuple(dict.fromkeys(arguments.batch_size)))
-    modes = tuple(dict.fromkeys(arguments.mode or ["inference"]))
+    names = arguments.dtype or ["float32" if device.type == "cpu" else "bfloat16"]
     return Selection(
         models=tuple(dict.fromkeys(arguments.model or ["resnet50"])),
-        modes=modes,
-        batch_sizes=tuple((mode, batch_sizes[mode]) for mode in modes),
-        dtypes=tuple(dict.fromkeys(arguments.dtype or ["float32" if device.type == "cpu" else "bfloat16"])),
-        device=str(device),
+        batch_sizes={mode: batch_sizes[mode] for mode in arguments.mode or ["inference"]},
+        dtypes=tuple(dict.fromkeys(getattr(torch, name) for name in names)),
+        device=device,
         image_size=image_size,
         most_tiles=DRY_TILES if arguments.dry else None,
     )
@@ -100,7 +91,7 @@ def _run(arguments: argparse.Namespace, selection: Selection, path: Path | None,
 
     from fused_resnet.bench.console import Bar, make_console
 
-    device = torch.device(selection.device)
+    device = selection.device
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # as people who care for speed set it
     known = measured_plan.decisions(device, path)
@@ -108,38 +99,25 @@ def _run(arguments: argparse.Namespace, selection: Selection, path: Path | None,
     plan_file.check_writable(plan)
     tiles = {key: decision.winner for (op, key), decision in known.items() if op == measured_plan.TILES}
     with ignoring_measured_plan():
-        everything = subjects(selection, tiles)
-        wanted = [*range(len(everything))] if arguments.again else unknown(everything, known)
-    jobs = arguments.jobs or min(os.cpu_count() or 1, MOST_JOBS)
-    compiled = [index for index in wanted if everything[index].compiles] if device.type == "cuda" and jobs > 1 else []
+        everything = questions(selection, tiles)
+    wanted = [each for each in everything if arguments.again or (each.op, each.key) not in known]
     with Bar(make_console(), MofNCompleteColumn()) as bar:
-        if compiled:
-            bar.begin_phase(f"compiling, {jobs} at a time", len(compiled))
-            left = COMPILE_SHARE * (end - time.monotonic())
-            compile_all(selection, compiled, jobs, seconds=left, after_each=lambda: bar.update(advance=1))
         bar.begin_phase("measuring", len(wanted))
         done = 0
 
-        def finish(subject: Subject, found: Found | None) -> None:
+        def finish(question: Question, found: Found | None) -> None:
             nonlocal done
             done += 1
             bar.update(advance=1)
             if not bar.is_terminal:
-                answer = "nothing ran" if found is None else answer_of(found)
-                bar.say(f"{done} of {len(wanted)}: {subject.title}: {answer}")
+                answer = "nothing ran" if found is None else f"{found.winner} (as written: {found.heuristic})"
+                bar.say(f"{done} of {len(wanted)}: {question.title}: {answer}")
 
-        outcome = tune(
-            [everything[index] for index in wanted],
-            tiles,
-            path,
-            method=ONCE if arguments.dry else METHOD,
-            seconds=end - time.monotonic(),
-            begin=lambda subject: bar.update(what=subject.title),
-            finish=finish,
-        )
+        how: dict[str, Any] = {"method": ONCE if arguments.dry else METHOD, "seconds": end - time.monotonic()}
+        outcome = tune(wanted, tiles, path, **how, begin=lambda each: bar.update(what=each.title), finish=finish)
         bar.update(what="")
     if outcome.found:
-        bar.console.print(table(outcome.found))
+        bar.say(table(outcome.found))
     for line in summary(outcome, len(everything) - len(wanted), plan):
         bar.say(line)
     if arguments.dry:
@@ -148,39 +126,22 @@ def _run(arguments: argparse.Namespace, selection: Selection, path: Path | None,
     return INTERRUPTED if outcome.interrupted else 0
 
 
-def answer_of(found: Found) -> str:
-    """In a few words."""
-    if math.isnan(found.ratio):
-        return f"{found.winner}; {found.heuristic} cannot run"
-    if found.winner == found.heuristic:
-        return f"{found.heuristic} stays{' (nothing else can run)' if len(found.seconds) == 1 else ''}"
-    return f"{found.winner}, {found.ratio:.2f}x as fast as {found.heuristic}"
-
-
-def table(results: Sequence[tuple[Subject, Found]]) -> Any:
-    """A ``rich.table.Table`` with a row for each shape: what is written, what was fastest and how much faster it is,
-    those that gain most first."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    found = Table("shape", "as written", "fastest", "ratio", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in found.columns:
-        column.overflow = "fold"
-    gains = [(math.inf if math.isnan(each.ratio) else each.ratio, subject.title, each) for subject, each in results]
+def table(results: Sequence[tuple[Question, Found]]) -> str:
+    """A row for each shape: what is written, what was fastest and how much faster it is, those that gain most first."""
+    gains = [(math.inf if math.isnan(each.ratio) else each.ratio, question.title, each) for question, each in results]
+    rows = []
     for ratio, title, each in sorted(gains, key=lambda gain: -gain[0]):
-        changed = each.winner != each.heuristic
-        cells = (each.winner, "-" if math.isinf(ratio) else f"{ratio:.2f}x") if changed else ("the same", "")
-        found.add_row(*map(Text, (title, each.heuristic, *cells)), style="bold bright_blue" if changed else "")
-    return found
+        changed = (each.winner, "-" if math.isinf(ratio) else f"{ratio:.2f}x")
+        rows.append([title, each.heuristic, *(changed if each.winner != each.heuristic else ("the same", ""))])
+    return text_table(["shape", "as written", "fastest", "ratio"], rows)
 
 
 def summary(outcome: Outcome, known: int, path: Path) -> list[str]:
     """Lines for below the table."""
     changed = sum(found.winner != found.heuristic for _, found in outcome.found)
     lines = [f"{len(outcome.found)} measured, {changed} of them faster than as written; {known} were known before"]
-    for subject, found in outcome.found:
-        lines += [f"dropped: {name} of {subject.title}: {reason}" for name, reason in found.dropped.items()]
+    for question, found in outcome.found:
+        lines += [f"dropped: {name} of {question.title}: {reason}" for name, reason in found.dropped.items()]
     lines += [f"not measured: {title}: {reason}" for title, reason in outcome.failed.items()]
     if outcome.left:
         shown = ", ".join(outcome.left[:3]) + (", ..." if len(outcome.left) > 3 else "")

@@ -1,4 +1,5 @@
-"""Plain PyTorch: eager in its two memory formats, timm's twin, CUDA graphs and ``torch.compile``."""
+"""Who runs networks and blocks in PyTorch: eager in its two memory formats, CUDA graphs, ``torch.compile``; and this
+package, fused and frozen."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import dataclasses
 import functools
 import itertools
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,28 +16,26 @@ import torch
 from torch import Tensor, nn
 
 import fused_resnet
-from fused_resnet.bench.result import TRAINING_FORWARD
-from fused_resnet.bench.suite.moved_bytes import EAGER, Way, moved_bytes
+from fused_resnet.bench.suite.moved_bytes import EAGER, EFFICIENT, FROZEN, FUSED, moved_bytes
 from fused_resnet.bench.suite.network_task import NetworkTask, loss_of
 from fused_resnet.bench.suite.preparing import (
     cuda_only,
     inference_only,
-    installed,
     module_in,
     network_contender,
     only,
     prepared_inference,
     prepared_module,
     prepared_training,
+    training_only,
 )
-from fused_resnet.bench.suite.subjects import TIMM, USER, Subject, find_subject
+from fused_resnet.bench.suite.subjects import Subject
 from fused_resnet.bench.suite.task import Contender, Prepared
-from fused_resnet.bench.suite.torchvision_ops import import_or_none
 from fused_resnet.bench.suite.training import Training, batches, make_optimizer, results_of
+from fused_resnet.convert.sites import fusion_sites
 
 FORMATS = {"eager NCHW": torch.contiguous_format, "eager channels_last": torch.channels_last}
 WARM_UP = 3
-MAX_AUTOTUNE = "max-autotune"
 RECOMPILE_LIMIT = 2**16
 """Where a network is compiled in parts, each part is kept with the code of its class, which many networks share; with
 PyTorch's own limit of 8 the ninth would run in eager."""
@@ -51,39 +51,8 @@ def eager_contenders() -> list[Contender]:
     return [of(name, memory_format) for name, memory_format in FORMATS.items()]
 
 
-def timm_contender() -> Contender:
-    """timm's network of the same name in eager, channels_last, with the same weights; absent where eager is timm's
-    network already, or where timm's has other parameters than the task's."""
-    return network_contender("timm", _prepare_timm, installed("timm"), _why_no_twin)
-
-
-def _why_no_twin(task: NetworkTask) -> list[str]:
-    reasons = {TIMM: "eager is timm's already", USER: "a user's network has no twin in timm"}
-    if task.network.source in reasons:
-        return [reasons[task.network.source]]
-    timm, name = import_or_none("timm"), task.network.name
-    if timm is None or not timm.is_model(name):
-        return ["timm cannot be imported" if timm is None else f"timm has no {name}"]
-    modules = (network.without_memory(task.path) for network in (task.network, _of_timm(task)))
-    ours, theirs = ([(key, value.shape) for key, value in module.state_dict().items()] for module in modules)
-    return [] if ours == theirs else [f"the parameters of timm's {name} are not those of {task.network.source}'s"]
-
-
-def _of_timm(task: NetworkTask) -> Subject:
-    return find_subject(f"timm:{task.network.name}")
-
-
-def _prepare_timm(task: NetworkTask) -> Prepared:
-    twin = _of_timm(task).build().get_submodule(task.path)
-    twin.load_state_dict(task.module.state_dict())
-    return prepared_module(task, twin.to(task.device).train(task.training), way=EAGER)
-
-
 def graph_contender() -> Contender:
     """Eager, channels_last, as one CUDA graph: inference, or a whole training step."""
-    not_the_forward = only(
-        lambda task: task.mode != TRAINING_FORWARD, "what is captured is inference or a whole training step"
-    )
 
     def prepare(task: NetworkTask) -> Prepared:
         if task.training:
@@ -92,7 +61,7 @@ def graph_contender() -> Contender:
         inputs = task.inputs_as(task.dtype, torch.channels_last)
         return prepared_inference(task, CapturedInference(module, inputs[0]), inputs, way=EAGER)
 
-    return network_contender("eager CUDA graph", prepare, cuda_only, not_the_forward, no_float16)
+    return network_contender("eager CUDA graph", prepare, cuda_only, no_float16)
 
 
 no_float16 = only(
@@ -138,7 +107,7 @@ class WithInputGradient(nn.Module):
         return self.block(self.leaf)
 
 
-def prepared_graph_step(task: NetworkTask, module: nn.Module, way: Way = None) -> Prepared:
+def prepared_graph_step(task: NetworkTask, module: nn.Module, way: str | None = None) -> Prepared:
     """``graph_step`` of a module: where there is no CUDA device, the same step without a graph."""
     module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = WithInputGradient(module) if task.takes_input_gradient else module
@@ -158,24 +127,22 @@ def prepared_graph_step(task: NetworkTask, module: nn.Module, way: Way = None) -
 
 
 def compiled_contenders(backend: str = "inductor") -> list[Contender]:
-    """``torch.compile`` of channels_last networks with static shapes: as it is, with its longest search, and with
-    frozen weights; a training step's optimizer is as everybody's."""
+    """``torch.compile`` of channels_last networks with static shapes, as it is and with frozen weights."""
     prepare = functools.partial(functools.partial, _prepare_compiled, backend)
     return [
-        network_contender("torch.compile", prepare(None, False)),
-        network_contender("torch.compile max-autotune", prepare(MAX_AUTOTUNE, False)),
-        network_contender("torch.compile freezing", prepare(None, True), inference_only),
+        network_contender("torch.compile", prepare(False)),
+        network_contender("torch.compile freezing", prepare(True), inference_only),
     ]
 
 
-def _prepare_compiled(backend: str, mode: str | None, freezing: bool, task: NetworkTask) -> Prepared:
+def _prepare_compiled(backend: str, freezing: bool, task: NetworkTask) -> Prepared:
     with _compiling(freezing):
         module = task.copy()
         if task.training:
-            call = _compile(module.to(memory_format=torch.channels_last), backend, mode)  # type: ignore[call-overload]
+            call = _compile(module.to(memory_format=torch.channels_last), backend)  # type: ignore[call-overload]
             prepared = prepared_training(task, Training(task, module, call))
         else:
-            call = _compile(module_in(task, module, torch.channels_last), backend, mode)
+            call = _compile(module_in(task, module, torch.channels_last), backend)
             inputs = task.inputs_as(task.dtype, torch.channels_last)
             prepared = prepared_inference(task, call, inputs, guard=torch.no_grad)
         return dataclasses.replace(prepared, close=_forget)
@@ -187,31 +154,19 @@ def _forget() -> None:
     torch._dynamo.reset()
 
 
-def _compile(module: nn.Module, backend: str, mode: str | None) -> Any:
-    mode = mode if backend == "inductor" else None
-    compiled = torch.compile(_with_code_of_its_own(module), dynamic=False, backend=backend, mode=mode)
-    if mode is None:
-        return compiled
-
-    def call(x: Tensor) -> Tensor:
-        torch.compiler.cudagraph_mark_step_begin()  # the last run's results are done with
-        return compiled(x)
-
-    return call
-
-
 _numbers = itertools.count()
 
 
-def _with_code_of_its_own(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """What was compiled is kept with the code of a function, and found again by any other module of the same shapes,
-    whether its weights were to be frozen or not: contenders must not share it."""
+def _compile(module: nn.Module, backend: str) -> Callable[[Tensor], Tensor]:
+    """With code of its own: what was compiled is kept with the code of a function, and found again by any other module
+    of the same shapes, whether its weights were to be frozen or not. Contenders must not share it."""
 
     def call(x: Tensor) -> Tensor:
         return module(x)
 
     code = call.__code__.replace(co_name=f"network_{next(_numbers)}")
-    return types.FunctionType(code, globals(), closure=call.__closure__)
+    own = types.FunctionType(code, globals(), closure=call.__closure__)
+    return torch.compile(own, dynamic=False, backend=backend)
 
 
 @contextlib.contextmanager
@@ -223,3 +178,54 @@ def _compiling(freezing: bool) -> Iterator[None]:
     limits: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT, "accumulated_recompile_limit": RECOMPILE_LIMIT}
     with torch._dynamo.config.patch(**limits), torch._inductor.config.patch(freezing=freezing):
         yield
+
+
+def our_contenders() -> list[Contender]:
+    """At the level and on the backend that are asked for (FUSED_RESNET_LEVEL, FUSED_RESNET_BACKEND)."""
+    ours = functools.partial(network_contender, ours=True)
+
+    def graph(task: NetworkTask) -> Prepared:
+        return prepared_graph_step(task, fused_copy(task), way=FUSED)
+
+    def efficient(task: NetworkTask) -> Prepared:
+        return prepared_module(task, fused_copy(task, "efficient"), way=EFFICIENT)
+
+    return [
+        ours("fused", lambda task: prepared_module(task, fused_copy(task), way=FUSED), fusable),
+        ours("frozen", functools.partial(_prepare_frozen, False), inference_only, fusable),
+        ours("frozen graph", functools.partial(_prepare_frozen, True), inference_only, cuda_only, fusable),
+        ours("fused graph", graph, training_only, cuda_only, no_float16, fusable),
+        ours("fused efficient", efficient, training_only, fusable),
+    ]
+
+
+def fusable(task: NetworkTask) -> list[str]:
+    """A network has to have something that ``fuse`` knows."""
+    if _has_sites(task.network, task.path):
+        return []
+    return [
+        "nothing in it was fused: fuse knows the exact classes of torchvision's ResNet blocks and this package's own, "
+        f"and {task.subject} has none"
+    ]
+
+
+@functools.cache
+def _has_sites(network: Subject, path: str) -> bool:
+    module = network.without_memory(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that nothing can be fused, which is what is asked here
+        fused_resnet.fuse(module)
+    return any(not site.reasons for part in module.modules() for site in fusion_sites(part))
+
+
+def fused_copy(task: NetworkTask, memory: str = "default") -> nn.Module:
+    """The task's module, after ``fuse``."""
+    return fused_resnet.fuse(task.copy(), memory=memory)
+
+
+def _prepare_frozen(cuda_graph: bool, task: NetworkTask) -> Prepared:
+    """``freeze`` in the task's dtype."""
+    inputs = task.inputs_as(task.dtype, torch.channels_last)
+    module = task.copy().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    frozen = fused_resnet.freeze(module, inputs[0], dtype=task.dtype, cuda_graph=cuda_graph)
+    return prepared_inference(task, frozen, inputs, way=FROZEN)
