@@ -39,8 +39,10 @@ METHODS = frozenset(
     )
 )
 """What calling a module runs: another one, in its class or set on the module itself, may do anything."""
-FUNCTIONS = {name: getattr(F, name) for name in ("conv2d", "batch_norm", "relu", "max_pool2d", "linear")}
-"""What the forwards of PyTorch's modules call, as it was when this was imported."""
+FUNCTIONS = operator.attrgetter("conv2d", "batch_norm", "relu", "max_pool2d", "adaptive_avg_pool2d", "linear")
+"""Of torch.nn.functional, what the forwards of PyTorch's modules call."""
+WRITTEN_FUNCTIONS = FUNCTIONS(F)
+"""They, as they were when this was imported."""
 
 PlainNorm = nn.BatchNorm2d | nn.SyncBatchNorm
 """What the fused ops can stand for."""
@@ -67,7 +69,8 @@ class Snapshot:
         hooks = [hooks for part in self._parts for hooks in hooks_of(part)] + global_hooks()
         self._unchanged = Unchanged([*own, *hooks, *tables, *(inner._modules for inner in everything)])
         self._convs = [part for part in self._parts if type(part) is nn.Conv2d and part._parameters.get("bias") is None]
-        self._marks = Marks([tensor for table in tables for tensor in table.values() if tensor is not None])
+        marked = [tensor for table in tables for tensor in table.values() if tensor is not None]
+        self._marks = Marks(marked) if tensors else None
 
     def holds(self) -> bool:
         if not self._unchanged.holds() or [*map(type, self._parts)] != self._types:
@@ -75,9 +78,9 @@ class Snapshot:
         for kind, methods, before in self._methods:
             if methods(kind) != before:
                 return False
-        if any([conv._parameters.get("bias") is not None for conv in self._convs]) or is_patched():
+        if any([conv._parameters.get("bias") is not None for conv in self._convs]):
             return False
-        return self._marks.hold()
+        return FUNCTIONS(F) == WRITTEN_FUNCTIONS and (self._marks is None or self._marks.hold())
 
 
 class Marks:
@@ -153,10 +156,7 @@ def has_own_methods(kind: type[nn.Module]) -> bool:
 
 def is_patched() -> bool:
     """True if somebody has put a function of their own in the place of one that PyTorch's modules call."""
-    if torch.compiler.is_compiling():
-        return False
-    names = vars(F)
-    return any(names.get(name) is not function for name, function in FUNCTIONS.items())
+    return not torch.compiler.is_compiling() and FUNCTIONS(F) != WRITTEN_FUNCTIONS
 
 
 def methods_of(kind: type[nn.Module]) -> list[tuple[type, operator.attrgetter, Any]]:

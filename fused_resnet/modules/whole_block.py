@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fused_resnet.arguments import ConvSettings
 from fused_resnet.modules.bn_act import why_not_fuse
 from fused_resnet.modules.conv_bn_act import why_not_plain_conv
-from fused_resnet.modules.plain import PlainNorm, Snapshot, batch_norm_arguments, frozen_forward, vectors_fit, weight_of
+from fused_resnet.modules.plain import FROZEN, PlainNorm, Snapshot, batch_norm_arguments, vectors_fit, weight_of
 from fused_resnet.modules.shortcut import why_not_split
 from fused_resnet.modules.site import Site
 from fused_resnet.ops.conv_norm import ConvNorm
@@ -39,12 +39,13 @@ def whole_block(block: nn.Module, x: Tensor) -> Tensor | None:
         or torch._C._get_tracing_state() is not None
     ):
         return None
-    if (out := frozen_forward(block, x)) is not None:
+    own = block.__dict__
+    if FROZEN in own and (out := own[FROZEN](block, x)) is not None:
         return out
-    known = block.__dict__.get(WHOLE)
+    known = own.get(WHOLE)
     if known is None or not known.holds():
-        known = block.__dict__[WHOLE] = WholeBlock(block)
-    return known(block.__dict__.get(MEMORY, "default"), x)
+        known = own[WHOLE] = WholeBlock(block)
+    return known(own.get(MEMORY, "default"), x)
 
 
 class WholeBlock:
