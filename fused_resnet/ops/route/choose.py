@@ -31,6 +31,7 @@ from fused_resnet.ops.route import request, routes
 from fused_resnet.ops.route.listeners import is_listened_to
 from fused_resnet.ops.route.packing import BY_DISPATCHER, argument_names, flat, packed
 from fused_resnet.ops.route.preference import ranking
+from fused_resnet.ops.route.raw_arguments import check_raw
 from fused_resnet.ops.route.reasons import module, reasons_against, unavailable
 from fused_resnet.ops.route.request import AUTO, BackendError, asking, checked_backend
 from fused_resnet.ops.schemas import SCHEMAS, library
@@ -128,7 +129,12 @@ def _refusal(backend: str, op: str, reasons: list[str]) -> str:
 
 def _register(op: str) -> None:
     def body(*args: Any) -> Any:
-        return getattr(choose(op, args), op)(*packed(op, args))
+        key = (op, request.current, *map(_like, args))
+        function = routes.kept.get(key)
+        if function is None:
+            check_raw(op, args)
+            function = routes.keep(key, getattr(choose(op, args), op))
+        return function(*packed(op, args))
 
     library.impl(op, body, "CompositeExplicitAutograd")
 
