@@ -218,7 +218,7 @@ def test_a_plan_is_read_once(monkeypatch: pytest.MonkeyPatch):
         thread.join()
     assert winner() == "fast" and winner(("nothing",)) is None
     assert measured_plan.winner("thing", KEY, "cpu") == measured_plan.winner("thing", KEY, "cpu:0") == "fast"
-    assert len(reads) == 2  # the package's and the user's
+    assert len(reads) == 1  # the user's; the package ships none
 
 
 def test_devices_that_nothing_is_measured_on():
@@ -262,3 +262,19 @@ def test_the_key_of_an_op_tells_apart_what_is_another_pass_and_nothing_else():
     assert conv() == conv(relu=False) == conv(scale=vector)
     assert len({conv(), conv(stride=2), conv(groups=2), conv(residual=nhwc)}) == 4
     plan_file.check_key(conv())
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/x", "x" * 5000, "/dev/null/x", "forbidden"])
+def test_a_folder_that_makes_no_sense_is_no_plan_and_stops_nothing(monkeypatch: pytest.MonkeyPatch, name: str):
+    def forbidden() -> Path:
+        raise PermissionError(13, "Permission denied")
+
+    if name == "forbidden":
+        monkeypatch.setattr(plan_file, "user_folder", forbidden)
+    monkeypatch.setenv(plan_file.ENVIRONMENT_VARIABLE, name)
+    measured_plan.reload()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            assert measured_plan.winner("bn_apply", (1, 2)) is None
+    assert len(told) == (name != "/dev/null/x")

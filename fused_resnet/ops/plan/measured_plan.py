@@ -268,15 +268,15 @@ def _nobody_is_left_to_ask() -> bool:
 
 def _anything_there() -> bool:
     """True if there is a file in either folder: else nobody asks a device for its name."""
-    return any(next(folder.glob("*.json"), None) for folder in (plan_file.user_folder(), plan_file.SHIPPED_FOLDER))
+    return bool(plan_file.folders())
 
 
 def _read(condition: dict[str, Any]) -> Decisions:
     name = plan_file.file_name(condition)
-    return {
-        **plan_file.read_or_warn(plan_file.SHIPPED_FOLDER / name, condition),
-        **plan_file.read_or_warn(plan_file.user_folder() / name, condition),
-    }
+    found: Decisions = {}
+    for folder in plan_file.folders():
+        found |= plan_file.read_or_warn(folder / name, condition)
+    return found
 
 
 @functools.cache

@@ -109,6 +109,18 @@ def user_folder() -> Path:
     return platformdirs.user_cache_path("fused_resnet", appauthor=False, opinion=False) / "plans"
 
 
+def folders() -> list[Path]:
+    """Those in which there is a plan, what overrules last. A user's folder that may not be looked into, or whose name
+    makes no sense, has none: a warning says so, and nothing else stops."""
+    found = [SHIPPED_FOLDER] if next(SHIPPED_FOLDER.glob("*.json"), None) else []
+    try:
+        folder = user_folder()
+        return [*found, folder] if folder.is_dir() and next(folder.glob("*.json"), None) else found
+    except (OSError, RuntimeError, ValueError) as error:  # ~nobody-of-this-name is a RuntimeError
+        warnings.warn(f"measured plans are not looked for: {error}", RuntimeWarning, stacklevel=2)
+        return found
+
+
 def read(path: Path, condition: dict[str, Any]) -> Decisions:
     """The decisions of a file; of one that is not there, none.
 
