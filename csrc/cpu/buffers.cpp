@@ -1,6 +1,10 @@
 #include "buffers.h"
 
 #include <algorithm>
+#ifdef __unix__
+#include <pthread.h>
+#endif
+
 #include <cstdlib>
 #include <iterator>
 #include <list>
@@ -19,9 +23,16 @@ struct Kept {
   int64_t bytes = 0;
 };
 
-// Never destroyed: tensors outlive the static objects of a process that exits.
+// Never destroyed: tensors outlive the static objects of a process that exits. A process that forks while another of
+// its threads holds the mutex would leave it held for ever in the child.
 Kept& kept() {
-  static Kept* const instance = new Kept;
+  static Kept* const instance = [] {
+    auto* const made = new Kept;
+#ifdef __unix__
+    pthread_atfork([] { kept().mutex.lock(); }, [] { kept().mutex.unlock(); }, [] { kept().mutex.unlock(); });
+#endif
+    return made;
+  }();
   return *instance;
 }
 
@@ -55,12 +66,21 @@ Buffer::Buffer(int64_t bytes) : data_(nullptr), bytes_(bytes) {
     }
   }
   data_ = std::aligned_alloc(kAlignment, static_cast<std::size_t>(rounded(bytes)));
+  if (data_ == nullptr) {
+    release_kept_buffers();
+    data_ = std::aligned_alloc(kAlignment, static_cast<std::size_t>(rounded(bytes)));
+  }
   if (data_ == nullptr) throw std::bad_alloc();
 }
 
 Buffer::~Buffer() {
   const std::lock_guard<std::mutex> lock(kept().mutex);
-  kept().buffers.emplace_back(bytes_, data_);
+  try {
+    kept().buffers.emplace_back(bytes_, data_);
+  } catch (const std::bad_alloc&) {
+    std::free(data_);
+    return;
+  }
   kept().bytes += bytes_;
   shrink_to(std::max(kKeptBytes, bytes_));  // not below itself: the next call of a large network asks for it again
 }

@@ -90,8 +90,8 @@ class FoldedLinear:
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
         self._marks = Marks(_tensors(linear))
         self._dtype = dtype
-        self.weight = linear.weight.detach().to(dtype)
-        self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+        self.weight = linear.weight.detach().to(dtype, copy=True)  # laid out later, when it may be another
+        self.bias = None if linear.bias is None else linear.bias.detach().to(dtype, copy=True)
         self._native: NativeConv | None = None
 
     def stands_for(self, linear: nn.Linear, dtype: torch.dtype) -> bool:

@@ -1,12 +1,15 @@
 // Runs the CPU convolutions of one CPU_CAPABILITY on memory of exactly their size, against the sum as it is written in
 // a textbook, in float64. Prints what is wrong; the exit status is how many were. tests/native/test_conv_driver.py
 // builds it with sanitizers.
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <random>
+#include <thread>
 #include <vector>
 
 #include "cpu/conv/conv.h"
@@ -14,6 +17,18 @@
 #include "cpu/simd/element.h"
 
 using namespace fused_resnet;
+
+// The kernels' own memory, which can be made to run out.
+std::atomic<bool> memory_is_out{false};
+constexpr std::size_t kOwnMemory = 256;  // bytes, from which on it is not a list of shares
+
+void* operator new(std::size_t bytes, std::align_val_t alignment) {
+  if (memory_is_out && bytes >= kOwnMemory) throw std::bad_alloc();
+  const auto unit = static_cast<std::size_t>(alignment);
+  return std::aligned_alloc(unit, (bytes + unit - 1) / unit * unit);
+}
+void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
+void operator delete(void* memory, std::size_t, std::align_val_t) noexcept { std::free(memory); }
 
 const ConvKernels& fused_resnet::conv_kernels() { return CPU_CAPABILITY::kConvKernels; }
 
@@ -206,8 +221,35 @@ bool trains_rightly(const Case& c, int threads) {
 
 }  // namespace
 
+// On threads that have no memory of a kernel's yet: one that needs some and gets none throws, and runs when there is
+// some again. Adds to `thrown`.
+bool outlives_an_empty_memory(const Case& c, int threads, int& thrown) {
+  bool right = false;
+  std::thread([&] {
+    memory_is_out = true;
+    try {
+      is_right(c, DType::float32, threads);
+    } catch (const std::bad_alloc&) {
+      ++thrown;
+    }
+    memory_is_out = false;
+    right = is_right(c, DType::float32, threads);
+  }).join();
+  return right;
+}
+
 int main() {
-  int wrong = 0, all = 0;
+  int wrong = 0, all = 0, thrown = 0;
+  for (const Case& c : kCases) {
+    for (const int threads : {1, 3}) {
+      wrong += !outlives_an_empty_memory(c, threads, thrown);
+      ++all;
+    }
+  }
+  if (2 * thrown < all) {
+    std::printf("memory ran out, and only %d of %d threw\n", thrown, all);
+    ++wrong;
+  }
   for (const Case& c : kCases) {
     for (const DType dtype : {DType::float32, DType::bfloat16}) {
       for (const int threads : {1, 3}) {

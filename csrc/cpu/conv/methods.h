@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/conv.h"
+#include "cpu/conv/failure.h"
 #include "cpu/simd/tile.h"
 
 #ifdef _OPENMP
@@ -61,6 +62,7 @@ class Scratch {
   float* words(int64_t count) {
     if (count > size_) {
       memory_.reset();
+      size_ = 0;  // should the next line throw
       memory_.reset(static_cast<float*>(::operator new(count * sizeof(float), kAlignment)));
       size_ = count;
     }
@@ -84,12 +86,14 @@ inline Share share(int64_t count, int64_t part, int64_t parts) {
   return {count * part / parts, count * (part + 1) / parts};
 }
 
-// Calls run(part, parts) on every thread of a team.
+// Calls run(part, parts) on every thread of a team; throws what one of them threw.
 template <typename Run>
 void in_parallel(int threads, const Run& run) {
 #ifdef _OPENMP
+  Failure failure;
 #pragma omp parallel num_threads(threads)
-  run(omp_get_thread_num(), omp_get_num_threads());
+  failure.guard([&] { run(omp_get_thread_num(), omp_get_num_threads()); });
+  failure.rethrow();
 #else
   static_cast<void>(threads);
   run(0, 1);

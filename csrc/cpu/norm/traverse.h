@@ -9,6 +9,10 @@
 #include "cpu/bn_act.h"
 #include "cpu/simd/element.h"
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 namespace fused_resnet {
 namespace CPU_CAPABILITY {
 
@@ -37,6 +41,14 @@ void for_each_element(const Activation& shape, Storage* out, const Channel& chan
       for (int64_t p = 0; p < pixels; ++p) out[offset + p] = value(offset + p, plane_channel);
     }
   }
+}
+
+inline int thread_number() {
+#ifdef _OPENMP
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
 }
 
 // Two sums a reduction keeps of one channel.
@@ -68,18 +80,20 @@ void reduce_rows(const Activation& shape, const Reduction& reduction, const Resu
   std::vector<double> totals(2 * chunks * channels);
   double* const total_first = totals.data();
   double* const total_second = total_first + chunks * channels;
+  // All memory is taken out here: an exception that leaves a parallel region ends the process.
+  std::vector<Reduction> locals(chunks, reduction);
+  std::vector<float> sums(2 * chunks * channels);
 #pragma omp parallel for num_threads(shape.threads) schedule(static)
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    Reduction local = reduction;
-    std::vector<float> sums(2 * channels);
-    float* const first = sums.data();
+    Reduction& local = locals[chunk];
+    float* const first = sums.data() + 2 * chunk * channels;
     float* const second = first + channels;
     const int64_t begin = chunk * chunk_rows;
     const int64_t end = std::min(rows, begin + chunk_rows);
     for (int64_t tile = begin; tile < end; tile += tile_rows) {
       const int64_t tile_end = std::min(tile + tile_rows, end);
       local.begin_tile(0, channels, tile * channels, channels, tile_end - tile);
-      std::fill(sums.begin(), sums.end(), 0.0f);
+      std::fill(first, second + channels, 0.0f);
       int64_t row = tile;
       const auto add_rows = [&](auto group) {
         const int64_t offset = row * channels;
@@ -120,9 +134,10 @@ void reduce_rows(const Activation& shape, const Reduction& reduction, const Resu
 
 template <typename Reduction, typename Result>
 void reduce_planes(const Activation& shape, const Reduction& reduction, const Result& result) {
+  std::vector<Reduction> locals(shape.threads, reduction);  // out here, as in reduce_rows
 #pragma omp parallel for num_threads(shape.threads) schedule(static)
   for (int64_t c = 0; c < shape.channels; ++c) {
-    Reduction local = reduction;
+    Reduction& local = locals[thread_number()];
     double total_first = 0.0, total_second = 0.0;
     int64_t total_count = 0;
     for (int64_t image = 0; image < shape.images; ++image) {

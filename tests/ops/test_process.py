@@ -1,0 +1,46 @@
+"""What the C++ kernels do to the process they are in: a fork leaves no lock behind."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.ops.step import NEEDS_NATIVE
+
+pytestmark = [NEEDS_NATIVE, pytest.mark.skipif(sys.platform != "linux", reason="limits and forks of Linux")]
+
+FORKS = """
+import os, signal, threading, torch
+import fused_resnet
+torch.set_num_threads(1)
+def taken(elements):
+    return empty_strided((1, 1, 1, elements), (elements, elements, elements, 1), torch.float32)
+from fused_resnet.ops.backends.native.norm import BUFFER_BYTES, empty_strided
+kept = [taken(BUFFER_BYTES // 4 + 16 * i) for i in range(200)]
+del kept  # all of which every request looks through while it holds the lock
+block = fused_resnet.BasicBlock(16, 16).to(memory_format=torch.channels_last)
+x = torch.randn(2, 16, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
+def churn():  # whose kernels ask for memory without Python's lock
+    while not done.is_set():
+        block(x).sum().backward()
+done = threading.Event()
+threads = [threading.Thread(target=churn, daemon=True) for _ in range(2)]
+[thread.start() for thread in threads]
+for _ in range(150):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        taken(BUFFER_BYTES // 4)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, "the child waits for ever"
+done.set()
+[thread.join() for thread in threads]
+print("survived")
+"""
+
+
+def test_a_child_of_a_busy_process_lives():
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", FORKS], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and done.stdout.strip() == "survived", done.stderr[-2000:]
