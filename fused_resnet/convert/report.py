@@ -10,14 +10,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fused_resnet.arguments import ConvSettings
 from fused_resnet.convert.fuse import torchvision_classes
 from fused_resnet.convert.sites import fusion_sites, is_known
 from fused_resnet.models.resnet import ResNet
 from fused_resnet.modules.basic_block import BasicBlock
 from fused_resnet.modules.bottleneck import Bottleneck
 from fused_resnet.modules.conv_bn_act import why_not_constant
-from fused_resnet.modules.plain import FROZEN, class_name, is_intercepted
+from fused_resnet.modules.plain import FROZEN, class_name, is_intercepted, pair, settings_of
 from fused_resnet.modules.shortcut import why_not_split
 from fused_resnet.modules.site import sites_of
 from fused_resnet.modules.stem import why_not_whole_stem, window
@@ -195,13 +194,12 @@ def _why_level_0(module: nn.Module, conv_name: str | None, memory_format: torch.
         if first:  # a block is run whole if its first convolution is fused
             return first
     conv = cast(nn.Conv2d, module.get_submodule(conv_name))
-    size = [dilation * (kernel - 1) + 1 for dilation, kernel in zip(conv.dilation, conv.kernel_size, strict=True)]
+    size = [dilation * (kernel - 1) + 1 for dilation, kernel in zip(pair(conv.dilation), conv.kernel_size, strict=True)]
     shape = (2, conv.in_channels, *size)
     x = torch.empty(shape, dtype=conv.weight.dtype, device=conv.weight.device, memory_format=memory_format)
     if isinstance(module, ResNet) and (reasons := why_not_pooled(x, conv.weight, window(module.maxpool))):
         return reasons
-    settings = ConvSettings.of(conv.stride, cast(tuple[int, int], conv.padding), conv.dilation, conv.groups)
-    return list(link_route(x, conv.weight.detach(), settings).why_level_0)
+    return list(link_route(x, conv.weight.detach(), settings_of(conv)).why_level_0)
 
 
 def _weight(module: nn.Module, conv_name: str) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_resnet.arguments import ConvSettings
-from fused_resnet.modules.plain import Marks
+from fused_resnet.modules.plain import Marks, settings_of
 from fused_resnet.ops.backends.native.conv import NativeConv, takes_dtype, why_not_native
 from fused_resnet.ops.backends.onednn import pack_conv_weight, packed_conv_act, why_not_packed
 from fused_resnet.ops.conv_bn_act import fold
@@ -46,8 +46,7 @@ class FoldedConv:
             weight = (conv.weight.double() * scale[:, None, None, None]).to(dtype)
             self.weight = weight.contiguous(memory_format=torch.channels_last)
             self.bias = shift.to(torch.float64 if dtype == torch.float64 else torch.float32)
-        padding = [int(pixels) for pixels in conv.padding]
-        self.settings = ConvSettings.of(conv.stride, padding, conv.dilation, conv.groups)
+        self.settings = settings_of(conv)
         self.relu = relu
         self._packed: dict[torch.Size, tuple[Tensor, Tensor]] = {}
         self._native: tuple[NativeConv | None] | None = None

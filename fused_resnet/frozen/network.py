@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fused_resnet.arguments import ConvSettings, PoolSettings
 from fused_resnet.frozen.block import BlocksInARow, Chains, OrdinaryPart, foldable_blocks, foldable_conv, kept_chain
 from fused_resnet.frozen.fold import FoldedConv, FoldedLinear, folded_linear
-from fused_resnet.modules.plain import has_memory, is_intercepted
+from fused_resnet.modules.plain import has_memory, is_intercepted, pair
 from fused_resnet.modules.site import Body, sites_of
 from fused_resnet.ops.backends.native.chain import Ends, NativeChain
 from fused_resnet.ops.backends.native.conv import average, max_pool, takes_dtype
@@ -51,7 +51,7 @@ class FoldedStem:
         self.conv = conv
         self.pool = pool
         self._pixels = pixels
-        self.pools_by_three = pool is not None and _window(pool) == (3, 2, 1, 1, False, False)
+        self.pools_by_three = pool is not None and _window(pool) == (*POOL, (1, 1), False, False)
         fits = conv.settings == STEM and tuple(conv.weight.shape[1:]) == STEM_KERNEL
         self.is_kernels = fits and conv.relu and self.pools_by_three
 
@@ -160,4 +160,5 @@ def _average(x: Tensor) -> Tensor:
 
 
 def _window(pool: nn.MaxPool2d) -> tuple[Any, ...]:
-    return pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode, pool.return_indices
+    sizes = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+    return (*map(pair, sizes), pool.ceil_mode, pool.return_indices)

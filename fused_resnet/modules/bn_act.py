@@ -6,7 +6,7 @@ not be (a hook, a subclass, another kind of norm), it calls the modules. ``why_n
 
 from __future__ import annotations
 
-from typing import TypeGuard, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
     Args:
         activation: "relu", or None for no activation.
+        options: more that this PyTorch's ``nn.BatchNorm2d`` takes: ``bias`` from 2.13 on.
 
     Raises:
         ValueError: for another ``activation``.
@@ -53,9 +54,10 @@ class BatchNormAct2d(nn.BatchNorm2d):
         dtype: torch.dtype | None = None,
         *,
         activation: str | None = "relu",
+        **options: Any,
     ) -> None:
         check_activation(activation)
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
         self.activation = activation
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -70,7 +72,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
         """
         if UNFUSED not in self.__dict__ and is_image(x):
             return _normalize(self, self.activation, x, residual)
-        out = _add(super().forward(x), residual)
+        out = add(super().forward(x), residual)
         return out if self.activation is None else F.relu(out)
 
     def extra_repr(self) -> str:
@@ -98,7 +100,7 @@ def norm_act(norm: nn.Module, act: nn.Module | None, x: Tensor, residual: Tensor
     """
     if is_image(x) and (residual is None or residual.shape == x.shape) and not why_not_fuse(norm, act):
         return _normalize(cast(PlainNorm, norm), None if act is None else "relu", x, residual)
-    out = _add(norm(x), residual)
+    out = add(norm(x), residual)
     return out if act is None else act(out)
 
 
@@ -162,9 +164,12 @@ def _normalize(norm: PlainNorm, activation: str | None, x: Tensor, residual: Ten
     )
 
 
-def _add(out: Tensor, residual: Tensor | None) -> Tensor:
-    """What ``out += residual`` would leave in out, its dtype kept."""
-    return out if residual is None else (out + residual).type_as(out)
+def add(out: Tensor, residual: Tensor | None) -> Tensor:
+    """What ``out += residual`` would leave in out, its dtype kept; of fx proxies their sum."""
+    if residual is None:
+        return out
+    total = out + residual
+    return total.type_as(out) if isinstance(total, Tensor) and total.dtype != out.dtype else total
 
 
 def is_image(x: object) -> TypeGuard[Tensor]:

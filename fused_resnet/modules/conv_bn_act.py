@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_resnet.modules.bn_act import is_image, norm_act, why_not_fuse
-from fused_resnet.modules.plain import frozen_forward, has_memory, is_intercepted, vectors_fit
+from fused_resnet.modules.plain import frozen_forward, has_memory, is_intercepted, settings_of, vectors_fit
 from fused_resnet.modules.site import Site
 from fused_resnet.ops.checks import check_activation
 from fused_resnet.ops.conv_bn_act import conv_bn_act
@@ -93,10 +93,7 @@ class ConvBNAct2d(nn.Module):
             cast(Tensor, bn.running_mean),
             cast(Tensor, bn.running_var),
             residual,
-            stride=conv.stride,
-            padding=cast(tuple[int, ...], conv.padding),
-            dilation=conv.dilation,
-            groups=conv.groups,
+            **settings_of(conv)._asdict(),
             eps=bn.eps,
             activation=None if self.act is None else "relu",
         )

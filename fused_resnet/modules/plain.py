@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import operator
 import sys
-import weakref
 from collections.abc import Sequence
 from types import FrameType
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import _disable_current_modes
 
+from fused_resnet.arguments import ConvSettings
 from fused_resnet.ops.backends.extension import extension
 from fused_resnet.ops.batch_norm import BatchNorm
 
@@ -177,8 +177,7 @@ def _is_own(kind: type, name: str) -> bool:
     return module is not None and getattr(vars(cls)[name], "__globals__", None) is vars(module)
 
 
-_own_methods: weakref.WeakKeyDictionary[type[nn.Module], list[tuple[type, operator.attrgetter, Any]]]
-_own_methods = weakref.WeakKeyDictionary()
+_own_methods: dict[type[nn.Module], list[tuple[type, operator.attrgetter, Any]]] = {}
 
 
 def has_global_hooks() -> bool:
@@ -191,6 +190,17 @@ def weight_of(conv: nn.Conv2d) -> Tensor:
     a plain attribute."""
     weight = conv._parameters.get("weight")
     return conv.weight if weight is None else weight
+
+
+def settings_of(conv: nn.Conv2d) -> ConvSettings:
+    """How the convolution moves. What was set on it afterwards may be a number for both directions."""
+    return ConvSettings(pair(conv.stride), pair(conv.padding), pair(conv.dilation), conv.groups)
+
+
+def pair(value: Any) -> tuple[int, int]:
+    """Vertical and horizontal, from one number or two."""
+    vertical, horizontal = (value, value) if isinstance(value, int) else value
+    return int(vertical), int(horizontal)
 
 
 def batch_norm_arguments(norm: PlainNorm) -> BatchNorm:

@@ -6,7 +6,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from fused_resnet.modules.bn_act import norm_act, norm_act_dual
+from fused_resnet.modules.bn_act import add, is_image, norm_act, norm_act_dual, why_not_fuse
 from fused_resnet.modules.plain import has_global_hooks, is_intercepted
 
 
@@ -22,12 +22,19 @@ def norm_add_act(norm: nn.Module, act: nn.Module, out: Tensor, downsample: nn.Mo
     """
     if downsample is None:
         return norm_act(norm, act, out, residual=x)
+    ordinary = not is_image(out) or bool(why_not_fuse(norm, act))
+    if ordinary:
+        out = norm(out)  # before the shortcut, as in torchvision: hooks and fx see the order
     if why_not_split(downsample):
-        return norm_act(norm, act, out, residual=downsample(x))
-    *projection, norm2 = cast(nn.Sequential, downsample)
-    for module in projection:
-        x = module(x)
-    return norm_act_dual(norm, act, out, norm2, x)
+        residual = downsample(x)
+    else:
+        *projection, norm2 = cast(nn.Sequential, downsample)
+        for module in projection:
+            x = module(x)
+        if not ordinary:
+            return norm_act_dual(norm, act, out, norm2, x)
+        residual = norm_act(norm2, None, x)
+    return act(add(out, residual)) if ordinary else norm_act(norm, act, out, residual)
 
 
 def why_not_split(downsample: nn.Module) -> list[str]:

@@ -7,10 +7,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fused_resnet.arguments import ConvSettings, PoolSettings
+from fused_resnet.arguments import PoolSettings
 from fused_resnet.modules.bn_act import is_image, norm_act, why_not_fuse
 from fused_resnet.modules.conv_bn_act import why_not_plain_conv
-from fused_resnet.modules.plain import batch_norm_arguments, has_global_hooks, is_intercepted
+from fused_resnet.modules.plain import batch_norm_arguments, has_global_hooks, is_intercepted, pair, settings_of
 from fused_resnet.ops.conv_norm import ConvNorm
 from fused_resnet.ops.residual_block import autocast_dtype
 from fused_resnet.ops.stem import conv_bn_act_pool, stem_route
@@ -27,7 +27,7 @@ def conv_norm_act_pool(conv: nn.Module, norm: nn.Module, act: nn.Module, pool: n
     whole = is_image(x) and (torch.is_grad_enabled() or norm.training) and not torch.compiler.is_compiling()
     if whole and not why_not_whole_stem(conv, norm, act, pool):
         conv, norm, pool = cast(nn.Conv2d, conv), cast(nn.BatchNorm2d, norm), cast(nn.MaxPool2d, pool)
-        dtype, settings = autocast_dtype(x), ConvSettings(conv.stride, conv.padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
+        dtype, settings = autocast_dtype(x), settings_of(conv)
         takes = x.shape[1] == conv.in_channels and (dtype is not None or x.dtype == conv.weight.dtype)
         like = x if dtype in (None, x.dtype) else torch.empty_like(x, dtype=dtype)
         if takes and stem_route(like, conv.weight, settings, window(pool)) is not None:
@@ -43,7 +43,7 @@ def why_not_whole_stem(conv: nn.Module, norm: nn.Module, act: nn.Module, pool: n
         return [*reasons, f"the pooling is {type(pool).__module__}.{type(pool).__qualname__}, not torch.nn.MaxPool2d"]
     if is_intercepted(pool) or has_global_hooks():
         reasons.append("the pooling has hooks, or a forward of its own")
-    if pool.ceil_mode or pool.return_indices or _pair(pool.dilation) != [1, 1]:
+    if pool.ceil_mode or pool.return_indices or pair(pool.dilation) != (1, 1):
         reasons.append("the pooling has ceil_mode, return_indices or a dilation")
     kernel_size, _, _ = window(pool)
     if kernel_size[0] * kernel_size[1] > 256:
@@ -53,8 +53,4 @@ def why_not_whole_stem(conv: nn.Module, norm: nn.Module, act: nn.Module, pool: n
 
 def window(pool: nn.MaxPool2d) -> PoolSettings:
     """The module's settings."""
-    return PoolSettings.of(_pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding))
-
-
-def _pair(value: int | tuple[int, ...]) -> list[int]:
-    return [value, value] if isinstance(value, int) else list(value)
+    return PoolSettings(pair(pool.kernel_size), pair(pool.stride), pair(pool.padding))

@@ -8,10 +8,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fused_resnet.arguments import ConvSettings
 from fused_resnet.modules.bn_act import why_not_fuse
 from fused_resnet.modules.conv_bn_act import why_not_plain_conv
-from fused_resnet.modules.plain import FROZEN, PlainNorm, Snapshot, batch_norm_arguments, vectors_fit, weight_of
+from fused_resnet.modules.plain import (
+    FROZEN,
+    PlainNorm,
+    Snapshot,
+    batch_norm_arguments,
+    settings_of,
+    vectors_fit,
+    weight_of,
+)
 from fused_resnet.modules.shortcut import why_not_split
 from fused_resnet.modules.site import Site
 from fused_resnet.ops.conv_norm import ConvNorm
@@ -65,7 +72,7 @@ class WholeBlock:
             self._has_shortcut = True
             pairs.append((downsample[0], downsample[1]))
         self._convs, self._norms = [conv for conv, _ in pairs], [norm for _, norm in pairs]
-        self._settings = [ConvSettings(c.stride, c.padding, c.dilation, c.groups) for c in self._convs]  # type: ignore[arg-type]
+        self._settings = [settings_of(conv) for conv in self._convs]
         self._trains = any(norm.training for norm in self._norms)
 
     def __call__(self, memory: str, x: Tensor) -> Tensor | None:

@@ -48,6 +48,7 @@ def test_small_ops_find_a_planted_fault(tmp_path: Path, monkeypatch, capsys):
     """What the phase of tests runs on a GPU, here on the reference and of one op only."""
     from fused_resnet.__main__ import main
     from fused_resnet.ops import reference
+    from fused_resnet.ops.route import routes
 
     (unit,) = [unit for unit in run_gpu.units(tmp_path, True) if unit.title == "small ops, reference"]
     words = [*unit.words[3:], "--model", "resnet18"]
@@ -58,5 +59,6 @@ def test_small_ops_find_a_planted_fault(tmp_path: Path, monkeypatch, capsys):
         return real(x, *arguments) + (0 if x.dtype == torch.float64 else 0.1)  # the exact result stays
 
     monkeypatch.setattr(reference, "bn_apply", wrong)
+    routes.kept.clear()  # which knows the other
     assert main(words) == 1
     assert "error is" in capsys.readouterr().out

@@ -168,6 +168,8 @@ WAYS = {
         "_conv_forward of its own": on_instance("_conv_forward"),
         "_conv_forward of its class": on_class("_conv_forward"),
         "padding": set_to("padding", (2, 2)),
+        "stride, one number": set_to("stride", 2),
+        "dilation, one number": set_to("dilation", 1),
         "bias": lambda module: setattr(module, "bias", nn.Parameter(torch.ones(module.out_channels))),
         "conv2d replaced": replaced("conv2d"),
     },

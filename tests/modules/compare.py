@@ -117,11 +117,12 @@ def randomize(module: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def counted(function: Callable[..., object]) -> Iterator[list[str]]:
-    """A name for each call of a Python function; a patch in its place would be noticed, and called."""
+    """A name for each call of a function on this thread; a patch in its place would be noticed, and called."""
     calls: list[str] = []
+    code = getattr(function, "__code__", None)  # of what is not built in
 
     def see(frame, event, argument):
-        if event == "call" and frame.f_code is function.__code__:
+        if (event == "call" and frame.f_code is code) or (event == "c_call" and argument is function):
             calls.append(function.__qualname__)
 
     sys.setprofile(see)
