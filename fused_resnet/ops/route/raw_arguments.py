@@ -11,9 +11,11 @@ from torch import Tensor
 from fused_resnet.arguments import ConvSettings
 from fused_resnet.ops.reference import mask_shape
 from fused_resnet.ops.route.packing import argument_names
+from fused_resnet.ops.route.request import BackendError
 
 PAIRS = ("kernel_size", "stride", "padding", "dilation")
-TOGETHER = (("mean", "invstd"), ("mean2", "invstd2"), ("sum_dz", "sum_dz_xhat"))
+TOGETHER = (("mean", "invstd"), ("mean2", "invstd2"))
+"""Of the two sums, one alone means constant statistics, as neither does."""
 ALIKE = ("x2", "grad_out", "out")
 """Of x's shape in every op but the pooling's."""
 OF_X = ("mean", "invstd", "weight", "bias", "mean2", "invstd2", "weight2", "bias2", "sum_dz", "sum_dz_xhat")
@@ -26,28 +28,28 @@ def check_raw(op: str, arguments: Sequence[Any]) -> None:
     """Refuses arguments of the op's schema that do not fit together.
 
     Raises:
-        RuntimeError: as PyTorch's own ops.
+        BackendError: a RuntimeError, as of PyTorch's own ops.
     """
     given = dict(zip(argument_names(op), arguments, strict=True))
     devices = {argument.device for argument in arguments if isinstance(argument, Tensor)}
     if len(devices) > 1:
-        raise RuntimeError(f"{op}: all tensors must be on one device; got {', '.join(sorted(map(str, devices)))}")
+        raise BackendError(f"{op}: all tensors must be on one device; got {', '.join(sorted(map(str, devices)))}")
     for pair in TOGETHER:
         if pair[0] in given and len({given[name] is None for name in pair}) > 1:
-            raise RuntimeError(f"{op}: {pair[0]} and {pair[1]} must be given both, or neither")
+            raise BackendError(f"{op}: {pair[0]} and {pair[1]} must be given both, or neither")
     for name in ("mean", "mean2"):
         if name in given and given[name] is None and "conv_weight" not in given:
-            raise RuntimeError(f"{op}: {name} must be given")
+            raise BackendError(f"{op}: {name} must be given")
     for name in PAIRS:
         if name in given and (len(given[name]) != 2 or min(given[name]) < (name != "padding") * 1):
-            raise RuntimeError(f"{op}: {name} must be two ints, vertical and horizontal; got {given[name]}")
+            raise BackendError(f"{op}: {name} must be two ints, vertical and horizontal; got {given[name]}")
     if "x" not in given:
         _expect(op, given, OF_X, tuple(given["mean"].shape[:1]) or (0,))
         return
     x = given["x"]
     for name in ("x", "conv_weight"):
         if name in given and given[name].dim() != 4:
-            raise RuntimeError(f"{op}: {name} must have 4 dimensions; got shape {tuple(given[name].shape)}")
+            raise BackendError(f"{op}: {name} must have 4 dimensions; got shape {tuple(given[name].shape)}")
     _expect(op, given, OF_X, (x.shape[1],))
     result = tuple(x.shape)
     if "conv_weight" in given:
@@ -68,7 +70,7 @@ def _expect(op: str, given: dict[str, Any], names: Sequence[str], shape: tuple[i
     for name in names:
         tensor: Tensor | None = given.get(name)
         if tensor is not None and shape is not None and tuple(tensor.shape) != shape:
-            raise RuntimeError(f"{op}: {name} must have shape {shape}; got {tuple(tensor.shape)}")
+            raise BackendError(f"{op}: {name} must have shape {shape}; got {tuple(tensor.shape)}")
 
 
 def _result_shape(op: str, given: dict[str, Any]) -> tuple[int, ...]:
@@ -78,10 +80,10 @@ def _result_shape(op: str, given: dict[str, Any]) -> tuple[int, ...]:
         return (x[0], weight[0])
     settings = ConvSettings.of(*(given[name] for name in ConvSettings._fields))
     if settings.groups < 1 or weight[1] * settings.groups != x[1] or weight[0] % settings.groups:
-        raise RuntimeError(
+        raise BackendError(
             f"{op}: conv_weight {tuple(weight)} and {settings.groups} groups do not fit the channels of x {tuple(x)}"
         )
     size = settings.output_size(x, weight)
     if min(size) < 1:
-        raise RuntimeError(f"{op}: x {tuple(x)}, padded, must be at least as large as the kernel {tuple(weight[2:])}")
+        raise BackendError(f"{op}: x {tuple(x)}, padded, must be at least as large as the kernel {tuple(weight[2:])}")
     return (x[0], weight[0], *size)
