@@ -2,6 +2,8 @@
 // arrives here is addresses, sizes and numbers, so this file builds without PyTorch and works with every version.
 #include <pybind11/pybind11.h>
 
+#include <vector>
+
 #include "address.h"
 #include "conv.h"
 #include "cpu/bn_act.h"
@@ -38,9 +40,10 @@ void check(const Activation& shape) {
 void bn_stats(const Activation& shape, Address x, Address mean, Address invstd, Address running_mean,
               Address running_var, double momentum, double eps) {
   check(shape);
-  bn_act_kernels().stats(shape, pointer(x), floats(mean), floats(invstd));
-  bn_finalize(shape.channels, shape.count(), momentum, eps, floats(mean), floats(invstd), floats(running_mean),
-              floats(running_var));
+  std::vector<double> variance(shape.channels);
+  bn_act_kernels().stats(shape, pointer(x), floats(mean), variance.data());
+  bn_finalize(shape.channels, shape.count(), momentum, eps, floats(mean), variance.data(), floats(invstd),
+              floats(running_mean), floats(running_var));
 }
 
 void bn_apply(const Activation& shape, Address x, const Norm& norm, Address residual, bool relu, Address out) {

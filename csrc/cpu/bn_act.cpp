@@ -7,17 +7,16 @@
 namespace fused_resnet {
 
 void bn_finalize(int64_t channels, int64_t count, double momentum, double eps, const float* mean,
-                 float* variance_to_invstd, float* running_mean, float* running_var) {
+                 const double* variance, float* invstd, float* running_mean, float* running_var) {
   const double to_unbiased = static_cast<double>(count) / static_cast<double>(std::max<int64_t>(count - 1, 1));
   for (int64_t c = 0; c < channels; ++c) {
-    const double variance = variance_to_invstd[c];
     if (running_mean != nullptr) {
       running_mean[c] = static_cast<float>((1.0 - momentum) * running_mean[c] + momentum * mean[c]);
     }
     if (running_var != nullptr) {
-      running_var[c] = static_cast<float>((1.0 - momentum) * running_var[c] + momentum * variance * to_unbiased);
+      running_var[c] = static_cast<float>((1.0 - momentum) * running_var[c] + momentum * variance[c] * to_unbiased);
     }
-    variance_to_invstd[c] = static_cast<float>(1.0 / std::sqrt(variance + eps));
+    invstd[c] = static_cast<float>(1.0 / std::sqrt(variance[c] + eps));
   }
 }
 

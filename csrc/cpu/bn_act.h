@@ -24,8 +24,8 @@ struct Activation {
 };
 
 struct BnActKernels {
-  // Biased variance. Reads 1T.
-  void (*stats)(const Activation& shape, const void* x, float* mean, float* variance);
+  // Biased variance, in float64: that of numbers above 2e19 is none in float32. Reads 1T; where a sum overflows, again.
+  void (*stats)(const Activation& shape, const void* x, float* mean, double* variance);
   // out = act(z + residual); residual may be null. Reads 1T or 2T, writes 1T.
   void (*apply)(const Activation& shape, const void* x, const Norm& norm, const void* residual, bool relu, void* out);
   // out = act(z + z2). Reads 2T, writes 1T.
@@ -44,9 +44,9 @@ struct BnActKernels {
 // The kernels built for the widest vectors that this processor has.
 const BnActKernels& bn_act_kernels();
 
-// mean and variance -> 1/sqrt(variance + eps) in place; moves the running statistics, each of which may be null, by
-// `momentum` towards the mean and the unbiased variance.
+// 1/sqrt(variance + eps); moves the running statistics, each of which may be null, by `momentum` towards the mean and
+// the unbiased variance.
 void bn_finalize(int64_t channels, int64_t count, double momentum, double eps, const float* mean,
-                 float* variance_to_invstd, float* running_mean, float* running_var);
+                 const double* variance, float* invstd, float* running_mean, float* running_var);
 
 }  // namespace fused_resnet

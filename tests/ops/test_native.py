@@ -210,3 +210,20 @@ def test_a_tensor_that_only_wraps_others_is_no_none():
 
     with pytest.raises(RuntimeError, match="memory of their own; got a Wrapper"):
         native.bn_apply(Wrapper(torch.rand(1, 4, 2, 2)), Norm(torch.zeros(4), torch.ones(4)), None, True)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("scale", [1e15, 1e18, 1e20, 1e30, 3e37])
+def test_statistics_of_numbers_near_the_largest(scale: float, memory_format: torch.memory_format):
+    """Their squares are no float32; nor, of the largest, the sums of eight."""
+    x = (torch.randn(3, 5, 12, 11) * scale).contiguous(memory_format=memory_format)
+    running_mean, running_var = torch.zeros(5), torch.ones(5)
+    with use_backend("native"):
+        actual = bn_act(x, None, None, running_mean, running_var, training=True, activation=None)
+    exact = torch.nn.functional.batch_norm(x.double(), None, None, training=True)
+    torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(running_mean.double(), 0.1 * x.double().mean((0, 2, 3)), rtol=1e-5, atol=1e-6 * scale)
+    x[0, 0, 0, 0] = float("inf")
+    with use_backend("native"):
+        actual = bn_act(x, None, None, None, None, training=True, activation=None)
+    assert actual[:, 0].isnan().all() and not actual[:, 1:].isnan().any()  # as in torch

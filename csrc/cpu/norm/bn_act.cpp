@@ -1,6 +1,8 @@
 // Forward passes: statistics, and normalise-add-ReLU. Compiled once per CPU_CAPABILITY (see setup.py).
 #include "bn_act.h"
 
+#include <cmath>
+
 #include "traverse.h"
 
 namespace fused_resnet {
@@ -60,6 +62,25 @@ struct Moments {
   }
 };
 
+// The moments of one channel in float64, by two passes: what numbers near the largest float32 leave of sums in float32.
+template <typename Storage, typename Load>
+void moments_of_channel(const Activation& shape, const Storage* x, int64_t c, const Load& load, double* mean,
+                        double* m2) {
+  const int64_t step = shape.channels_last ? shape.channels : 1;
+  const auto for_each = [&](const auto& visit) {
+    for (int64_t image = 0; image < shape.images; ++image) {
+      const int64_t first = image * shape.channels * shape.pixels + (shape.channels_last ? c : c * shape.pixels);
+      for (int64_t p = 0; p < shape.pixels; ++p) visit(static_cast<double>(load(x[first + p * step])));
+    }
+  };
+  double sum = 0.0, squares = 0.0;
+  for_each([&](double value) { sum += value; });
+  const double found = sum / static_cast<double>(shape.count());
+  for_each([&](double value) { squares += (value - found) * (value - found); });
+  *mean = found;
+  *m2 = squares;
+}
+
 struct AffineChannel {
   float mean, scale, bias;
   float operator()(float value) const { return (value - mean) * scale + bias; }
@@ -67,14 +88,16 @@ struct AffineChannel {
 
 }  // namespace
 
-void bn_stats(const Activation& shape, const void* x, float* mean, float* variance) {
+void bn_stats(const Activation& shape, const void* x, float* mean, double* variance) {
   with_element(shape.dtype, [&](auto element) {
     using T = decltype(element);
-    const Moments<T> moments{static_cast<const typename T::Storage*>(x), std::vector<float>(shape.channels)};
+    const auto* from = static_cast<const typename T::Storage*>(x);
+    const Moments<T> moments{from, std::vector<float>(shape.channels)};
     const double inverse = 1.0 / static_cast<double>(shape.count());
     reduce_channels(shape, moments, [&](int64_t c, double total_mean, double total_m2) {
+      if (!std::isfinite(total_m2)) moments_of_channel(shape, from, c, T::load, &total_mean, &total_m2);
       mean[c] = static_cast<float>(total_mean);
-      variance[c] = static_cast<float>(total_m2 * inverse);
+      variance[c] = total_m2 * inverse;
     });
   });
 }

@@ -5,7 +5,7 @@
 namespace fused_resnet {
 namespace CPU_CAPABILITY {
 
-void bn_stats(const Activation& shape, const void* x, float* mean, float* variance);
+void bn_stats(const Activation& shape, const void* x, float* mean, double* variance);
 void bn_apply(const Activation& shape, const void* x, const Norm& norm, const void* residual, bool relu, void* out);
 void bn_apply_dual(const Activation& shape, const void* x, const Norm& norm, const void* x2, const Norm& norm2,
                    bool relu, void* out);
