@@ -6,6 +6,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -61,3 +62,12 @@ def seed(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     monkeypatch.setattr(routes, "FEWEST_ELEMENTS", 0)
     routes.kept.clear()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """On images this small, threads mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

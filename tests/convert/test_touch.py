@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -24,13 +24,7 @@ from tests.modules.compare import randomize
 Undo = Callable[[], object] | None
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """On images this small, threads mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Doubled(nn.Module):
@@ -76,7 +70,6 @@ def hooked(register: str, hook: Callable) -> Callable[[nn.Module], Undo]:
     return lambda module: getattr(module, register)(hook).remove
 
 
-@torch.no_grad()
 def scaled(name: str) -> Callable[[nn.Module], None]:
     def change(module: nn.Module) -> None:
         with torch.no_grad():
@@ -155,7 +148,7 @@ ANY = {
     "channels_last": lambda module: module.to(memory_format=torch.channels_last) and None,
 }
 WEIGHTS = {
-    **{f"{name} written": scaled(name) for name in ("weight",)},
+    "weight written": scaled("weight"),
     "weight assigned": assigned("weight"),
     "weight moved": moved("weight"),
     "weight parametrized": parametrized,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -19,14 +19,7 @@ from fused_resnet.ops import use_fusion_level
 from tests.modules.compare import assert_close, randomize, step, terms_of_gradients
 from tests.ranks import counted_collectives, on_ranks
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """On images this small, threads mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def projection(inplanes: int, planes: int, stride: int) -> nn.Module:
