@@ -27,6 +27,7 @@ from fused_resnet.modules.plain import (
     is_patched,
 )
 from fused_resnet.modules.site import sites_of
+from fused_resnet.ops.backends.native.conv import DoesNotFit
 from fused_resnet.ops.layout import conv_memory_format
 from fused_resnet.ops.route.listeners import is_transformed
 
@@ -87,7 +88,7 @@ class Frozen:
             return None
         try:
             out = plan(x if has_bytes else x.to(dtype))
-        except ValueError:  # shapes that do not fit: PyTorch says it in its own words
+        except DoesNotFit:  # PyTorch says it in its own words
             return None
         out = out if has_bytes else out.to(x.dtype)
         if out.dim() != 4 or kept.is_channels_last or conv_memory_format(x, x) is torch.channels_last:

@@ -18,7 +18,7 @@ from torch import Tensor
 from fused_resnet.arguments import PoolSettings
 from fused_resnet.ops.backends.extension import extension
 from fused_resnet.ops.backends.native.arena import Life, place
-from fused_resnet.ops.backends.native.conv import NativeConv, empty_channels_last, pooling_window
+from fused_resnet.ops.backends.native.conv import DoesNotFit, NativeConv, empty_channels_last, pooling_window
 from fused_resnet.ops.layout import is_channels_last
 
 INPUT, OUTPUT = 0, 1
@@ -101,7 +101,7 @@ class NativeChain:
     def _add(self, conv: NativeConv, x: int, residual: int = -1, out: int | None = None) -> int:
         shape = conv.output_shape(self._shapes[x], self._dtype)
         if residual >= 0 and self._shapes[residual] != shape:
-            raise ValueError(f"the shortcut's shape must be {shape}; got {self._shapes[residual]}")
+            raise DoesNotFit(f"the shortcut's shape must be {shape}; got {self._shapes[residual]}")
         if out is None:
             out = self._new(shape)
         self._steps.append(_Step(self._shapes[x], x, out, conv, residual))

@@ -68,6 +68,10 @@ def why_not_native(x: Tensor, weight: Tensor, settings: ConvSettings) -> list[st
     return []
 
 
+class DoesNotFit(ValueError):
+    """An x or a residual whose size or dtype a convolution does not take."""
+
+
 class NativeConv:
     """``act(F.conv2d(x, weight, bias, *settings) + residual)`` as one pass.
 
@@ -120,7 +124,7 @@ class NativeConv:
             added = 0
         else:
             if list(residual.shape) != shape or residual.dtype != x.dtype:
-                raise ValueError(
+                raise DoesNotFit(
                     f"residual must be {tuple(shape)} in {x.dtype}; got {tuple(residual.shape)} in {residual.dtype}"
                 )
             if not is_channels_last(residual):
@@ -162,10 +166,10 @@ class NativeConv:
         """
         channels = self._weight_shape[1] * self._settings.groups
         if shape[1] != channels or dtype != self._weight.dtype:
-            raise ValueError(f"x must have {channels} channels in {self._weight.dtype}; got {tuple(shape)} in {dtype}")
+            raise DoesNotFit(f"x must have {channels} channels in {self._weight.dtype}; got {tuple(shape)} in {dtype}")
         size = self._settings.output_size(shape, self._weight_shape)
         if min(shape[0], *size) < 1:
-            raise ValueError(f"x must have images at least as large as the kernel; got shape {tuple(shape)}")
+            raise DoesNotFit(f"x must have images at least as large as the kernel; got shape {tuple(shape)}")
         return (shape[0], self._weight_shape[0], *size)
 
     def _prepare(self, shape: torch.Size, dtype: torch.dtype) -> tuple[Any, list[int], int]:
