@@ -13,7 +13,7 @@ import torch
 
 from fused_resnet.bench.machine import machine_facts
 from fused_resnet.ops.plan import measured_plan
-from fused_resnet.ops.route import reasons, request
+from fused_resnet.ops.route import context, reasons
 from fused_resnet.version import __version__
 
 PREFIX = "FUSED_RESNET_"
@@ -37,7 +37,7 @@ def collect() -> dict[str, Any]:
         "machine": machine_facts("cuda" if torch.cuda.is_available() else "cpu"),
         "cuda_devices": _cuda_devices(),
         "backends": {name: reasons.unavailable(name) for name in reasons.MODULES},
-        "requested_backend": request.requested_backend(),
+        "requested_backend": context.requested_backend(),
         "measured_plan": measured_plan.describe(),
         "extension": _extension(),
         "triton_cache": _triton_cache(),

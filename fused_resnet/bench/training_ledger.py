@@ -20,7 +20,7 @@ from fused_resnet.bench import options
 from fused_resnet.bench.dry_run import DryRun
 from fused_resnet.bench.ledger import Ledger, ledger, saved_bytes
 from fused_resnet.bench.suite.subjects import build, builder_names
-from fused_resnet.ops.route.request import asking
+from fused_resnet.ops.route.context import asking
 from fused_resnet.training.loop import autocast
 
 EAGER = "eager"

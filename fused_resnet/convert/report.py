@@ -23,9 +23,10 @@ from fused_resnet.modules.stem import why_not_whole_stem, window
 from fused_resnet.modules.whole_block import why_not_whole
 from fused_resnet.ops.layout import is_channels_last
 from fused_resnet.ops.route.choose import why_not
+from fused_resnet.ops.route.context import requested_backend
 from fused_resnet.ops.route.fusion_level import training_level_asked_for
 from fused_resnet.ops.route.reasons import unavailable
-from fused_resnet.ops.route.request import AUTO, requested_backend
+from fused_resnet.ops.route.request import AUTO
 from fused_resnet.ops.route.routes import link_route
 from fused_resnet.ops.stem import why_not_pooled
 

@@ -13,7 +13,7 @@ from fused_resnet.modules.plain import is_intercepted
 from fused_resnet.modules.site import Site, sites_of
 from fused_resnet.ops.backends.native.chain import Block, NativeChain
 from fused_resnet.ops.layout import conv_memory_format
-from fused_resnet.ops.route.listeners import runs_unseen
+from fused_resnet.ops.route.context import runs_unseen
 
 MOST_CHAINS = 4
 

@@ -17,8 +17,8 @@ from fused_resnet.ops.backends.native.conv import NativeConv, takes_dtype, why_n
 from fused_resnet.ops.backends.onednn import pack_conv_weight, packed_conv_act, why_not_packed
 from fused_resnet.ops.conv_bn_act import fold
 from fused_resnet.ops.route.choose import function_for
-from fused_resnet.ops.route.listeners import is_listened_to, runs_unseen
-from fused_resnet.ops.route.request import AUTO, requested_backend
+from fused_resnet.ops.route.context import is_listened_to, requested_backend, runs_unseen
+from fused_resnet.ops.route.request import AUTO
 
 PACKED_SIZES = 4  # of the input: a weight packed for one size is packed again at every call of another, 4x slower
 

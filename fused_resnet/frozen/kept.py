@@ -29,7 +29,7 @@ from fused_resnet.modules.plain import (
 from fused_resnet.modules.site import sites_of
 from fused_resnet.ops.backends.native.conv import DoesNotFit
 from fused_resnet.ops.layout import conv_memory_format
-from fused_resnet.ops.route.listeners import is_transformed
+from fused_resnet.ops.route.context import is_transformed
 
 Plan: TypeAlias = FoldedNetwork | BlocksInARow | FoldedBlock | FoldedConv
 

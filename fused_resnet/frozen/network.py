@@ -17,7 +17,7 @@ from fused_resnet.modules.site import Body, sites_of
 from fused_resnet.ops.backends.native.chain import Ends, NativeChain
 from fused_resnet.ops.backends.native.conv import average, max_pool, takes_dtype
 from fused_resnet.ops.route.choose import runs_in_cuda
-from fused_resnet.ops.route.listeners import runs_unseen
+from fused_resnet.ops.route.context import runs_unseen
 
 STEM_KERNEL = (3, 7, 7)
 """Channels and kernel size of the convolution that the CUDA C++ stem runs."""

@@ -6,8 +6,9 @@ from fused_resnet.ops.conv_bn_act import conv_bn_act
 from fused_resnet.ops.conv_norm import ConvNorm
 from fused_resnet.ops.residual_block import residual_block
 from fused_resnet.ops.route.choose import empty_cache, use_backend, why_not
+from fused_resnet.ops.route.context import requested_backend, requested_fusion_level, use_fusion_level
 from fused_resnet.ops.route.fusion_level import training_level, why_not_fused_training
-from fused_resnet.ops.route.request import BackendError, requested_backend, requested_fusion_level, use_fusion_level
+from fused_resnet.ops.route.request import BackendError
 from fused_resnet.ops.stem import conv_bn_act_pool
 
 __all__ = [

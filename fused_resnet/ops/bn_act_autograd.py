@@ -14,7 +14,7 @@ from torch import Tensor
 from fused_resnet.arguments import Norm
 from fused_resnet.ops.batch_norm import BatchNorm, batch_norm
 from fused_resnet.ops.reference import unpack_mask
-from fused_resnet.ops.route.listeners import hears_backward
+from fused_resnet.ops.route.context import hears_backward
 from fused_resnet.ops.route.routes import PassRoute
 from fused_resnet.ops.synchronize import sums_over_ranks
 

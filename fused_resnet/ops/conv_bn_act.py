@@ -18,7 +18,7 @@ from fused_resnet.ops.bn_act import bn_act, wants_gradient
 from fused_resnet.ops.layout import resolved, resolved_or_none
 from fused_resnet.ops.reference import statistics_dtype
 from fused_resnet.ops.route.choose import function_for
-from fused_resnet.ops.route.listeners import is_transformed
+from fused_resnet.ops.route.context import is_transformed
 
 
 def conv_bn_act(

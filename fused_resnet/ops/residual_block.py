@@ -44,9 +44,9 @@ from fused_resnet.ops.conv_norm import (
 )
 from fused_resnet.ops.layout import dense, resolved
 from fused_resnet.ops.residual_block_grad import block_gradients, differentiable_gradients
-from fused_resnet.ops.route import request, routes
+from fused_resnet.ops.route import context, routes
+from fused_resnet.ops.route.context import for_listeners, hears_backward
 from fused_resnet.ops.route.fusion_level import needs_full_float32
-from fused_resnet.ops.route.listeners import for_listeners, hears_backward
 from fused_resnet.ops.route.routes import BlockRoute
 from fused_resnet.ops.synchronize import group_to_share
 
@@ -118,7 +118,7 @@ def block_route(x: Tensor, chain: Sequence[Conv], shortcut: Conv | None, memory:
     """
     efficient = memory == "efficient" and torch.is_grad_enabled()
     key = (
-        *(type(x), x.shape, x.stride(), x.dtype, x.device, request.current, efficient, shortcut is None),
+        *(type(x), x.shape, x.stride(), x.dtype, x.device, context.request(), efficient, shortcut is None),
         torch.get_num_threads() if x.is_cpu else x.dtype is torch.float32 and needs_full_float32(x),
         torch.is_autocast_enabled(x.device.type),
         *[

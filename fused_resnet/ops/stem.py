@@ -38,9 +38,9 @@ from fused_resnet.ops.conv_norm import (
 from fused_resnet.ops.layout import conv_memory_format, dense, resolved
 from fused_resnet.ops.residual_block import autocast_dtype, check_link
 from fused_resnet.ops.residual_block_grad import NO_SECOND_DERIVATIVE, of_views, plain_conv, plain_norm
-from fused_resnet.ops.route import request, routes
+from fused_resnet.ops.route import context, routes
+from fused_resnet.ops.route.context import for_listeners, hears_backward
 from fused_resnet.ops.route.fusion_level import needs_full_float32, why_not_fused_pool
-from fused_resnet.ops.route.listeners import for_listeners, hears_backward
 from fused_resnet.ops.route.routes import StemRoute
 
 
@@ -100,7 +100,7 @@ def stem_route(x: Tensor, conv_weight: Tensor, settings: ConvSettings, pooling: 
         return None
     of_weight = (type(conv_weight), conv_weight.shape, conv_weight.stride(), conv_weight.dtype, conv_weight.device)
     key = (
-        *(type(x), x.shape, x.stride(), x.dtype, x.device, request.current),
+        *(type(x), x.shape, x.stride(), x.dtype, x.device, context.request()),
         *(of_weight, settings, pooling),
         torch.get_num_threads() if x.is_cpu else x.dtype is torch.float32 and needs_full_float32(x),
     )

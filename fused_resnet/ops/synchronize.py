@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fused_resnet.arguments import Sums
 from fused_resnet.ops.batch_norm import BatchNorm
-from fused_resnet.ops.route.listeners import is_transformed
+from fused_resnet.ops.route.context import is_transformed
 
 
 def group_to_share(norm: BatchNorm) -> Any:

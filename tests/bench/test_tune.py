@@ -19,7 +19,7 @@ from fused_resnet.bench.tune.questions import Selection, questions
 from fused_resnet.ops import reference, training_level, use_backend
 from fused_resnet.ops.backends.native.conv import NativeConv, takes_dtype
 from fused_resnet.ops.plan import measured_plan, plan_file, plan_key
-from fused_resnet.ops.route import choose, request
+from fused_resnet.ops.route import choose, context
 from fused_resnet.ops.route.reasons import module, why_not_device
 from tests.ops.step import NEEDS_NATIVE
 
@@ -147,7 +147,7 @@ def test_nothing_live_is_touched(few_questions):
     measured_plan.record("thing", (1,), "fast", {})
     assert run("--mode", "inference", "--batch-size", "1", "--image-size", "32") == 0
     torch.testing.assert_close(torch.rand(3), expected)
-    assert request.requested_backend() == "auto" and measured_plan.winner("thing", (1,)) == "fast"
+    assert context.requested_backend() == "auto" and measured_plan.winner("thing", (1,)) == "fast"
 
 
 def test_ctrl_c_keeps_what_was_measured(monkeypatch):

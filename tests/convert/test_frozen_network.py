@@ -18,7 +18,7 @@ from fused_resnet.bench.dry_run import DryRun
 from fused_resnet.frozen.model import FrozenModel
 from fused_resnet.modules.plain import FROZEN
 from fused_resnet.ops.backends.native.conv import average, takes_dtype
-from fused_resnet.ops.route.listeners import runs_unseen
+from fused_resnet.ops.route.context import runs_unseen
 
 pytestmark = pytest.mark.skipif(not takes_dtype(torch.float32), reason="no C++ convolutions for this processor")
 

@@ -62,14 +62,51 @@ def test_levels_nest_and_are_restored():
     assert requested_fusion_level() == before
 
 
-def test_the_request_is_of_the_process():
-    """Autograd runs backward in threads of its own, and recomputes there."""
-    seen = []
-    with use_fusion_level(2):
-        thread = threading.Thread(target=lambda: seen.append(requested_fusion_level()))
+def test_requests_of_threads_that_overlap_are_their_own():
+    before, entered, left = requested_fusion_level(), threading.Barrier(2), threading.Event()
+    seen = {}
+
+    def ask(level, last):
+        with use_fusion_level(level):
+            entered.wait()
+            seen[level] = [requested_fusion_level()]
+            if last:
+                left.wait()
+            seen[level].append(requested_fusion_level())
+        left.set()
+        seen[level].append(requested_fusion_level())
+
+    threads = [threading.Thread(target=ask, args=arguments) for arguments in ((1, False), (2, True))]
+    for thread in threads:
         thread.start()
+    for thread in threads:
         thread.join()
-    assert seen == [2]
+    assert seen == {1: [1, 1, None], 2: [2, 2, None]}
+    assert requested_fusion_level() == before
+
+
+def test_what_backward_computes_anew_is_under_the_request_of_its_caller():
+    """Deep inside other backwards, autograd takes a thread of its own on a CPU too."""
+    seen, caller = [], threading.get_ident()
+
+    class Deeper(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append((threading.get_ident(), requested_fusion_level()))
+            if threading.get_ident() == caller:
+                with torch.enable_grad():
+                    Deeper.apply(torch.ones(1, requires_grad=True)).backward()
+            return grad
+
+    with use_fusion_level(2):
+        Deeper.apply(torch.ones(1, requires_grad=True)).backward()
+    threads, levels = zip(*seen, strict=True)
+    assert threads[-1] != caller
+    assert set(levels) == {2}
 
 
 @pytest.mark.parametrize(

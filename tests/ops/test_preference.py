@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from fused_resnet.ops import bn_act
 from fused_resnet.ops.backends import cuda
 from fused_resnet.ops.backends.cuda import launch as cuda_launch
 from fused_resnet.ops.plan import measured_plan, plan_file, plan_key
-from fused_resnet.ops.route import choose, preference, reasons, request, routes
+from fused_resnet.ops.route import choose, context, preference, reasons, routes
 from fused_resnet.ops.route.packing import BY_DISPATCHER
 from fused_resnet.ops.route.routes import pass_route
 from fused_resnet.ops.schemas import SCHEMAS
@@ -64,7 +65,7 @@ def runs(x: Tensor) -> str | None:
     route = pass_route(x)
     if route is None:
         return None
-    function = route.passes.bn_apply
+    function = inspect.unwrap(route.passes.bn_apply)
     return "dispatcher" if function is BY_DISPATCHER["bn_apply"] else function.__module__.split(".")[-2]
 
 
@@ -80,7 +81,7 @@ def test_pass_route(cuda_on_the_cpu):
         assert runs(nhwc) == "dispatcher"  # which raises
     with DryRun():
         assert runs(nhwc) == "dispatcher"
-        assert pass_route(nhwc).masks.bn_apply_mask is BY_DISPATCHER["bn_apply_mask"]
+        assert inspect.unwrap(pass_route(nhwc).masks.bn_apply_mask) is BY_DISPATCHER["bn_apply_mask"]
 
     seen = []
     torch.func.vmap(lambda t: seen.append(runs(nhwc)) or t)(torch.randn(4, *nhwc.shape))
@@ -276,5 +277,5 @@ def test_passes_over_a_small_activation_are_pytorchs_own_unless_ours_are_asked_f
     assert pass_route(small.bfloat16()) is not None  # which PyTorch rounds three times
     assert routes.kept_pass_route(small) is not None  # as part of a block, which is one step anyway
     for asked in ({"backend": "native"}, {"masks": True}):
-        with request.asking(**asked):
+        with context.asking(**asked):
             assert pass_route(small) is not None

@@ -12,8 +12,9 @@ from fused_resnet.bench.dry_run import DryRun
 from fused_resnet.bench.ledger import ledger
 from fused_resnet.bench.suite.network_task import NetworkTask
 from fused_resnet.bench.suite.training import Training
+from fused_resnet.ops.route.context import asking
 from fused_resnet.ops.route.reasons import unavailable
-from fused_resnet.ops.route.request import AUTO, HIGHEST_LEVEL, asking
+from fused_resnet.ops.route.request import AUTO, HIGHEST_LEVEL
 
 EAGER, FROZEN, FUSED, EFFICIENT = "eager", "frozen", "fused", "efficient"
 

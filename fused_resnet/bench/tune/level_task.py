@@ -22,7 +22,7 @@ from fused_resnet.ops import reference, use_backend
 from fused_resnet.ops.batch_norm import BatchNorm
 from fused_resnet.ops.conv_norm import ConvNorm, Done, Raw, Upstream, backward_link, forward_link
 from fused_resnet.ops.reference.norm import normalize
-from fused_resnet.ops.route.request import asking
+from fused_resnet.ops.route.context import asking
 from fused_resnet.ops.route.routes import DISPATCHED, LinkRoute, kept_pass_route, link_route
 
 Ran = tuple[Done, Tensor | None, Upstream | None, tuple[Tensor, Tensor] | None]

@@ -25,9 +25,9 @@ from fused_resnet.ops.backends.native.conv import NativeConv, why_no_kernels, wh
 from fused_resnet.ops.plan import measured_plan, plan_key
 from fused_resnet.ops.plan.plan_file import Key
 from fused_resnet.ops.route.choose import choose_automatically, use_backend
+from fused_resnet.ops.route.context import use_fusion_level
 from fused_resnet.ops.route.fusion_level import highest_level, training_level
 from fused_resnet.ops.route.reasons import MODULES, unavailable, why_not_device
-from fused_resnet.ops.route.request import use_fusion_level
 
 MODES = {"inference": INFERENCE, "training": TRAINING_STEP}
 TRITON = "triton"

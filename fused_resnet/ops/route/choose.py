@@ -27,13 +27,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_resnet.ops.route import request, routes
-from fused_resnet.ops.route.listeners import is_listened_to
+from fused_resnet.ops.route import context, routes
+from fused_resnet.ops.route.context import asking, is_listened_to
 from fused_resnet.ops.route.packing import BY_DISPATCHER, argument_names, flat, packed
 from fused_resnet.ops.route.preference import ranking
 from fused_resnet.ops.route.raw_arguments import check_raw
 from fused_resnet.ops.route.reasons import module, reasons_against, unavailable
-from fused_resnet.ops.route.request import AUTO, BackendError, asking, checked_backend
+from fused_resnet.ops.route.request import AUTO, BackendError, checked_backend
 from fused_resnet.ops.schemas import SCHEMAS, library
 
 
@@ -59,7 +59,9 @@ def why_not(backend: str, op: str, *args: Any) -> list[str]:
 def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
     """``with use_backend(name):`` runs every op inside on this backend ("auto" for the automatic choice).
 
-    For the whole process, not only this thread: autograd runs backward in threads of its own.
+    For the context that asks (``contextvars``: this thread, or this task of asyncio), and for backward of what is
+    computed inside. A function of ``torch.compile`` asks when it is compiled whether ops of ours run, and when it runs
+    which backend.
 
     Raises:
         ValueError: there is no backend of this name.
@@ -79,7 +81,7 @@ def empty_cache() -> None:
 
 def choose(op: str, args: tuple[Any, ...]) -> ModuleType:
     """The module that runs ``op`` on these arguments."""
-    name = request.current.backend
+    name = context.request().backend
     if name == AUTO:
         return choose_automatically(op, args)
     if reasons := reasons_against(name, op, args):
@@ -100,7 +102,7 @@ def function_for(op: str, args: tuple[Any, ...]) -> Callable[..., Any]:
     where somebody listens there."""
     if torch.compiler.is_compiling() or is_listened_to():
         return BY_DISPATCHER[op]
-    key = (op, request.current, *map(_like, args))
+    key = (op, context.request(), *map(_like, args))
     function = routes.kept.get(key)
     if function is None:
         function = routes.keep(key, getattr(choose(op, tuple(flat(op, args))), op))
@@ -109,9 +111,9 @@ def function_for(op: str, args: tuple[Any, ...]) -> Callable[..., Any]:
 
 def runs_in_cuda(op: str, args: tuple[Any, ...]) -> bool:
     """True if the CUDA C++ kernels run ``op`` on these arguments, automatically or asked for."""
-    if torch.compiler.is_compiling() or request.current.backend not in (AUTO, "cuda"):
+    if torch.compiler.is_compiling() or context.request().backend not in (AUTO, "cuda"):
         return False
-    key = ("runs_in_cuda", op, request.current, *map(_like, args))
+    key = ("runs_in_cuda", op, context.request(), *map(_like, args))
     found = routes.kept.get(key)
     return routes.keep(key, not reasons_against("cuda", op, args)) if found is None else found
 
@@ -129,10 +131,10 @@ def _refusal(backend: str, op: str, reasons: list[str]) -> str:
 
 def _register(op: str) -> None:
     def body(*args: Any) -> Any:
-        key = (op, request.current, *map(_like, args))
+        key = (op, context.request(), *map(_like, args))
         function = routes.kept.get(key)
         if function is None:
-            if request.current.backend != AUTO:  # which says in its own words what it cannot take
+            if context.request().backend != AUTO:  # which says in its own words what it cannot take
                 choose(op, args)
             check_raw(op, args)
             function = routes.keep(key, getattr(choose(op, args), op))

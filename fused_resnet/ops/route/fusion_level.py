@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fused_resnet.arguments import NO_RUNNING_STATISTICS, ConvSettings, PoolSettings
 from fused_resnet.ops.plan import measured_plan
-from fused_resnet.ops.route import request
+from fused_resnet.ops.route import context
 from fused_resnet.ops.route.packing import flat
 from fused_resnet.ops.route.reasons import reasons_against, why_not_device
 from fused_resnet.ops.route.request import AUTO, HIGHEST_LEVEL
@@ -61,7 +61,7 @@ def why_not_fused_training(
 
 def level_of_fused(x: Tensor, conv_weight: Tensor, settings: ConvSettings) -> int:
     """`training_level` of a convolution that ``why_not_fused_training`` has no reason against."""
-    asked = request.current
+    asked = context.request()
     if asked.level is None and asked.backend == AUTO:
         measured = measured_plan.level_for(x, conv_weight, settings)
         if measured is not None:
@@ -71,7 +71,8 @@ def level_of_fused(x: Tensor, conv_weight: Tensor, settings: ConvSettings) -> in
 
 def training_level_asked_for(x: Tensor) -> int:
     """The level of what has no reason against it, on the device of x: the one asked for, else the highest there."""
-    return highest_level(x) if request.current.level is None else request.current.level
+    level = context.request().level
+    return highest_level(x) if level is None else level
 
 
 def highest_level(x: Tensor) -> int:
@@ -82,13 +83,13 @@ def highest_level(x: Tensor) -> int:
 def is_native(x: Tensor) -> bool:
     """True if the convolutions that train on the device of x are the CPU's C++, automatically or asked for; Triton's
     interpreter comes first."""
-    asked = request.current.backend
+    asked = context.request().backend
     return asked == "native" or (asked == AUTO and not x.is_cuda and bool(why_not_device("triton", x.device)))
 
 
 def why_not_fused(x: Tensor, conv_weight: Tensor, settings: ConvSettings) -> list[str]:
     """`why_not_fused_training` of settings in one value."""
-    backend, level = request.current.backend, request.current.level
+    backend, level, _ = context.request()
     if level == 0:
         return ["level 0 was asked for"]
     if settings.groups != 1:
@@ -114,15 +115,15 @@ def why_not_fused_pool(y: Tensor, settings: PoolSettings) -> list[str]:
     That is so at levels 2 and 3, where nothing that only the next operation reads is written. Of y, the output of a
     convolution, only dtype, device and layout matter.
     """
+    backend, asked_level, _ = context.request()
     level = training_level_asked_for(y)
     if level < 2:
         return [f"level {level} was asked for, and pooling is fused at levels 2 and 3"]
     if is_native(y) and level <= NATIVE_LEVEL:
         return ["on the CPU pooling is a pass of its own"]
-    backend = request.current.backend
     if backend in ("native", "separate"):
         return [f"backend {backend!r} was asked for, which has no pooling"]
-    if backend == "reference" or (backend == AUTO and request.current.level is not None and not y.is_cuda):
+    if backend == "reference" or (backend == AUTO and asked_level is not None and not y.is_cuda):
         return []
     vector = torch.empty(y.shape[1], device=y.device)
     return list(reasons_against("triton", "bn_apply_pool", (y, vector, vector, None, None, *settings)))

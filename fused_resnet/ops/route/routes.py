@@ -17,10 +17,10 @@ from torch.nn import Parameter
 from fused_resnet.arguments import ConvSettings
 from fused_resnet.ops.layout import conv_memory_format, is_channels_last_once_dense
 from fused_resnet.ops.plan import measured_plan
-from fused_resnet.ops.route import fusion_level, request
-from fused_resnet.ops.route.listeners import for_listeners
+from fused_resnet.ops.route import context, fusion_level
+from fused_resnet.ops.route.context import for_listeners
 from fused_resnet.ops.route.reasons import FUSED_DTYPES, module, reasons_against, why_not_device
-from fused_resnet.ops.route.request import AUTO
+from fused_resnet.ops.route.request import AUTO, Request
 from fused_resnet.ops.route.signatures import (
     Convolution,
     DispatchedConvolution,
@@ -64,12 +64,15 @@ class PassRoute:
     """Not None where the ReLU after a residual keeps a bit of each element for backward, instead of its output."""
     one_launch: OneLaunch | None = None
     """Not None where statistics, and what is made with them, are one launch."""
+    asked: Request | None = None
+    """What it was decided under; None in a graph of torch.compile's, which asks when it runs."""
 
     @property
     def heard(self) -> PassRoute:
         """The same passes by way of PyTorch's dispatcher."""
-        masks = None if self.masks is None else dispatched(MaskPasses)
-        return PassRoute(dispatched(Passes), masks, None if self.one_launch is None else dispatched(OneLaunch))
+        masks = None if self.masks is None else dispatched(MaskPasses, self.asked)
+        one_launch = None if self.one_launch is None else dispatched(OneLaunch, self.asked)
+        return PassRoute(dispatched(Passes, self.asked), masks, one_launch, self.asked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +96,12 @@ class LinkRoute:
     @property
     def heard(self) -> LinkRoute:
         """The same by way of PyTorch's dispatcher."""
+        asked = self.over_output.asked
         return replace(
             self,
             over_output=self.over_output.heard,
-            convolution=None if self.convolution is None else DispatchedConvolution(self.settings),
-            fused=None if self.fused is None else dispatched(FusedConvolutions),
+            convolution=None if self.convolution is None else DispatchedConvolution(self.settings, asked),
+            fused=None if self.fused is None else dispatched(FusedConvolutions, asked),
         )
 
 
@@ -142,7 +146,7 @@ class StemRoute:
 
     @classmethod
     def of(cls, link: LinkRoute, pool: PoolPasses) -> StemRoute:
-        return cls(link, pool, cls(link.heard, dispatched(PoolPasses)))
+        return cls(link, pool, cls(link.heard, dispatched(PoolPasses, link.over_output.asked)))
 
 
 def pass_route(x: Tensor) -> PassRoute | None:
@@ -156,14 +160,14 @@ def pass_route(x: Tensor) -> PassRoute | None:
     if torch._C._get_tracing_state() is not None:  # sizes are no plain numbers, and not to be kept
         route = _decide_passes(x)
         return None if route is None else route.heard
-    if x.is_cpu and x.dtype is torch.float32 and x.numel() < FEWEST_ELEMENTS and request.current.is_open:
+    if x.is_cpu and x.dtype is torch.float32 and x.numel() < FEWEST_ELEMENTS and context.request().is_open:
         return None
     return for_listeners(kept_pass_route(x))
 
 
 def kept_pass_route(x: Tensor) -> PassRoute | None:
     """`pass_route`, however small x is, where nobody listens at the dispatcher and nothing is compiled."""
-    key = (type(x), x.shape, x.stride(), x.dtype, x.device, request.current)
+    key = (type(x), x.shape, x.stride(), x.dtype, x.device, context.request())
     route = kept.get(key, UNKNOWN)
     return keep(key, _decide_passes(x)) if route is UNKNOWN else route
 
@@ -191,45 +195,47 @@ def output_like(x: Tensor, conv_weight: Tensor, settings: ConvSettings) -> Tenso
 
 def pool_passes(y: Tensor) -> PoolPasses:
     """Who runs pooling fused with the norm and ReLU before it, where ``why_not_fused_pool`` is empty."""
-    backend = request.current.backend
-    if backend == "triton" or (y.is_cuda and backend == AUTO):
+    asked = context.request()
+    if asked.backend == "triton" or (y.is_cuda and asked.backend == AUTO):
         return functions_of(module("triton"), PoolPasses)
-    return functions_of(module("reference"), PoolPasses) if backend == "reference" else dispatched(PoolPasses)
+    return (
+        functions_of(module("reference"), PoolPasses) if asked.backend == "reference" else dispatched(PoolPasses, asked)
+    )
 
 
 def _fused_convolutions(forward: tuple[Any, ...]) -> FusedConvolutions:
     """For these arguments of ``conv_stats``."""
-    backend = request.current.backend
-    if backend == "reference":
+    asked = context.request()
+    if asked.backend == "reference":
         return functions_of(module("reference"), FusedConvolutions)
-    if backend in (AUTO, "triton") and not reasons_against("triton", "conv_stats", forward):
+    if asked.backend in (AUTO, "triton") and not reasons_against("triton", "conv_stats", forward):
         return functions_of(module("triton"), FusedConvolutions)
-    return dispatched(FusedConvolutions)
+    return dispatched(FusedConvolutions, asked)
 
 
 def _decide_passes(x: Tensor) -> PassRoute | None:
-    asked = request.current
+    asked = context.request()
     if type(x) not in (Tensor, Parameter):
         return None
     if asked.backend == AUTO and (x.dtype not in FUSED_DTYPES or x.numel() == 0):
         return None
-    masks = dispatched(MaskPasses) if asked.masks else None
+    masks = dispatched(MaskPasses, asked) if asked.masks else None
     name = _backend_of_passes(x)
     if name is None:
         fallback = asked.backend != AUTO
-        return PassRoute(dispatched(Passes), masks) if fallback else None
+        return PassRoute(dispatched(Passes, asked), masks, asked=asked) if fallback else None
     backend = module(name)
     elsewhere = measured_plan.other_backend_for_passes(x, name)
-    passes = dispatched(Passes) if elsewhere else functions_of(backend, Passes)
+    passes = dispatched(Passes, asked) if elsewhere else functions_of(backend, Passes)
     if name != "cuda":
-        return PassRoute(passes, masks)
+        return PassRoute(passes, masks, asked=asked)
     one_launch = functions_of(backend, OneLaunch) if backend.fits_on_chip(x) else None
-    return PassRoute(passes, functions_of(backend, MaskPasses), one_launch)
+    return PassRoute(passes, functions_of(backend, MaskPasses), one_launch, asked)
 
 
 def _backend_of_passes(x: Tensor) -> str | None:
     """The backend whose functions run every pass over x; None where each has to be asked for, or refused."""
-    asked = request.current.backend
+    asked = context.request().backend
     if asked == "reference":
         return asked
     if x.dtype not in FUSED_DTYPES or x.numel() == 0:
@@ -256,7 +262,7 @@ def _compiles(x: Tensor) -> bool:
     the tools for it know."""
     if torch.compiler.is_exporting():
         return False
-    if request.current.backend != AUTO:
+    if context.requested_backend() != AUTO:
         return True
     if x.dtype not in FUSED_DTYPES or x.numel() == 0:
         return False

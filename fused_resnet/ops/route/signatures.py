@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from types import ModuleType
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
 from fused_resnet.arguments import NO_RUNNING_STATISTICS, ConvSettings, Norm, PoolSettings, RunningStatistics, Sums
+from fused_resnet.ops.route.context import asking
 from fused_resnet.ops.route.packing import BY_DISPATCHER
+from fused_resnet.ops.route.request import Request
 
 Two = tuple[Tensor, Tensor]
 Three = tuple[Tensor, Tensor, Tensor]
@@ -87,8 +90,8 @@ class Convolution(Protocol):
 class DispatchedConvolution:
     """A `Convolution` by way of PyTorch's dispatcher."""
 
-    def __init__(self, settings: ConvSettings) -> None:
-        self._ops, self._settings = dispatched(FusedConvolutions), settings
+    def __init__(self, settings: ConvSettings, asked: Request | None) -> None:
+        self._ops, self._settings = dispatched(FusedConvolutions, asked), settings
 
     def forward(self, x: Tensor, conv_weight: Tensor, norm: Norm | None) -> Tensor:
         return self._ops.conv_stats(x, conv_weight, norm, NO_RUNNING_STATISTICS, self._settings, False)[0]
@@ -108,7 +111,21 @@ def functions_of(backend: ModuleType, group: type[Group]) -> Group:
     return group(*(getattr(backend, field.name) for field in fields(group)))
 
 
-def dispatched(group: type[Group]) -> Group:
+def dispatched(group: type[Group], asked: Request | None = None) -> Group:
     """The ops of this group by way of PyTorch's dispatcher, which chooses a backend at every call: for whoever listens
-    there."""
-    return group(*(BY_DISPATCHER[field.name] for field in fields(group)))
+    there.
+
+    Args:
+        asked: what they run under, wherever they are called; None for the request there.
+    """
+    functions = [BY_DISPATCHER[field.name] for field in fields(group)]
+    return group(*(functions if asked is None else (_under(asked, function) for function in functions)))
+
+
+def _under(asked: Request, function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def run(*arguments: Any) -> Any:
+        with asking(**asked._asdict()):
+            return function(*arguments)
+
+    return run
