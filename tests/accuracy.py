@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -54,3 +55,22 @@ def assert_at_most_twice(
         f"{what}: error {error.max().item():.3g} against float64; PyTorch's own is {baseline_error:.3g}, "
         f"so with a floor of {floor:.3g} the limit is {limit:.3g}"
     )
+
+
+EXTREMES = {
+    "infinite": (math.inf, -math.inf, math.inf, math.nan),
+    "largest": (3e38, -3e38, -2e38, 3e38),
+}
+
+
+def with_extremes(x: Tensor, values: Sequence[float]) -> Tensor:
+    """A copy of x (N, C, H, W) with each of the values at two pixels of a row, negative at the second.
+
+    A sum of inputs is infinite or NaN there, a sum of products with small weights is not.
+    """
+    x = x.clone()
+    _, channels, height, width = x.shape
+    for i, value in enumerate(values):
+        x[0, i * 7 % channels, i * 5 % height, i * 4 % width] = value
+        x[-1, i * 7 % channels, i * 5 % height, (i * 4 + 2) % width] = -value
+    return x

@@ -75,8 +75,9 @@ struct ConvKernels {
   int64_t (*packed_bytes)(const CpuConv& conv, ConvMethod method);
   void (*pack)(const CpuConv& conv, ConvMethod method, const ConvWeight& weight, void* packed);
   // out_height and out_width may be any: what is beyond the image is 0. Grouped takes x itself only.
-  void (*run)(const CpuConv& conv, ConvMethod method, const ConvInput& input, const void* packed,
-              const ConvEpilogue& epilogue);
+  // `weight` is what was packed, and read again where Winograd's sums of inputs are not finite.
+  void (*run)(const CpuConv& conv, ConvMethod method, const ConvInput& input, const ConvWeight& weight,
+              const void* packed, const ConvEpilogue& epilogue);
   // The gradient of the weights, float32 in the order (filters, kernel_height, kernel_width, channels), for grad_out,
   // that of the output. Of float32 without groups; gemm or winograd.
   void (*grad_weight)(const CpuConv& conv, ConvMethod method, const ConvInput& input, const void* grad_out,

@@ -12,7 +12,7 @@ void run_once(const CpuConv& conv, ConvMethod method, const ConvInput& input, co
   const ConvKernels& kernels = conv_kernels();
   const Buffer packed(kernels.packed_bytes(conv, method));
   kernels.pack(conv, method, weight, packed.data());
-  kernels.run(conv, method, input, packed.data(), epilogue);
+  kernels.run(conv, method, input, weight, packed.data(), epilogue);
 }
 
 // One dimension of what the gradient of an input is made of where the convolution has a stride: of the inputs that lie

@@ -12,6 +12,8 @@ int output_size(int size, int kernel, int stride, int padding, int dilation) {
   return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
 }
 
+int64_t row_of(const CpuConv& conv) { return int64_t{conv.kernel_width} * conv.group_channels(); }
+
 int64_t checked_bytes(ConvMethod method, const CpuConv& conv) {
   if (!conv_kernels().takes(conv, method)) {
     throw std::invalid_argument("this method cannot do this convolution on this processor: ask conv_takes first");
@@ -42,15 +44,15 @@ CpuConv on_images(CpuConv conv, int64_t images, int height, int width, int threa
 PackedConv::PackedConv(ConvMethod method, const void* weight, const float* bias, const CpuConv& conv)
     : method_(method),
       conv_(conv),
+      weight_{weight, conv.kernel_height * row_of(conv), row_of(conv), conv.group_channels(), 1},
       packed_(checked_bytes(method, conv)),
       bias_(conv.filters * static_cast<int64_t>(sizeof(float))) {
-  const int64_t channels = conv.group_channels(), row = conv.kernel_width * channels;
-  conv_kernels().pack(conv_, method_, {weight, conv.kernel_height * row, row, channels, 1}, packed_.data());
+  conv_kernels().pack(conv_, method_, weight_, packed_.data());
   std::copy_n(bias, conv.filters, static_cast<float*>(bias_.data()));
 }
 
 void PackedConv::run(const CpuConv& conv, const void* x, const void* residual, bool relu, void* out) const {
-  conv_kernels().run(conv, method_, {x}, packed_.data(),
+  conv_kernels().run(conv, method_, {x}, weight_, packed_.data(),
                      {static_cast<const float*>(bias_.data()), residual, relu, out});
 }
 

@@ -13,11 +13,12 @@ namespace fused_resnet {
 // `conv` on images of this size. Throws std::invalid_argument if a size is not positive, the output's included.
 CpuConv on_images(CpuConv conv, int64_t images, int height, int width, int threads);
 
-// Weights and bias as one method wants them, copied.
+// Weights and bias as one method wants them.
 class PackedConv {
  public:
-  // weight: (filters, kernel_height, kernel_width, group_channels) of the dtype. Throws std::invalid_argument if the
-  // method cannot do the convolution on this processor.
+  // weight: (filters, kernel_height, kernel_width, group_channels) of the dtype; it stays there, unchanged, as long as
+  // this, for Winograd's method reads it again where its own numbers overflow. bias is copied. Throws
+  // std::invalid_argument if the method cannot do the convolution on this processor.
   PackedConv(ConvMethod method, const void* weight, const float* bias, const CpuConv& conv);
 
   void run(const CpuConv& conv, const void* x, const void* residual, bool relu, void* out) const;
@@ -28,6 +29,7 @@ class PackedConv {
  private:
   ConvMethod method_;
   CpuConv conv_;
+  ConvWeight weight_;
   Buffer packed_, bias_;
 };
 

@@ -14,7 +14,7 @@ from fused_resnet.arguments import ConvSettings, PoolSettings
 from fused_resnet.ops.backends.native import conv as native_conv
 from fused_resnet.ops.backends.native.chain import Block, NativeChain
 from fused_resnet.ops.backends.native.conv import NativeConv, average, max_pool, pooling_window, why_not_native
-from tests.accuracy import assert_at_most_twice
+from tests.accuracy import EXTREMES, assert_at_most_twice, with_extremes
 
 GEMM, WINOGRAD, GROUPED = "gemm", "winograd", "grouped"
 # (method, images, channels, height, width, filters, kernel, stride, padding, dilation, groups)
@@ -138,6 +138,20 @@ def test_nan_passes_the_relu(case: str):
     far = torch.ones_like(out, dtype=torch.bool)
     far[0, :, :12, :14] = False
     assert not out[far].isnan().any()
+
+
+@pytest.mark.parametrize("values", EXTREMES.values(), ids=EXTREMES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_infinite_and_largest_inputs_reach_only_what_they_should(
+    case: str, dtype: torch.dtype, values: tuple[float, ...]
+):
+    """Winograd's method multiplies sums of inputs, which are infinite or NaN where the products are not."""
+    inputs = Inputs(case, dtype)
+    inputs.x = with_extremes(inputs.x, values)
+    exact = inputs.expected(True, True, torch.float64)
+    baseline = inputs.expected(True, True, torch.float32).to(dtype)  # in bfloat16 oneDNN multiplies infinity by 0
+    assert_at_most_twice(inputs.native(True, inputs.method)(inputs.x, inputs.residual), baseline, exact)
 
 
 def test_errors():

@@ -14,7 +14,7 @@ from fused_resnet.ops import reference, use_backend, use_fusion_level
 from fused_resnet.ops.backends.native import conv as native_conv
 from fused_resnet.ops.route import choose, reasons, routes
 from fused_resnet.ops.route import fusion_level as plan
-from tests.accuracy import assert_at_most_twice
+from tests.accuracy import EXTREMES, assert_at_most_twice, with_extremes
 from tests.ops.step import NEEDS_NATIVE
 
 pytestmark = NEEDS_NATIVE
@@ -109,6 +109,21 @@ def test_accuracy(case: str, normed: bool, method: str):
             run(inputs, native), run(inputs, reference), exact, what=name, terms=terms[name] if normed else 1
         )
         assert run(inputs, native).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("values", EXTREMES.values(), ids=EXTREMES)
+@pytest.mark.parametrize("normed", [False, True], ids=["", "normed"])
+@pytest.mark.parametrize("case", CASES)
+def test_infinite_and_largest_numbers_reach_only_what_they_should(
+    case: str, normed: bool, values: tuple[float, ...], method: str
+):
+    """Winograd's method multiplies sums of inputs, which are infinite or NaN where the products are not."""
+    inputs = Inputs(case, normed)
+    inputs.x, dy = with_extremes(inputs.x, values), inputs.dy
+    for name, run in PARTS.items():
+        inputs.dy = with_extremes(dy, values) if name == "grad_input" else dy / 10
+        exact = run(inputs, reference, torch.float64)
+        assert_at_most_twice(run(inputs, native), run(inputs, reference), exact, what=name)
 
 
 def test_both_methods_are_tested(method: str):

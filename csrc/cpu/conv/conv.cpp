@@ -90,13 +90,13 @@ void conv_pack(const CpuConv& conv, ConvMethod method, const ConvWeight& weight,
   });
 }
 
-void conv_run(const CpuConv& conv, ConvMethod method, const ConvInput& input, const void* packed,
-              const ConvEpilogue& epilogue) {
+void conv_run(const CpuConv& conv, ConvMethod method, const ConvInput& input, const ConvWeight& weight,
+              const void* packed, const ConvEpilogue& epilogue) {
   with_element(conv.dtype, [&](auto element) {
     using Element = decltype(element);
     const auto* const weights = static_cast<const float*>(packed);
     if (method == ConvMethod::gemm) return gemm_run<Element>(conv, input, weights, epilogue);
-    if (method == ConvMethod::winograd) return winograd_run<Element>(conv, input, weights, epilogue);
+    if (method == ConvMethod::winograd) return winograd_run<Element>(conv, input, weight, weights, epilogue);
     grouped_run<Element>(conv, static_cast<const typename Element::Storage*>(input.x), weights, epilogue);
   });
 }

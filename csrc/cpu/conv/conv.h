@@ -8,8 +8,8 @@ namespace CPU_CAPABILITY {
 bool conv_takes(const CpuConv& conv, ConvMethod method);
 int64_t conv_packed_bytes(const CpuConv& conv, ConvMethod method);
 void conv_pack(const CpuConv& conv, ConvMethod method, const ConvWeight& weight, void* packed);
-void conv_run(const CpuConv& conv, ConvMethod method, const ConvInput& input, const void* packed,
-              const ConvEpilogue& epilogue);
+void conv_run(const CpuConv& conv, ConvMethod method, const ConvInput& input, const ConvWeight& weight,
+              const void* packed, const ConvEpilogue& epilogue);
 void conv_grad_weight(const CpuConv& conv, ConvMethod method, const ConvInput& input, const void* grad_out,
                       float* grad_weight);
 void scatter(const CpuConv& conv, const Lattice& lattice, const float* from, const float* residual, float* to);

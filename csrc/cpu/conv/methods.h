@@ -30,7 +30,8 @@ int64_t winograd_packed_words(const CpuConv& conv);
 template <typename Element>
 void winograd_pack(const CpuConv& conv, const ConvWeight& weight, float* packed);
 template <typename Element>
-void winograd_run(const CpuConv& conv, const ConvInput& input, const float* packed, const ConvEpilogue& epilogue);
+void winograd_run(const CpuConv& conv, const ConvInput& input, const ConvWeight& weight, const float* packed,
+                  const ConvEpilogue& epilogue);
 
 bool grouped_takes(const CpuConv& conv);
 template <typename Element>

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "directly.h"
+
 namespace fused_resnet {
 namespace CPU_CAPABILITY {
 namespace {
@@ -22,8 +24,11 @@ class WinogradPart {
   static constexpr int kWindow = step + 2;             // inputs on a side
   static constexpr int kProducts = kWindow * kWindow;  // matrix products
 
-  WinogradPart(const CpuConv& conv, const ConvInput& input, const float* packed, const ConvEpilogue& epilogue)
+  WinogradPart(const CpuConv& conv, const ConvInput& input, const ConvWeight& weight, const float* packed,
+               const ConvEpilogue& epilogue)
       : conv_(conv),
+        input_(input),
+        weight_(weight),
         inputs_(conv, input),
         packed_(packed),
         epilogue_(epilogue),
@@ -123,8 +128,14 @@ class WinogradPart {
 #pragma GCC unroll 4
       for (int i = 0; i < step; ++i) {
         if (row + i >= conv_.out_height) break;
-        Vector some[step];
+        Vector some[step], poison = Vector{};
         Filtering<step>::outputs(half[i], some);
+#pragma GCC unroll 4
+        for (int j = 0; j < step; ++j) poison += some[j] * 0.0f;
+        if (!all_zero(poison)) {
+          const int64_t from = filter + v * kVectorLanes;
+          convolve_directly<Element>(conv_, input_, weight_, image, row + i, column, from, lanes, some);
+        }
         const int64_t pixel = (image * conv_.out_height + row + i) * conv_.out_width + column;
 #pragma GCC unroll 4
         for (int j = 0; j < step; ++j) {
@@ -154,6 +165,8 @@ class WinogradPart {
   }
 
   const CpuConv& conv_;
+  const ConvInput& input_;
+  const ConvWeight& weight_;
   WindowInputs<Element, step> inputs_;
   const float* packed_;
   const ConvEpilogue& epilogue_;
@@ -174,36 +187,9 @@ int64_t winograd_packed_words(const CpuConv& conv) {
   return divided_up(conv.filters, kTileColumns) * kProducts * conv.channels * kTileColumns;
 }
 
-namespace {
-
-// Of one place of the kernel kVectorLanes channels from c on: to[i] holds `lanes` filters of channel c + i.
-template <typename Element>
-void load_weights(const ConvWeight& weight, int64_t filter, int lanes, int row, int column, int64_t c,
-                  Vector (&to)[kVectorLanes]) {
-  const auto* const from = static_cast<const typename Element::Storage*>(weight.data);
-  if (lanes == kVectorLanes && weight.filter == 1) {
-    for (int i = 0; i < kVectorLanes; ++i) to[i] = Element::load(from + weight.at(filter, row, column, c + i));
-  } else if (lanes == kVectorLanes && weight.channel == 1) {
-    for (int i = 0; i < kVectorLanes; ++i) to[i] = Element::load(from + weight.at(filter + i, row, column, c));
-    transpose(to);
-  } else {
-    for (int i = 0; i < kVectorLanes; ++i) {
-      float some[kVectorLanes] = {};
-      for (int lane = 0; lane < lanes; ++lane) {
-        some[lane] = Element::widen(from[weight.at(filter + lane, row, column, c + i)]);
-      }
-      to[i] = load_vector(some);
-    }
-  }
-}
-
-}  // namespace
-
 template <typename Element>
 void winograd_pack(const CpuConv& conv, const ConvWeight& weight, float* packed) {
   constexpr int kStep = winograd_step<Element>, kWindow = kStep + 2, kProducts = kWindow * kWindow;
-  using Wide =
-      double __attribute__((vector_size(kVectorLanes * sizeof(double))));  // so that only the result is rounded
   const int64_t panels = divided_up(conv.filters, kTileColumns), blocks = conv.channels / kVectorLanes;
   in_parallel_over(panels * kTileVectors * blocks, std::max(conv.threads, 1), [&](int64_t part) {
     const int64_t place = part / blocks, block = part % blocks * kVectorLanes, first = place * kVectorLanes;
@@ -217,7 +203,7 @@ void winograd_pack(const CpuConv& conv, const ConvWeight& weight, float* packed)
     for (int c = 0; c < kVectorLanes; ++c) {
       Wide half[3][kWindow];  // by kernel column
       for (int j = 0; j < 3; ++j) {
-        Wide column[3];
+        Wide column[3];  // so that only the result is rounded
         for (int i = 0; i < 3; ++i) column[i] = __builtin_convertvector(weights[i][j][c], Wide);
         Filtering<kStep>::kernel(column, half[j]);
       }
@@ -235,9 +221,10 @@ void winograd_pack(const CpuConv& conv, const ConvWeight& weight, float* packed)
 }
 
 template <typename Element>
-void winograd_run(const CpuConv& conv, const ConvInput& input, const float* packed, const ConvEpilogue& epilogue) {
+void winograd_run(const CpuConv& conv, const ConvInput& input, const ConvWeight& weight, const float* packed,
+                  const ConvEpilogue& epilogue) {
   constexpr int kStep = winograd_step<Element>;
-  const WinogradPart<Element, kStep> work(conv, input, packed, epilogue);
+  const WinogradPart<Element, kStep> work(conv, input, weight, packed, epilogue);
   const int64_t windows = Windows<kStep>(conv).count, panels = divided_up(conv.filters, kTileColumns);
   const int64_t tiles = divided_up(windows, kTileRows), threads = conv.threads;
   const bool by_filters = tiles < kSmallTiles * threads && panels >= threads;
@@ -254,11 +241,13 @@ void winograd_run(const CpuConv& conv, const ConvInput& input, const float* pack
 
 template int64_t winograd_packed_words<Single>(const CpuConv&);
 template void winograd_pack<Single>(const CpuConv&, const ConvWeight&, float*);
-template void winograd_run<Single>(const CpuConv&, const ConvInput&, const float*, const ConvEpilogue&);
+template void winograd_run<Single>(const CpuConv&, const ConvInput&, const ConvWeight&, const float*,
+                                   const ConvEpilogue&);
 #if defined(__AVX512BF16__)
 template int64_t winograd_packed_words<Brain>(const CpuConv&);
 template void winograd_pack<Brain>(const CpuConv&, const ConvWeight&, float*);
-template void winograd_run<Brain>(const CpuConv&, const ConvInput&, const float*, const ConvEpilogue&);
+template void winograd_run<Brain>(const CpuConv&, const ConvInput&, const ConvWeight&, const float*,
+                                  const ConvEpilogue&);
 #endif
 
 }  // namespace CPU_CAPABILITY

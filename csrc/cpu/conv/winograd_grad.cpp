@@ -1,6 +1,7 @@
 // The gradient of a convolution's weights by Winograd's method (conv_winograd.h): the transposed of each of its three
 // steps, with a matrix product for each of its 16.
 #include "cpu/buffers.h"
+#include "directly.h"
 #include "grad_weight.h"
 #include "winograd.h"
 
@@ -16,6 +17,7 @@ class WinogradGrad {
 
   WinogradGrad(const CpuConv& conv, const ConvInput& input, const float* grad_out)
       : conv_(conv),
+        input_(input),
         inputs_(conv, input),
         grad_out_(grad_out),
         windows_(conv),
@@ -80,11 +82,15 @@ class WinogradGrad {
         Filtering<kStep>::grad_kernel(column, down);
         for (int i = 0; i < 3; ++i) half[i][j] = down[i];
       }
+      Vector whole[3][3], poison = Vector{};
       for (int i = 0; i < 3; ++i) {
-        Vector whole[3];
-        Filtering<kStep>::grad_kernel(half[i], whole);
+        Filtering<kStep>::grad_kernel(half[i], whole[i]);
+        for (int j = 0; j < 3; ++j) poison += whole[i][j] * 0.0f;
+      }
+      if (!all_zero(poison)) grad_weight_directly(conv_, input_, grad_out_, filter, c, whole);
+      for (int i = 0; i < 3; ++i) {
         for (int j = 0; j < 3; ++j) {
-          store_vector(grad_weight + ((filter * 3 + i) * 3 + j) * conv_.channels + c, whole[j]);
+          store_vector(grad_weight + ((filter * 3 + i) * 3 + j) * conv_.channels + c, whole[i][j]);
         }
       }
     }
@@ -144,6 +150,7 @@ class WinogradGrad {
   }
 
   const CpuConv& conv_;
+  const ConvInput& input_;
   WindowInputs<Single, kStep> inputs_;
   const float* grad_out_;
   Windows<kStep> windows_;

@@ -76,8 +76,7 @@ class NativeConv:
     """``act(F.conv2d(x, weight, bias, *settings) + residual)`` as one pass.
 
     Copies what it needs of weight and bias. An output is the same bits whatever the number of threads, and whatever the
-    other images of its batch show; how many they are may decide the method. Where Winograd's method runs, an infinite
-    input makes the outputs near it NaN.
+    other images of its batch show; how many they are may decide the method.
 
     Args:
         weight: (K, C / groups, R, S), float32 or bfloat16, any memory format.
@@ -93,7 +92,7 @@ class NativeConv:
     def __init__(
         self, weight: Tensor, bias: Tensor, settings: ConvSettings, relu: bool, method: str | None = None
     ) -> None:
-        self._weight = weight.detach().permute(0, 2, 3, 1).contiguous()
+        self._weight = weight.detach().permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
         self._bias = bias.detach().float().contiguous()
         self._conv, self._settings = _conv(weight, settings), settings
         self._narrow = settings.groups > 1 and weight.shape[0] // settings.groups < NARROWEST_GROUP
