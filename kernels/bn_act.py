@@ -57,7 +57,7 @@ def bn_stats(x: Tensor, running: RunningStatistics) -> tuple[Tensor, Tensor]:
             STAGES=REDUCTION_STAGES[x.element_size()],
             num_warps=REDUCTION_WARPS,
         )
-    return finalize_statistics(counts, means, m2s, running)
+    return finalize_statistics(counts, means, m2s, running, x)
 
 
 def bn_apply(x: Tensor, norm: Norm, residual: Tensor | None, relu: bool) -> Tensor:

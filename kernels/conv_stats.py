@@ -87,7 +87,7 @@ def conv_stats(
         )
     if counts is None or means is None or m2s is None:
         return y, *(torch.empty(0, dtype=torch.float32, device=x.device) for _ in range(2))
-    return (y, *finalize_statistics(counts, means, m2s, running))
+    return (y, *finalize_statistics(counts, means, m2s, running, y))
 
 
 def forward_product(shape: ConvShape, element_bytes: int, wide: bool = False) -> Product:

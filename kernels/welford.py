@@ -23,7 +23,7 @@ MERGE_WARPS = 8
 
 
 def finalize_statistics(
-    counts: Tensor, means: Tensor, m2s: Tensor, running: RunningStatistics
+    counts: Tensor, means: Tensor, m2s: Tensor, running: RunningStatistics, x: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Merges partial statistics and moves the running ones, in one launch.
 
@@ -33,6 +33,8 @@ def finalize_statistics(
             rounded by more than the differences between them can bear.
         running: the first two (C,) of any float dtype, moved in place, or None: (1 - momentum) * running + momentum *
             new. The variance that moves is the unbiased one.
+        x: (N, C, H, W), channels_last: the values themselves. A channel whose M2 is not finite is read again, for
+            squares of distances beyond 1e19 overflow in float32.
 
     Returns:
         mean and 1/sqrt(biased variance + eps): two (C,) float32 vectors.
@@ -52,6 +54,8 @@ def finalize_statistics(
             invstd,
             new_running_mean,
             new_running_var,
+            x,
+            x.numel() // channels,
             partials,
             channels,
             float(momentum),
@@ -105,6 +109,8 @@ def finalize_statistics_kernel(
     invstd_ptr,
     running_mean_ptr,
     running_var_ptr,
+    x_ptr,
+    rows,
     partials,
     channels,
     momentum,
@@ -135,6 +141,10 @@ def finalize_statistics_kernel(
         m2 += more_m2 + distance * distance * (count * share)[:, None]
         count = new_count
     total, mean, m2 = merge_lanes(count, mean, m2)
+    finite = (m2 * 0.0 == 0.0) | (channel >= channels)
+    if tl.min(finite.to(tl.int32), axis=0) == 0:
+        mean_again, m2_again = moments_of_channels(x_ptr, rows, channels, channel, BLOCK_PARTIALS, BLOCK_CHANNELS)
+        mean, m2 = tl.where(finite, mean, mean_again), tl.where(finite, m2, m2_again)
     variance = m2 / tl.maximum(total, 1.0)
     tl.store(mean_ptr + channel, mean.to(tl.float32), mask=in_channels)
     tl.store(invstd_ptr + channel, (1.0 / tl.sqrt(variance + eps)).to(tl.float32), mask=in_channels)
@@ -142,6 +152,26 @@ def finalize_statistics_kernel(
         move_running(running_mean_ptr, mean, momentum, channel, in_channels)
     if running_var_ptr is not None:
         move_running(running_var_ptr, m2 / tl.maximum(total - 1.0, 1.0), momentum, channel, in_channels)
+
+
+@triton.jit
+def moments_of_channels(x_ptr, rows, channels, channel, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+    """(mean, M2) of a few channels in float64, by two passes over x."""
+    lane = tl.arange(0, BLOCK_ROWS)
+    total = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), dtype=tl.float64)
+    for start in range(0, rows, BLOCK_ROWS):
+        row = (start + lane).to(tl.int64)[:, None]
+        inside = (row < rows) & (channel < channels)[None, :]
+        total += tl.load(x_ptr + row * channels + channel[None, :], mask=inside, other=0.0).to(tl.float64)
+    mean = tl.sum(total, axis=0) / rows
+    m2 = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), dtype=tl.float64)
+    for start in range(0, rows, BLOCK_ROWS):
+        row = (start + lane).to(tl.int64)[:, None]
+        inside = (row < rows) & (channel < channels)[None, :]
+        x = tl.load(x_ptr + row * channels + channel[None, :], mask=inside, other=0.0).to(tl.float64)
+        distance = tl.where(inside, x - mean[None, :], 0.0)
+        m2 += distance * distance
+    return mean, tl.sum(m2, axis=0)
 
 
 @triton.jit

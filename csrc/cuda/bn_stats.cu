@@ -71,8 +71,8 @@ void bn_stats(const Call& call, const Matrix& shape, const void* x, float* mean,
         launch(call, {dim3(chosen.slices, chosen.parts), kThreads, sizeof(MomentsOfWarps<kCount, kThreads / 32>)},
                bn_stats_kernel<T, kCount>, static_cast<const T*>(x), chosen.rows, partials.means, partials.m2s);
         launch(call, {dim3(ceil_div(shape.channels, kMergeChannels)), kThreads, sizeof(double) * kThreads},
-               bn_finalize_kernel, partials.means, partials.m2s, shape.channels,
-               Deal::of(shape.rows, chosen.rows.layer * kStatsRows, chosen.parts), static_cast<double>(shape.rows),
+               bn_finalize_kernel<T>, static_cast<const T*>(x), partials.means, partials.m2s, shape.channels,
+               Deal::of(shape.rows, chosen.rows.layer * kStatsRows, chosen.parts), shape.rows,
                Statistics{mean, invstd, running_mean, running_var, momentum, eps});
       });
 }

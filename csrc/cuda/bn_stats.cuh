@@ -180,14 +180,16 @@ struct Statistics {
 
 // Merges the partial results of each part (which the launch in front may still be writing when this one starts, so that
 // the compiler must not take them for constant): first the mean of all, then the deviations from it.
-__global__ __launch_bounds__(kThreads) void bn_finalize_kernel(const double* means, const float* m2s, int channels,
-                                                               Deal deal, double rows, Statistics statistics) {
+template <typename T>
+__global__ __launch_bounds__(kThreads) void bn_finalize_kernel(const T* x, const double* means, const float* m2s,
+                                                               int channels, Deal deal, int64_t rows,
+                                                               Statistics statistics) {
   wait_for_previous_grid();
   double* const shared = static_cast<double*>(dynamic_shared_memory());
   const int channel = blockIdx.x * kMergeChannels + threadIdx.x % kMergeChannels;
   const int lane = threadIdx.x / kMergeChannels;
   const bool inside = channel < channels;
-  const double share = 1.0 / rows;
+  const double share = 1.0 / static_cast<double>(rows);
   double mean = 0.0, m2 = 0.0;
   for (int part = lane; inside && part < deal.parts; part += kMergeLanes) {
     const double count = deal.rows_of(part);
@@ -201,7 +203,8 @@ __global__ __launch_bounds__(kThreads) void bn_finalize_kernel(const double* mea
   }
   m2 = sum_modulo<kThreads>(kMergeChannels, m2, shared);
   allow_next_grid();
-  if (inside && lane == 0) statistics.store(channel, mean, m2, rows);
+  read_again_what_overflowed<kThreads>(x, rows, channels, channel, kMergeChannels, shared, mean, m2);
+  if (inside && lane == 0) statistics.store(channel, mean, m2, static_cast<double>(rows));
 }
 
 }  // namespace fused_resnet

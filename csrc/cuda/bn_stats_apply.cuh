@@ -79,6 +79,7 @@ __global__ __launch_bounds__(kResidentThreads) void bn_stats_apply_kernel(
       m2 += m2s[int64_t{part} * shape.channels + channel] + deal.rows_of(part) * distance * distance;
     }
     m2 = sum_modulo<kResidentThreads>(own, m2, shared.sums);
+    read_again_what_overflowed<kResidentThreads>(x, shape.rows, shape.channels, channel, own, shared.sums, mean, m2);
     if (first == 0 && channel < shape.channels) statistics.store(channel, mean, m2, rows);
   }
   grid_barrier();

@@ -152,6 +152,26 @@ def test_mean_of_many_deviations(shape: tuple[int, ...], mean: float, device) ->
     check("bn_apply_mask", x, mean_of_x, invstd, *vectors(shape[1], device), x)
 
 
+@pytest.mark.parametrize("op", ["bn_stats", "bn_stats_apply"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [24, 13])
+def test_statistics_of_numbers_near_the_largest(channels: int, dtype: torch.dtype, op: str, device) -> None:
+    """All of a channel, one of another: their squares are infinite in float32. Others do not notice."""
+    x = image((2, channels, 23, 11), torch.float32, device)
+    others = [channel for channel in range(channels) if channel not in (1, 2)]
+    more = (None, None, None, True, False) if op == "bn_stats_apply" else ()
+    clean = call(op, x.to(dtype), None, None, 0.1, 1e-5, *more)[-2:]
+    x[:, 1] *= 1e38
+    x[1, 2, 7, 5] = -3e38
+    x = x.to(dtype)
+    mean, invstd = call(op, x, None, None, 0.1, 1e-5, *more)[-2:]
+    variance, exact = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    torch.testing.assert_close(mean.double(), exact, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(invstd.double(), (variance + 1e-5).rsqrt(), rtol=1e-6, atol=1e-44)
+    for vector, before in zip((mean, invstd), clean, strict=True):
+        assert torch.equal(vector[others], before[others])
+
+
 def test_a_tile_that_starts_far_from_the_mean(device) -> None:
     """The first row of a tile is what its values are measured from: here it is an outlier."""
     x = image((2, 24, 16, 9), torch.float32, device)

@@ -58,7 +58,7 @@ def conv_tiles() -> list[str]:
 
 
 def expected_kernels() -> set[str]:
-    names = {"bn_finalize_kernel", "bn_finalize_sums_kernel"}
+    names = {"bn_finalize_sums_kernel", *(f"bn_finalize_kernel<{type_}>" for type_ in (*HALVES, "float"))}
     names |= {f"avgpool_kernel<{vector}>" for vector in (*OF_16_BYTES, *OF_1)}
     names |= {f"bn_stats_kernel<{vector}>" for vector in (*OF_16_BYTES, *OF_1)}
     names |= {f"bn_stats_apply_kernel<{vector}>" for vector in (*OF_16_BYTES, *OF_1)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -197,6 +198,21 @@ def test_a_chunk_of_several_tiles(device) -> None:
     check("bn_grad_apply", torch.randn_like(x), x, mean, invstd, None, None, mean, mean, True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_statistics_of_numbers_near_the_largest(dtype: torch.dtype, device) -> None:
+    """All of a channel, one of another, none of the third; and a fourth that has an infinity."""
+    x = image((5, 4, 12, 11), torch.float32, device)
+    x[:, 0] *= 1e38
+    x[3, 1, 7, 5] = -3e38
+    x[2, 3, 1, 1] = math.inf
+    x = x.to(dtype)
+    mean, invstd = kernels.bn_stats(x, RUNNING)
+    variance, exact_mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    torch.testing.assert_close(mean[:3].double(), exact_mean[:3], rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(invstd[:3].double(), (variance[:3] + RUNNING[3]).rsqrt(), rtol=1e-5, atol=1e-44)
+    assert mean[3].isinf() and invstd[3].isnan()
+
+
 def test_statistics_merge_like_one_batch(device) -> None:
     """finalize_statistics takes partial results from anywhere: here unequal shares, one of them empty."""
     x = image((7, 11, 4, 3), torch.float32, device) * 3 + 50
@@ -207,7 +223,7 @@ def test_statistics_merge_like_one_batch(device) -> None:
         if share.numel():
             variance, means[index] = torch.var_mean(share, (0, 2, 3), correction=0)
             m2s[index] = variance * counts[index]
-    merged = finalize_statistics(counts, means, m2s, RUNNING)
+    merged = finalize_statistics(counts, means, m2s, RUNNING, x)
     expected = reference.bn_stats(x.double(), RUNNING)
     for actual, exact in zip(merged, expected, strict=True):
         torch.testing.assert_close(actual.double(), exact, rtol=1e-6, atol=0)

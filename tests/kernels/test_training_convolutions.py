@@ -171,6 +171,17 @@ def test_huge_and_tiny_gradients(gradient: float, device) -> None:
     check_everything(Case(*SHAPES[3], torch.float32, device, gradient=gradient))
 
 
+def test_statistics_of_numbers_near_the_largest(device, few_programs) -> None:
+    """Of all filters but one; a sum of products overflows in no order."""
+    case = Case(*SHAPES[3], torch.float32, device)
+    case.weight[1:] *= 1e37
+    y, mean, invstd = kernels.conv_stats(case.x, case.weight, case.norm, RUNNING, case.settings, True)
+    variance, exact_mean = torch.var_mean(y.double(), (0, 2, 3), correction=0)
+    assert variance[1:].min() > 1e70 and variance[0] < 1e3
+    torch.testing.assert_close(mean.double(), exact_mean, rtol=1e-5, atol=0)
+    torch.testing.assert_close(invstd.double(), (variance + RUNNING[3]).rsqrt(), rtol=1e-5, atol=1e-44)
+
+
 def test_dead_channels(device) -> None:
     """gamma = 0 behind the convolution, so no gradient; gamma = 0 in front, so every activation is relu(bias)."""
     case = Case(*SHAPES[0], torch.float32, device)
