@@ -85,7 +85,7 @@ def torchvision_classes() -> dict[type[nn.Module], type[nn.Module]]:
     """torchvision's classes and those that take their place; empty while torchvision's are not imported."""
     if "torchvision.models.resnet" not in sys.modules:
         return {}
-    return importlib.import_module("fused_resnet.convert.torchvision").FUSED_CLASS
+    return importlib.import_module("fused_resnet.models.torchvision").FUSED_CLASS
 
 
 def _check(model: object) -> None:

@@ -11,16 +11,26 @@ residual block learn only how it differs from its input, F(x) := H(x) - x, and a
 
 from __future__ import annotations
 
+import functools
 import inspect
+import sys
 from collections.abc import Callable, Sequence
-from typing import ClassVar, ParamSpec, TypedDict, Unpack
+from types import MappingProxyType
+from typing import Any, ClassVar, ParamSpec, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from fused_resnet.models.weights import WeightsArgument, read_state_dict, resolve_weights, with_num_classes
+from fused_resnet.models.weights import (
+    WeightsArgument,
+    read_state_dict,
+    resolve_weights,
+    with_num_classes,
+    with_older_arguments,
+)
 from fused_resnet.modules.basic_block import BasicBlock
 from fused_resnet.modules.bottleneck import Bottleneck
+from fused_resnet.modules.drop_in import DropIn
 from fused_resnet.modules.plain import frozen_forward
 from fused_resnet.modules.site import Body, Site
 from fused_resnet.modules.stem import conv_norm_act_pool
@@ -31,7 +41,7 @@ STAGE_PLANES = (64, 128, 256, 512)
 STAGE_STRIDES = (1, 2, 2, 2)
 
 
-class ResNet(nn.Module):
+class ResNet(DropIn):
     """A residual network for images; drop-in for ``torchvision.models.ResNet``.
 
     The input is (N, 3, H, W), any floating dtype and either memory format (channels_last is the fast one); the output
@@ -55,6 +65,7 @@ class ResNet(nn.Module):
         NotImplementedError: ``BasicBlock`` was asked to dilate.
     """
 
+    twin: ClassVar = "fused_resnet.models.torchvision:ResNet"
     sites: ClassVar = (Site("conv1", "bn1", "relu", pool="maxpool"),)
     body: ClassVar = Body(("layer1", "layer2", "layer3", "layer4"), "avgpool", "fc")
 
@@ -69,7 +80,7 @@ class ResNet(nn.Module):
         replace_stride_with_dilation: Sequence[bool] | None = None,
         norm_layer: Callable[..., nn.Module] | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         norm_layer = nn.BatchNorm2d if norm_layer is None else norm_layer
         stage_dilates = (False, *_three_flags(replace_stride_with_dilation))
         if len(layers) != len(STAGE_PLANES):
@@ -208,8 +219,32 @@ FIXED_BY_ARCHITECTURE = {
 }
 
 
+class _Signature(inspect.Signature):
+    """A builder's, which says torchvision's enum of weights once torchvision is imported: where that looks for it."""
+
+    architecture = ""
+
+    @property
+    def parameters(self) -> MappingProxyType[str, inspect.Parameter]:
+        parameters = super().parameters
+        theirs = sys.modules.get("torchvision.models.resnet")
+        if theirs is None:
+            return parameters
+        enum = inspect.signature(getattr(theirs, self.architecture)).parameters["weights"].annotation
+        weights = parameters["weights"].replace(annotation=enum | WeightsArgument)
+        return MappingProxyType({**parameters, "weights": weights})
+
+
 def _says_what_it_takes(builder: Callable[P, ResNet]) -> Callable[P, ResNet]:
-    """The builder itself, with every argument and its default in its signature and docstring, for ``help``."""
+    """The builder, with every argument and its default in its signature and docstring, for ``help``; it takes what
+    torchvision's took in older days as well."""
+
+    @functools.wraps(builder)
+    def build(*positional: Any, **arguments: Any) -> ResNet:
+        if positional or "pretrained" in arguments:
+            arguments = with_older_arguments(builder.__name__, positional, arguments)
+        return builder(**arguments)  # type: ignore[call-arg]
+
     own = [one for one in inspect.signature(builder).parameters.values() if one.kind is inspect.Parameter.KEYWORD_ONLY]
     fixed = FIXED_BY_ARCHITECTURE.get(builder.__name__, {})
     options = [
@@ -217,9 +252,11 @@ def _says_what_it_takes(builder: Callable[P, ResNet]) -> Callable[P, ResNet]:
         for name, parameter in inspect.signature(ResNet).parameters.items()
         if name in ResNetOptions.__annotations__
     ]
-    builder.__signature__ = inspect.Signature([*own, *options], return_annotation=ResNet)  # type: ignore[attr-defined]
-    builder.__doc__ = f"{inspect.getdoc(builder)}{WHAT_A_BUILDER_TAKES}"
-    return builder
+    signature = _Signature([*own, *options], return_annotation=ResNet)
+    signature.architecture = builder.__name__
+    build.__signature__ = signature  # type: ignore[attr-defined]
+    build.__doc__ = f"{inspect.getdoc(builder)}{WHAT_A_BUILDER_TAKES}"
+    return build
 
 
 def _resnet(

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from enum import Enum
@@ -62,6 +63,28 @@ def resolve_weights(architecture: str, weights: WeightsArgument) -> WeightsSourc
         "weights must be a torchvision weights enum member or its name, the path of a checkpoint, a state_dict or "
         f"None; got {type(weights).__name__}"
     )
+
+
+def with_older_arguments(architecture: str, positional: tuple[Any, ...], arguments: dict[str, Any]) -> dict[str, Any]:
+    """All of them by name: ``weights`` and ``progress`` may be given by their place, or ``pretrained``, as torchvision
+    still takes them; it warns of both.
+
+    Raises:
+        TypeError: more than two by their place, or one twice.
+    """
+    names = ("weights", "progress")[: len(positional)]
+    if len(positional) > 2 or any(name in arguments for name in names) or {"weights", "pretrained"} <= {*arguments}:
+        raise TypeError(f"{architecture} takes weights and progress, each once, and the rest by name")
+    arguments = {**dict(zip(names, positional, strict=True)), **arguments}
+    if names:
+        warnings.warn(f"give {architecture} its {' and '.join(names)} by name", FutureWarning, stacklevel=3)
+    for name in [
+        name for name in ("pretrained", *names) if isinstance(arguments.get(name), bool) and name != "progress"
+    ]:
+        weights = "IMAGENET1K_V1" if arguments.pop(name) else None
+        warnings.warn(f"instead of {name}, give {architecture} weights={weights!r}", FutureWarning, stacklevel=3)
+        arguments["weights"] = weights
+    return arguments
 
 
 def with_num_classes(source: WeightsSource, kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,12 +8,13 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from fused_resnet.modules.bn_act import norm_act
+from fused_resnet.modules.drop_in import DropIn
 from fused_resnet.modules.shortcut import norm_add_act
 from fused_resnet.modules.site import Site
 from fused_resnet.modules.whole_block import whole_block
 
 
-class BasicBlock(nn.Module):
+class BasicBlock(DropIn):
     """``out = relu(F(x) + x)`` with ``F(x) = bn2(conv2(relu(bn1(conv1(x)))))``.
 
     He et al. 2015 (https://arxiv.org/abs/1512.03385), figure 2 and figure 5 left. A drop-in for torchvision's
@@ -39,6 +40,7 @@ class BasicBlock(nn.Module):
         NotImplementedError: dilation is greater than 1.
     """
 
+    twin: ClassVar = "fused_resnet.modules.torchvision:BasicBlock"
     sites: ClassVar = (Site("conv1", "bn1", "relu"), Site("conv2", "bn2", "relu", residual="downsample"))
     expansion: ClassVar[int] = 1
 
@@ -53,7 +55,7 @@ class BasicBlock(nn.Module):
         dilation: int = 1,
         norm_layer: Callable[..., nn.Module] | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         if groups != 1 or base_width != 64:
             raise ValueError(
                 f"BasicBlock takes groups=1 and base_width=64 only; got groups={groups}, base_width={base_width}"

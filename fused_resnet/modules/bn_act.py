@@ -6,6 +6,8 @@ not be (a hook, a subclass, another kind of norm), it calls the modules. ``why_n
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any, TypeGuard, cast
 
 import torch
@@ -26,14 +28,18 @@ from fused_resnet.ops.bn_act import bn_act, bn_act_dual, normalize
 from fused_resnet.ops.checks import check_activation
 from fused_resnet.ops.layout import is_negated
 
+TAKERS_OF_NUMBERS = frozenset({"convert_sync_batchnorm", "fuse_conv_bn_eval", "fuse_linear_bn_eval"})
+"""Functions of torch.nn that make another module of any BatchNorm's parameters and buffers."""
+_TORCH_NN = str(Path(nn.__file__).parent)
+
 
 class BatchNormAct2d(nn.BatchNorm2d):
     """``relu(BatchNorm2d(x) + residual)`` in one pass over memory.
 
     The arguments, parameters, buffers and ``state_dict`` are those of ``nn.BatchNorm2d``; checkpoints load both ways.
-    ``nn.SyncBatchNorm.convert_sync_batchnorm`` replaces subclasses of BatchNorm too and would drop the ReLU: in a model
-    that will be converted, use ``ConvBNAct2d`` or the blocks, whose norms are plain ``nn.BatchNorm2d`` and run fused as
-    ``nn.SyncBatchNorm`` too.
+    ``nn.SyncBatchNorm.convert_sync_batchnorm`` and ``torch.nn.utils.fuse_conv_bn_eval`` take any BatchNorm's numbers
+    and leave the rest, so they raise TypeError, and do not drop the ReLU: in a model that will be converted, use
+    ``ConvBNAct2d`` or the blocks, whose norms are plain ``nn.BatchNorm2d`` and run fused as ``nn.SyncBatchNorm`` too.
 
     Args:
         activation: "relu", or None for no activation.
@@ -74,6 +80,16 @@ class BatchNormAct2d(nn.BatchNorm2d):
             return _normalize(self, self.activation, x, residual)
         out = add(super().forward(x), residual)
         return out if self.activation is None else F.relu(out)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "running_var" and not torch.compiler.is_compiling() and self.__dict__.get("activation") is not None:
+            taker = sys._getframe(1).f_code
+            if taker.co_name in TAKERS_OF_NUMBERS and taker.co_filename.startswith(_TORCH_NN):
+                raise TypeError(
+                    f"{taker.co_name} would drop the activation of a BatchNormAct2d; give that activation=None and "
+                    "follow it by torch.nn.ReLU, or use ConvBNAct2d"
+                )
+        return super().__getattr__(name)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation!r}"

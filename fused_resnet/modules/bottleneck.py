@@ -8,12 +8,13 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from fused_resnet.modules.bn_act import norm_act
+from fused_resnet.modules.drop_in import DropIn
 from fused_resnet.modules.shortcut import norm_add_act
 from fused_resnet.modules.site import Site
 from fused_resnet.modules.whole_block import whole_block
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(DropIn):
     """``out = relu(F(x) + x)``, where F narrows x by a 1x1 convolution, works by a 3x3, and widens by a 1x1.
 
     He et al. 2015 (https://arxiv.org/abs/1512.03385), figure 5 right, with the stride in the 3x3 (v1.5, Goyal et al.
@@ -36,6 +37,7 @@ class Bottleneck(nn.Module):
         norm_layer: called with a number of channels, gives a norm; ``nn.BatchNorm2d`` if None.
     """
 
+    twin: ClassVar = "fused_resnet.modules.torchvision:Bottleneck"
     sites: ClassVar = (
         Site("conv1", "bn1", "relu"),
         Site("conv2", "bn2", "relu"),
@@ -54,7 +56,7 @@ class Bottleneck(nn.Module):
         dilation: int = 1,
         norm_layer: Callable[..., nn.Module] | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         norm_layer = norm_layer or nn.BatchNorm2d
         width = int(planes * (base_width / 64.0)) * groups
         outplanes = planes * self.expansion

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from torchvision.models import resnet
 import fused_resnet
 from fused_resnet import models, modules
 from fused_resnet.convert import fuse, unfuse
-from fused_resnet.convert.torchvision import FUSED_CLASS, FusedBasicBlock, FusedResNet
+from fused_resnet.models import torchvision as fused_classes
 from tests.modules.compare import assert_close, assert_equal, counted, randomize, step
 
 # Rounding of float64, through a network in which the last normalisations divide by the spread of 4 values each.
@@ -78,7 +80,7 @@ def test_nothing_the_model_holds_is_replaced():
     before = held()
     assert fuse(model) is model
     assert held() == before
-    assert type(model) is FusedResNet
+    assert type(model) is fused_classes.FusedResNet
     assert unfuse(model) is model
     assert held() == before
     assert type(model) is resnet.ResNet
@@ -89,7 +91,38 @@ def test_fused_classes_are_both_torchvisions_and_ours():
     assert isinstance(model, resnet.ResNet) and isinstance(model, models.ResNet)
     block = model.layer1[0]
     assert isinstance(block, resnet.BasicBlock) and isinstance(block, modules.BasicBlock)
-    assert type(type(block)(8, 8)) is FusedBasicBlock  # built as torchvision's class is
+    assert type(type(block)(8, 8)) is fused_classes.FusedBasicBlock  # built as torchvision's class is
+
+
+def test_ours_are_torchvisions_once_that_is_imported():
+    """As isinstance sees them, and torchvision, which zeroes the last norm of each of its own blocks."""
+    assert isinstance(models.resnet18(), resnet.ResNet)
+    assert isinstance(modules.BasicBlock(8, 8), resnet.BasicBlock)
+
+    class Own(modules.BasicBlock):
+        pass
+
+    assert type(Own(8, 8)) is Own
+    for block in (modules.BasicBlock, modules.Bottleneck):
+        made = resnet.ResNet(block, [1, 1, 1, 1], zero_init_residual=True)
+        assert all(module.bn2.weight.any() == (block is modules.Bottleneck) for (module,) in stages_of(made))
+        assert block is modules.BasicBlock or not any(module.bn3.weight.any() for (module,) in stages_of(made))
+
+
+def stages_of(model):
+    return model.layer1, model.layer2, model.layer3, model.layer4
+
+
+def test_ours_without_torchvision_load_beside_it(tmp_path):
+    """Pickled by a process that never imported it: the classes differ, the state does not."""
+    code = (
+        "import sys, torch, fused_resnet; from fused_resnet import models; block = fused_resnet.BasicBlock(3, 3);"
+        f"assert type(block) is fused_resnet.BasicBlock; torch.save(block, {str(tmp_path / 'block.pt')!r});"
+        "assert 'torchvision' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    block = torch.load(tmp_path / "block.pt", weights_only=False)
+    assert isinstance(block, resnet.BasicBlock) and block(images()).shape == images().shape
 
 
 def test_fused_forward_calls_no_norm():
@@ -136,7 +169,7 @@ def test_copies_stay_fused_and_can_be_unfused(copied):
     assert [type(module) for module in twin.modules()] == [type(module) for module in model.modules()]
     assert torch.equal(twin(x), model(x))
     assert type(unfuse(twin)) is resnet.ResNet
-    assert type(model) is FusedResNet
+    assert type(model) is fused_classes.FusedResNet
 
 
 def test_hooks_stay_and_fire():
@@ -158,7 +191,7 @@ def test_fuse_and_unfuse_of_our_own_model():
     plain.load_state_dict(ours.state_dict())
     fused = copy.deepcopy(ours)
     x = images()
-    assert type(unfuse(ours)) is models.ResNet
+    assert type(unfuse(ours)) is fused_classes.ResNet
     for training in (True, False):
         ours.train(training), plain.train(training)
         assert_equal(step(ours, ours, x), step(plain, plain, x))
@@ -197,7 +230,7 @@ def test_subclasses_and_replaced_forwards_are_left_alone():
     model = small_resnet(OwnForward)
     twin = copy.deepcopy(model)
     fuse(model)
-    assert type(model) is FusedResNet
+    assert type(model) is fused_classes.FusedResNet
     assert type(model.layer1[0]) is OwnForward
     block = resnet.BasicBlock(8, 8)
     block.forward = lambda x: x - 1
@@ -214,10 +247,10 @@ def test_wrappers_are_looked_into():
     torch._dynamo.reset()
     compiled(x)
     assert fuse(compiled) is compiled
-    assert type(model) is FusedResNet
+    assert type(model) is fused_classes.FusedResNet
     twin = copy.deepcopy(model)
     assert_close({"output": compiled(x)}, {"output": twin(x)}, 1e-4)
-    assert type(fuse(nn.DataParallel(small_resnet())).module) is FusedResNet
+    assert type(fuse(nn.DataParallel(small_resnet())).module) is fused_classes.FusedResNet
 
 
 def test_a_backbone_inside_another_model():
@@ -225,7 +258,7 @@ def test_a_backbone_inside_another_model():
     backbone = torchvision.models._utils.IntermediateLayerGetter(small_resnet(), {"layer4": "out"}).double()
     twin = copy.deepcopy(backbone)
     fuse(backbone)
-    assert type(backbone.layer4[0]) is FUSED_CLASS[resnet.Bottleneck]
+    assert type(backbone.layer4[0]) is fused_classes.FUSED_CLASS[resnet.Bottleneck]
     x = images(torch.float64)
     actual = step(backbone, lambda x: backbone(x)["out"], x)
     assert_close(actual, step(twin, lambda x: twin(x)["out"], x), WHOLE_MODEL_FLOAT64)

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from torchvision.models import ResNet18_Weights, ResNet50_Weights
 
 from fused_resnet import models
 from fused_resnet.models import weights as weights_module
+from fused_resnet.models.resnet import FIXED_BY_ARCHITECTURE
 
 
 @pytest.fixture(scope="module")
@@ -270,3 +272,26 @@ class BrokenTorchvision:
         if name == "torchvision.models":
             raise RuntimeError("operator torchvision::nms does not exist")
         return None
+
+
+def test_torchvision_finds_the_weights_of_a_builder():
+    for name in FIXED_BY_ARCHITECTURE.keys() | {"resnet18", "resnet152"}:
+        builder = getattr(models, name)
+        assert torchvision.models.get_model_weights(builder) is torchvision.models.get_model_weights(name)
+
+
+def test_older_arguments_are_taken_and_warned_of():
+    for make in (
+        lambda: models.resnet18(None, False, num_classes=3),
+        lambda: models.resnet18(False, num_classes=3),
+        lambda: models.resnet18(pretrained=False, num_classes=3),
+    ):
+        with pytest.warns(FutureWarning, match="resnet18"):
+            assert make().fc.out_features == 3
+    for wrong in (
+        lambda: models.resnet18(None, weights=None),
+        lambda: models.resnet18(None, True, 3),
+        lambda: models.resnet18(weights=None, pretrained=True),
+    ):
+        with pytest.raises(TypeError, match="weights and progress, each once"):
+            wrong()

@@ -321,3 +321,19 @@ def test_batch_norm_act_module_refuses():
     module.__dict__[UNFUSED] = True
     x = torch.randn(2, CHANNELS, 3, 3)
     assert torch.equal(module(x, x), F.relu(F.batch_norm(x, None, None, module.weight, module.bias, True) + x))
+
+
+@pytest.mark.parametrize(
+    "take",
+    [
+        lambda norm: nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.Conv2d(3, 8, 3), norm)),
+        lambda norm: torch.nn.utils.fuse_conv_bn_eval(nn.Conv2d(3, 8, 3).eval(), norm.eval()),
+        lambda norm: torch.nn.utils.fuse_linear_bn_eval(nn.Linear(3, 8).eval(), norm.eval()),
+    ],
+    ids=["sync", "conv", "linear"],
+)
+def test_what_would_drop_the_activation_raises(take):
+    norm = BatchNormAct2d(8)
+    with pytest.raises(TypeError, match="would drop the activation"):
+        take(norm)
+    take(BatchNormAct2d(8, activation=None))

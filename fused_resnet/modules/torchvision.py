@@ -1,0 +1,45 @@
+"""Our blocks as torchvision's, and torchvision's with our forward. Importing this file imports torchvision.
+
+Ours are built as the first two here once torchvision is imported (``drop_in.py``), and ``fuse`` gives
+torchvision's modules the classes behind those. They add nothing to what a module holds, so parameters, buffers, hooks
+and names stay; they are module-level, so ``copy.deepcopy`` and ``pickle`` find them; and they inherit from both, so
+``isinstance`` holds for torchvision's class and for ours.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torchvision.models import resnet
+
+from fused_resnet.modules import basic_block, bottleneck
+
+
+class BasicBlock(basic_block.BasicBlock, resnet.BasicBlock):
+    pass
+
+
+class Bottleneck(bottleneck.Bottleneck, resnet.Bottleneck):
+    pass
+
+
+def ours_unless_replaced(ours: type[nn.Module], theirs: type[nn.Module], name: str = "forward") -> Any:
+    """Our method, for as long as nobody replaces theirs."""
+    written, fused = getattr(theirs, name), getattr(ours, name)
+
+    def method(self: nn.Module, x: Tensor) -> Tensor:
+        now = getattr(theirs, name)
+        return fused(self, x) if now is written else now(self, x)
+
+    return method
+
+
+class FusedBasicBlock(BasicBlock):
+    __init__ = resnet.BasicBlock.__init__
+    forward = ours_unless_replaced(BasicBlock, resnet.BasicBlock)
+
+
+class FusedBottleneck(Bottleneck):
+    __init__ = resnet.Bottleneck.__init__
+    forward = ours_unless_replaced(Bottleneck, resnet.Bottleneck)
