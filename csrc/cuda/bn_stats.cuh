@@ -181,9 +181,8 @@ struct Statistics {
 // Merges the partial results of each part (which the launch in front may still be writing when this one starts, so that
 // the compiler must not take them for constant): first the mean of all, then the deviations from it.
 template <typename T>
-__global__ __launch_bounds__(kThreads) void bn_finalize_kernel(const T* x, const double* means, const float* m2s,
-                                                               int channels, Deal deal, int64_t rows,
-                                                               Statistics statistics) {
+__global__ __launch_bounds__(kThreads, kBlocksPerMultiprocessor) void bn_finalize_kernel(
+    const T* x, const double* means, const float* m2s, int channels, Deal deal, int64_t rows, Statistics statistics) {
   wait_for_previous_grid();
   double* const shared = static_cast<double*>(dynamic_shared_memory());
   const int channel = blockIdx.x * kMergeChannels + threadIdx.x % kMergeChannels;
