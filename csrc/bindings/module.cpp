@@ -100,12 +100,8 @@ PYBIND11_MODULE(_C, m) {
            py::arg("pixels"), py::arg("channels_last"), py::arg("dtype"), py::arg("threads"));
 
   using NoGil = py::call_guard<py::gil_scoped_release>;
-  py::class_<fr::Buffer>(m, "Buffer", py::buffer_protocol(), "Memory for an output; kept for the next one when freed.")
-      .def(py::init<int64_t>(), py::arg("bytes"))
-      .def_buffer([](fr::Buffer& buffer) {
-        return py::buffer_info(static_cast<uint8_t*>(buffer.data()), static_cast<py::ssize_t>(buffer.bytes()));
-      });
   m.def("kept_bytes", &fr::kept_bytes, "Bytes of freed buffers that wait to be used again.");
+  m.def("limit_kept_buffers", &fr::limit_kept_buffers, "Keeps no more bytes of them than this.");
   m.def("release_kept_buffers", &fr::release_kept_buffers, "Gives them back to the system.");
   m.def("bn_stats", &fr::bn_stats, NoGil());
   m.def("bn_apply", &fr::bn_apply, NoGil());

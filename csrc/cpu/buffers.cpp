@@ -1,6 +1,5 @@
 #include "buffers.h"
 
-#include <algorithm>
 #ifdef __unix__
 #include <pthread.h>
 #endif
@@ -21,6 +20,7 @@ struct Kept {
   std::mutex mutex;
   std::list<std::pair<int64_t, void*>> buffers;  // (bytes, address), the longest unused first
   int64_t bytes = 0;
+  int64_t limit = int64_t{1} << 30;
 };
 
 // Never destroyed: tensors outlive the static objects of a process that exits. A process that forks while another of
@@ -82,12 +82,18 @@ Buffer::~Buffer() {
     return;
   }
   kept().bytes += bytes_;
-  shrink_to(std::max(kKeptBytes, bytes_));  // not below itself: the next call of a large network asks for it again
+  shrink_to(kept().limit);
 }
 
 int64_t kept_bytes() {
   const std::lock_guard<std::mutex> lock(kept().mutex);
   return kept().bytes;
+}
+
+void limit_kept_buffers(int64_t bytes) {
+  const std::lock_guard<std::mutex> lock(kept().mutex);
+  kept().limit = bytes;
+  shrink_to(bytes);
 }
 
 void release_kept_buffers() {

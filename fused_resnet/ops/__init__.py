@@ -5,7 +5,7 @@ from fused_resnet.ops.bn_act import bn_act, bn_act_dual
 from fused_resnet.ops.conv_bn_act import conv_bn_act
 from fused_resnet.ops.conv_norm import ConvNorm
 from fused_resnet.ops.residual_block import residual_block
-from fused_resnet.ops.route.choose import empty_cache, use_backend, why_not
+from fused_resnet.ops.route.choose import empty_cache, limit_kept_memory, use_backend, why_not
 from fused_resnet.ops.route.context import requested_backend, requested_fusion_level, use_fusion_level
 from fused_resnet.ops.route.fusion_level import training_level, why_not_fused_training
 from fused_resnet.ops.route.request import BackendError
@@ -20,6 +20,7 @@ __all__ = [
     "conv_bn_act",
     "conv_bn_act_pool",
     "empty_cache",
+    "limit_kept_memory",
     "requested_backend",
     "requested_fusion_level",
     "residual_block",

@@ -13,13 +13,12 @@ from torch import Tensor
 from fused_resnet import ops
 from fused_resnet.arguments import Norm
 from fused_resnet.ops import BackendError, bn_act, reference, use_backend
-from fused_resnet.ops.backends.native.norm import BUFFER_BYTES
+from fused_resnet.ops.backends.native import memory
 from fused_resnet.ops.route import reasons
 from tests.ops.step import FORMATS, HALF, NEEDS_NATIVE, assert_same, both, make_inputs, step
 
 pytestmark = NEEDS_NATIVE
 if not reasons.unavailable("native"):
-    from fused_resnet import _C
     from fused_resnet.ops.backends import native
 
 SCALES = [1.0, -1.0, 1 / 3, 1 + 2**-10, 3.0, 2.0**-9, 2.0**-15 * 1.1, 1000.0]
@@ -102,7 +101,7 @@ def test_running_statistics_that_are_views():
 def test_large_outputs_are_not_overwritten_while_anything_sees_them():
     """Their memory is used again once nobody does."""
     inputs = make_inputs((2, 64, 128, 96), memory_format=FORMATS["nhwc"])
-    assert inputs["x"].nbytes > BUFFER_BYTES
+    assert inputs["x"].nbytes > memory.LARGE
     with use_backend("native"):
         first = bn_act(**inputs)
         expected = first.clone()
@@ -115,11 +114,11 @@ def test_large_outputs_are_not_overwritten_while_anything_sees_them():
         assert torch.equal(view, expected[1, 3:5])
         assert not torch.equal(other, expected)
         del other, view
-        assert _C.kept_bytes() >= inputs["x"].nbytes
+        assert memory.kept_bytes() >= inputs["x"].nbytes
         reused = bn_act(**inputs)
         assert torch.equal(reused, expected)
-        _C.release_kept_buffers()
-        assert _C.kept_bytes() == 0
+        ops.empty_cache()
+        assert memory.kept_bytes() == 0
         assert torch.equal(reused, expected)
 
 
@@ -172,20 +171,6 @@ def test_dz_is_written_without_a_relu_too():
         arguments = (grad_out, x, out, Norm(torch.zeros(8), torch.ones(8)), relu)
         for got, expected in zip(native.bn_grad_stats(*arguments), reference.bn_grad_stats(*arguments), strict=True):
             torch.testing.assert_close(got, expected)
-
-
-def test_kept_memory_is_bounded_used_again_and_given_back():
-    ops.empty_cache()
-    sizes = [(6 << 20) + 64 * i for i in range(300)]  # 1.8 GB in all, which is never held at once
-    for size in sizes:
-        _C.Buffer(size)
-    assert 0 < _C.kept_bytes() <= 1 << 30
-    before = _C.kept_bytes()
-    buffer = _C.Buffer(sizes[-1])  # the youngest was not evicted
-    assert _C.kept_bytes() == before - sizes[-1]
-    del buffer
-    ops.empty_cache()
-    assert _C.kept_bytes() == 0
 
 
 def test_another_default_device_changes_nothing():

@@ -17,8 +17,8 @@ import fused_resnet
 torch.set_num_threads(1)
 def taken(elements):
     return empty_strided((1, 1, 1, elements), (elements, elements, elements, 1), torch.float32)
-from fused_resnet.ops.backends.native.norm import BUFFER_BYTES, empty_strided
-kept = [taken(BUFFER_BYTES // 4 + 16 * i) for i in range(200)]
+from fused_resnet.ops.backends.native.memory import LARGE, empty_strided
+kept = [taken(LARGE // 4 + 16 * i) for i in range(200)]
 del kept  # all of which every request looks through while it holds the lock
 block = fused_resnet.BasicBlock(16, 16).to(memory_format=torch.channels_last)
 x = torch.randn(2, 16, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
@@ -32,7 +32,7 @@ for _ in range(150):
     child = os.fork()
     if child == 0:
         signal.alarm(20)
-        taken(BUFFER_BYTES // 4)
+        taken(LARGE // 4)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0, "the child waits for ever"
 done.set()

@@ -74,9 +74,24 @@ def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
 
 
 def empty_cache() -> None:
-    """Gives the memory that the CPU kernels keep of freed outputs, 1 GiB at most, back to the system."""
+    """Gives the memory that the CPU kernels keep for the next outputs of its sizes back to the system."""
     if not unavailable("native"):
         module("native").empty_cache()
+
+
+def limit_kept_memory(nbytes: int) -> None:
+    """Has the CPU kernels keep at most this much memory of freed outputs and of their own: 2 GiB if this is not called,
+    with 0 none. Large outputs in use count as well.
+
+    Raises:
+        TypeError, ValueError: nbytes is not an int from 0 on.
+    """
+    if isinstance(nbytes, bool) or not isinstance(nbytes, int):
+        raise TypeError(f"nbytes must be an int; got {type(nbytes).__name__}")
+    if nbytes < 0:
+        raise ValueError(f"nbytes must be 0 or more; got {nbytes}")
+    if not unavailable("native"):
+        module("native").keep_at_most(nbytes)
 
 
 def choose(op: str, args: tuple[Any, ...]) -> ModuleType:

@@ -8,7 +8,6 @@ functions, and by ``reasons_against`` for whoever calls an op by itself.
 
 from __future__ import annotations
 
-from fused_resnet.ops.backends.extension import extension
 from fused_resnet.ops.backends.native.conv_training import (
     NativeConvolution,
     conv_grad_input,
@@ -16,6 +15,7 @@ from fused_resnet.ops.backends.native.conv_training import (
     conv_stats,
     why_not_conv,
 )
+from fused_resnet.ops.backends.native.memory import empty_cache, keep_at_most
 from fused_resnet.ops.backends.native.norm import bn_apply, bn_apply_dual, bn_grad_apply, bn_grad_stats, bn_stats
 
 __all__ = [
@@ -29,10 +29,6 @@ __all__ = [
     "conv_grad_weight",
     "conv_stats",
     "empty_cache",
+    "keep_at_most",
     "why_not_conv",
 ]
-
-
-def empty_cache() -> None:
-    """Gives the memory of freed outputs, kept for the next of their sizes, back to the system."""
-    extension.release_kept_buffers()

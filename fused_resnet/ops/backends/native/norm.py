@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,10 +10,10 @@ from torch import Tensor
 
 from fused_resnet.arguments import Norm, RunningStatistics, Sums
 from fused_resnet.ops.backends.extension import extension
+from fused_resnet.ops.backends.native.memory import empty_strided
 from fused_resnet.ops.layout import dense, dense_like
 
 _ELEMENTS_PER_THREAD = 16 * 1024  # with fewer a second thread gains nothing, and on a busy machine it is waited for
-BUFFER_BYTES = 4 << 20  # below this, malloc itself keeps what is freed
 _FLOAT32, _NHWC, _CPU = torch.float32, torch.channels_last, torch.device("cpu")
 
 
@@ -107,16 +105,6 @@ def vectors_of(vectors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         if vector is not None and (vector.dtype is not _FLOAT32 or not vector.is_contiguous()):
             return tuple(None if each is None else each.to(_FLOAT32).contiguous() for each in vectors)
     return vectors
-
-
-def empty_strided(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """``torch.empty_strided`` of a dense tensor; a large one in memory that was used before (csrc/cpu/buffers.h says
-    why). On the CPU, whatever the default device is. The extension is built."""
-    elements = math.prod(shape)
-    if elements * dtype.itemsize < BUFFER_BYTES:
-        return torch.empty_strided(shape, stride, dtype=dtype, device=_CPU)
-    storage = torch.frombuffer(extension.Buffer(elements * dtype.itemsize), dtype=dtype).untyped_storage()
-    return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape, stride)
 
 
 @functools.cache

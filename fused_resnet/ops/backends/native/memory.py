@@ -1,0 +1,121 @@
+"""Memory for large outputs, used again once nobody has it any more.
+
+What malloc maps afresh costs more than a pass over it (csrc/cpu/buffers.h), so a large output's storage, which is
+PyTorch's own in every respect, stays in a list here as well: one that only the list has is free. The C++ keeps the
+kernels' own memory in the same way. Both together are never more than a limit, counting outputs that are in use.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, UntypedStorage
+
+from fused_resnet.ops.backends.extension import extension
+
+LARGE = 4 << 20  # bytes; of less, malloc itself keeps what is freed
+LIMIT = 2 << 30
+_limit = LIMIT
+_storages: dict[int, deque[UntypedStorage]] = {}
+"""By their bytes. A thread that looks at one takes it out, and Python's own lock is enough."""
+
+
+def empty_strided(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """``torch.empty_strided`` of a dense tensor, a large one perhaps in memory that was used before; on the CPU,
+    whatever the default device is. The extension is built."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < LARGE:
+        return torch.empty_strided(shape, stride, dtype=dtype, device="cpu")
+    return torch.empty(0, dtype=dtype, device="cpu").set_(_storage(nbytes), 0, shape, stride)
+
+
+def keep_at_most(nbytes: int) -> None:
+    """Keeps no more memory than this from now on."""
+    global _limit
+    _limit = nbytes
+    _make_room(0)
+
+
+def kept_bytes() -> int:
+    """That nobody uses."""
+    found = [(size, storage) for size, storages in list(_storages.items()) for storage in list(storages)]
+    # Beside the list, `found` and what goes through it here have each of them, and getrefcount.
+    return extension.kept_bytes() + sum(size for size, storage in found if _is_free(storage, 4))
+
+
+def empty_cache() -> None:
+    """Gives back to the system what nobody uses."""
+    _give_back(math.inf)
+    extension.release_kept_buffers()
+
+
+def _storage(nbytes: int) -> UntypedStorage:
+    same = _storages.get(nbytes, ())
+    for _ in range(len(same)):
+        try:
+            storage = same.popleft()  # type: ignore[union-attr]
+        except IndexError:  # taken by another thread
+            break
+        if not _is_unchanged(storage, nbytes):
+            continue
+        same.append(storage)  # type: ignore[union-attr]
+        if _is_free(storage, 3):
+            return storage
+    keeps = _make_room(nbytes)
+    try:
+        storage = UntypedStorage(nbytes, device="cpu")
+    except RuntimeError:  # there is no memory but what is kept
+        empty_cache()
+        storage = UntypedStorage(nbytes, device="cpu")
+    if keeps:
+        _storages.setdefault(nbytes, deque()).append(storage)
+    return storage
+
+
+def _make_room(nbytes: int) -> bool:
+    """Whether so much more can be kept. Outputs may take three quarters of the limit, the C++ has the rest."""
+    most = _limit - _limit // 4 - nbytes
+    held = _held()
+    if held > most:
+        _give_back(held - most)
+        held = _held()
+    fits = held <= most
+    extension.limit_kept_buffers(max(_limit - held - (nbytes if fits else 0), 0))
+    return fits
+
+
+def _held() -> int:
+    return sum(size * len(storages) for size, storages in list(_storages.items()))
+
+
+def _give_back(nbytes: float) -> None:
+    """So much of what is free, or all; sizes that were asked for first go first."""
+    for size in list(_storages):
+        storages = _storages.get(size, deque())
+        for _ in range(len(storages)):
+            if nbytes <= 0:
+                return
+            try:
+                storage = storages.popleft()
+            except IndexError:
+                break
+            if _is_free(storage, 2) or not _is_unchanged(storage, size):
+                nbytes -= size
+            else:
+                storages.append(storage)
+        if not storages:
+            _storages.pop(size, None)
+
+
+def _is_free(storage: UntypedStorage, references: int) -> bool:
+    """True if no tensor has it, and nobody in Python but these references (the parameter here not counted)."""
+    return torch._C._storage_Use_Count(storage._cdata) == 1 and sys.getrefcount(storage) - 2 < references
+
+
+def _is_unchanged(storage: UntypedStorage, nbytes: int) -> bool:
+    """False of one that somebody resized, or moved to memory that processes share."""
+    return storage.nbytes() == nbytes and storage.resizable() and not storage.is_shared()
