@@ -10,6 +10,13 @@ from torch.nn import Parameter
 
 from fused_resnet.ops.route import request
 
+PLAIN = (Tensor, Parameter)
+
+
+def are_plain(*tensors: Tensor | None) -> bool:
+    """False where a subclass of Tensor is among them, which may mean anything: it takes PyTorch's own ops only."""
+    return all([tensor is None or type(tensor) in PLAIN for tensor in tensors])
+
 
 def is_listened_to() -> bool:
     """True if something wants to see every op: a dispatch mode, tracing, functorch."""
@@ -62,4 +69,4 @@ def runs_unseen(x: Tensor) -> bool:
     that listens at the dispatcher, and no backend asked for."""
     if torch.compiler.is_compiling() or request.current.backend != request.AUTO or is_listened_to():
         return False
-    return type(x) in (Tensor, Parameter) and x.device.type == "cpu" and x.numel() > 0
+    return type(x) in PLAIN and x.device.type == "cpu" and x.numel() > 0
