@@ -31,7 +31,7 @@ from fused_resnet.ops.route import request, routes
 from fused_resnet.ops.route.listeners import is_listened_to
 from fused_resnet.ops.route.packing import BY_DISPATCHER, argument_names, flat, packed
 from fused_resnet.ops.route.preference import ranking
-from fused_resnet.ops.route.raw_arguments import check_raw
+from fused_resnet.ops.route.raw_arguments import check_given, check_raw
 from fused_resnet.ops.route.reasons import module, reasons_against, unavailable
 from fused_resnet.ops.route.request import AUTO, BackendError, asking, checked_backend
 from fused_resnet.ops.schemas import SCHEMAS, library
@@ -132,6 +132,7 @@ def _register(op: str) -> None:
         key = (op, request.current, *map(_like, args))
         function = routes.kept.get(key)
         if function is None:
+            check_given(op, args)
             if request.current.backend != AUTO:  # which says in its own words what it cannot take
                 choose(op, args)
             check_raw(op, args)
