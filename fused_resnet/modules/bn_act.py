@@ -166,7 +166,7 @@ def _normalize(norm: PlainNorm, activation: str | None, x: Tensor, residual: Ten
     if residual is not None and residual.dtype != x.dtype:  # a float32 input of a block whose convolutions are autocast
         residual = residual.to(x.dtype)
     channels = x.shape[1]
-    several = x.numel() > channels and x.is_floating_point() and arguments.process_group is None
+    several = x.numel() > channels and arguments.process_group is None
     if several and not torch.compiler.is_compiling() and vectors_fit(norm, channels, x.device):
         return normalize(x, arguments, residual, activation is not None)
     weight, bias, running_mean, running_var, training, momentum, eps, group = arguments
@@ -190,5 +190,7 @@ def add(out: Tensor, residual: Tensor | None) -> Tensor:
 
 def is_image(x: object) -> TypeGuard[Tensor]:
     """False for what only the modules themselves can answer: fx proxies, jit traces, lazily negated views, and shapes
-    that they refuse."""
-    return isinstance(x, Tensor) and x.dim() == 4 and not is_negated(x) and not torch.jit.is_tracing()
+    and dtypes that they refuse."""
+    if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
+        return False
+    return not is_negated(x) and not torch.jit.is_tracing() and x.shape[1] > 0

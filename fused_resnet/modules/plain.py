@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fused_resnet.arguments import ConvSettings
 from fused_resnet.ops.backends.extension import extension
 from fused_resnet.ops.batch_norm import BatchNorm
+from fused_resnet.ops.route.listeners import PLAIN
 
 UNFUSED = "_fused_resnet_unfused"
 """``fused_resnet.unfuse`` gives a norm an attribute of this name to have its site run the ordinary way."""
@@ -88,7 +89,7 @@ class Marks:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = tensors
-        self._counted = all(type(each) in (Tensor, nn.Parameter) and not each.is_inference() for each in tensors)
+        self._counted = all(type(each) in PLAIN and not each.is_inference() for each in tensors)
         self._matrices = [each for each in tensors if each.dim() > 1]
         self._before = self._now() if self._counted else ()
 
@@ -240,12 +241,12 @@ def _affine(norm: PlainNorm) -> tuple[Tensor | None, Tensor | None]:
 def vectors_fit(norm: PlainNorm, channels: int, device: torch.device) -> bool:
     """True if the ops take the norm's vectors beside an activation of so many channels on this device. Not to be
     compiled."""
-    takes = (channels,), device, True, False
+    takes = True, (channels,), device, True, False
     buffers = norm._buffers
     for vector in (*_affine(norm), buffers["running_mean"], buffers["running_var"]):
         if vector is None:
             continue
-        if (vector.shape, vector.device, vector.is_floating_point(), vector.is_neg()) != takes:
+        if (type(vector) in PLAIN, vector.shape, vector.device, vector.is_floating_point(), vector.is_neg()) != takes:
             return False
     return True
 

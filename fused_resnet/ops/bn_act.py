@@ -107,7 +107,7 @@ def bn_act_dual(x: Tensor, norm: BatchNorm, x2: Tensor, norm2: BatchNorm, *, act
     checks.check_image("x2", x2)
     for name, value in (("norm", norm), ("norm2", norm2)):
         if not isinstance(value, BatchNorm):
-            raise TypeError(f"{name} must be a BatchNorm; got {type(value).__name__}")
+            raise checks.WrongType(f"{name} must be a BatchNorm; got {type(value).__name__}")
     norm, norm2 = _checked_batch_norm(x, norm), _checked_batch_norm(x2, norm2, "2")
     return normalize_dual(resolved(x), norm, resolved(x2), norm2, relu)
 
@@ -117,7 +117,7 @@ def normalize_dual(x: Tensor, norm: BatchNorm, x2: Tensor, norm2: BatchNorm, rel
     # Ranks that share both go one way, whatever x is on each: backward, two separate norms come to their collectives in
     # the other order.
     both_shared = norm.process_group is not None and norm2.process_group is not None
-    route = pass_route(x)
+    route = pass_route(x, *norm[:4], x2, *norm2[:4])
     if (route is None and not both_shared) or x2.dtype != x.dtype:
         z = normalize(x, norm, None, False) + normalize(x2, norm2, None, False)
         return F.relu(z) if relu else z
@@ -150,7 +150,7 @@ def _checked_batch_norm(x: Tensor, norm: BatchNorm, suffix: str = "") -> BatchNo
 
 def normalize(x: Tensor, norm: BatchNorm, residual: Tensor | None, relu: bool) -> Tensor:
     """``bn_act`` of arguments that are known to fit, the residual of x's dtype."""
-    route = pass_route(x)
+    route = pass_route(x, *norm[:4], residual)
     if route is None and norm.process_group is None:
         z = batch_norm(x, norm)
         z = z if residual is None else z + residual

@@ -17,8 +17,9 @@ from fused_resnet.ops import checks
 from fused_resnet.ops.bn_act import bn_act, wants_gradient
 from fused_resnet.ops.layout import resolved, resolved_or_none
 from fused_resnet.ops.reference import statistics_dtype
+from fused_resnet.ops.residual_block import autocast_dtype
 from fused_resnet.ops.route.choose import function_for
-from fused_resnet.ops.route.context import is_transformed
+from fused_resnet.ops.route.context import are_plain, is_transformed
 
 
 def conv_bn_act(
@@ -72,14 +73,13 @@ def conv_bn_act(
     checks.check_batch_norm(x, weight, bias, running_mean, running_var, False, 0.0, eps, channels)
     size = settings.output_size(x.shape, conv_weight.shape)
     if min(*size, *x.shape[2:]) < 1:
-        raise ValueError(
+        raise checks.WrongValue(
             f"x must have at least one pixel and, padded, be at least as large as the dilated kernel; "
             f"got {tuple(x.shape)} for the kernel {tuple(conv_weight.shape[2:])} with padding {[*settings.padding]} "
             f"and dilation {[*settings.dilation]}"
         )
     checks.check_residual("residual", residual, x, (x.shape[0], channels, *size))
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if (dtype := autocast_dtype(x)) is not None:
         x, conv_weight = x.to(dtype), conv_weight.to(dtype)
     checks.check_same_dtype("conv_weight", conv_weight, x.dtype)
     x, conv_weight, residual = resolved(x), resolved(conv_weight), resolved_or_none(residual)
@@ -88,6 +88,7 @@ def conv_bn_act(
         torch.compiler.is_exporting()
         or x.shape[0] == 0
         or is_transformed()
+        or not are_plain(x, conv_weight, weight, bias, running_mean, running_var, residual)
         or wants_gradient(x, conv_weight, weight, bias, residual)
     ):
         out = F.conv2d(x, conv_weight, None, *settings)

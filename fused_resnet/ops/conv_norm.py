@@ -17,6 +17,7 @@ from fused_resnet.arguments import NO_RUNNING_STATISTICS, ConvSettings, Norm, Su
 from fused_resnet.ops.batch_norm import BatchNorm
 from fused_resnet.ops.layout import resolved
 from fused_resnet.ops.reference import statistics_dtype
+from fused_resnet.ops.reference.conv import convolution_backward
 from fused_resnet.ops.route.routes import LinkRoute
 from fused_resnet.ops.route.signatures import Passes
 from fused_resnet.ops.synchronize import group_to_share, statistics_over_ranks, sums_over_ranks
@@ -219,11 +220,7 @@ def _gradients_of_pytorch(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Of the input and the weight; the activation is made again for that of the weight."""
     activation = before.activation() if need_weight else before.tensor
-    stride, padding, dilation, groups = route.settings
-    mask = [need_input, need_weight, False]
-    arguments = (None, stride, padding, dilation, False, [0, 0], groups, mask)
-    grad, grad_weight, _ = torch.ops.aten.convolution_backward(dy, activation, weight, *arguments)
-    return grad if need_input else None, grad_weight if need_weight else None
+    return convolution_backward(dy, activation, weight, route.settings, need_input, need_weight)
 
 
 def values_per_channel(y: Tensor) -> int:

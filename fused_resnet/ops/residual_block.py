@@ -45,7 +45,7 @@ from fused_resnet.ops.conv_norm import (
 from fused_resnet.ops.layout import dense, resolved
 from fused_resnet.ops.residual_block_grad import block_gradients, differentiable_gradients
 from fused_resnet.ops.route import context, routes
-from fused_resnet.ops.route.context import for_listeners, hears_backward
+from fused_resnet.ops.route.context import are_plain, for_listeners, hears_backward
 from fused_resnet.ops.route.fusion_level import needs_full_float32
 from fused_resnet.ops.route.routes import BlockRoute
 from fused_resnet.ops.synchronize import group_to_share
@@ -91,7 +91,10 @@ def residual_block(
     route = None
     if not torch.compiler.is_compiling() and x.device.type in ("cpu", "cuda"):
         route = block_route(x, [link.conv for link in chain], None if shortcut is None else shortcut.conv, memory)
-    return link_by_link(x, chain, shortcut) if route is None else run(route, x, chain, shortcut)
+    links = chain if shortcut is None else [*chain, shortcut]
+    if route is None or not all(are_plain(*link.norm[:4]) for link in links):
+        return link_by_link(x, chain, shortcut)
+    return run(route, x, chain, shortcut)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -153,7 +156,13 @@ def _outputs(x: Tensor, convs: Sequence[Conv]) -> list[Tensor] | None:
     """Empty tensors such as the convolutions in a row give; None where one would refuse what it gets."""
     found = []
     for weight, settings in convs:
-        takes = weight.dim() == 4 and weight.numel() > 0 and weight.device == x.device and x.dim() == 4
+        takes = (
+            are_plain(weight)
+            and weight.dim() == 4
+            and weight.numel() > 0
+            and weight.device == x.device
+            and x.dim() == 4
+        )
         if not takes or weight.shape[1] * settings.groups != x.shape[1] or min(x.shape) == 0:
             return None
         if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
@@ -167,25 +176,25 @@ def _outputs(x: Tensor, convs: Sequence[Conv]) -> list[Tensor] | None:
 
 def check_memory(memory: str) -> None:
     if memory not in MEMORY_MODES:
-        raise ValueError(f"memory must be 'default' or 'efficient'; got {memory!r}")
+        raise checks.WrongValue(f"memory must be 'default' or 'efficient'; got {memory!r}")
 
 
 def _check_links(x: Tensor, chain: Sequence[ConvNorm], shortcut: ConvNorm | None) -> None:
     """Every refusal before anything is computed or moved."""
     if not chain:
-        raise ValueError("chain must hold at least one ConvNorm; got none")
+        raise checks.WrongValue("chain must hold at least one ConvNorm; got none")
     shape = tuple(x.shape)
     for index, link in enumerate(chain):
         shape = check_link(x, shape, link, f"chain[{index}]")
     end = tuple(x.shape) if shortcut is None else check_link(x, tuple(x.shape), shortcut, "shortcut")
     if end != shape:
-        raise ValueError(f"the chain's result, {shape}, and the shortcut's must have one shape; got {end}")
+        raise checks.WrongValue(f"the chain's result, {shape}, and the shortcut's must have one shape; got {end}")
 
 
 def check_link(x: Tensor, shape: tuple[int, ...], link: ConvNorm, name: str) -> tuple[int, ...]:
     """The shape of what the link makes of a tensor like x of ``shape``; refuses what it cannot take."""
     if not isinstance(link, ConvNorm):
-        raise TypeError(f"{name} must be a ConvNorm; got {type(link).__name__}")
+        raise checks.WrongType(f"{name} must be a ConvNorm; got {type(link).__name__}")
     try:
         return _shape_after(x.new_empty(1).expand(shape), link)
     except (TypeError, ValueError) as error:
@@ -197,21 +206,25 @@ def _shape_after(x: Tensor, link: ConvNorm) -> tuple[int, ...]:
     if autocast_dtype(x) is None:
         checks.check_same_dtype("conv_weight", link.conv_weight, x.dtype)
     if not isinstance(link.norm, BatchNorm):
-        raise TypeError(f"norm must be a BatchNorm; got {type(link.norm).__name__}")
+        raise checks.WrongType(f"norm must be a BatchNorm; got {type(link.norm).__name__}")
     filters = link.conv_weight.shape[0]
     checks.check_batch_norm(x, *link.norm[:7], channels=filters)
     checks.check_process_group("process_group", link.norm.process_group)
     for setting, minimum in (("stride", 1), ("padding", 0), ("dilation", 1)):
         value = getattr(link, setting)
         if isinstance(value, int):
-            raise TypeError(f"{setting} must be two ints; got {value!r}")
+            raise checks.WrongType(f"{setting} must be two ints; got {value!r}")
         checks.check_pair(setting, value, minimum)
     height, width = link.settings.output_size(x.shape, link.conv_weight.shape)
     if min(height, width) < 1:
-        raise ValueError(f"at least one pixel must be left; got {height} x {width} from {x.shape[2]} x {x.shape[3]}")
+        raise checks.WrongValue(
+            f"at least one pixel must be left; got {height} x {width} from {x.shape[2]} x {x.shape[3]}"
+        )
     shape = (x.shape[0], filters, height, width)
     if link.norm.training and group_to_share(link.norm) is None and shape[0] * height * width == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)}")
+        raise checks.WrongValue(
+            f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)}"
+        )
     return shape
 
 

@@ -6,6 +6,9 @@ No gradients here: ``ops/bn_act.py`` puts an ``autograd.Function`` above them. A
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -66,8 +69,23 @@ for _name, _schema in SCHEMAS.items():
     library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
 
 
-def _shape_of(name: str):
-    return torch.library.register_fake(f"{NAMESPACE}::{name}", lib=library)
+def check_one_device(op: str, arguments: Sequence[Any]) -> None:
+    devices = {argument.device for argument in arguments if isinstance(argument, Tensor)}
+    if len(devices) > 1:
+        raise RuntimeError(f"{op}: all tensors must be on one device; got {', '.join(sorted(map(str, devices)))}")
+
+
+def _shape_of(name: str) -> Callable[[Callable[..., Any]], None]:
+    def register(shape_function: Callable[..., Any]) -> None:
+        def checked(*arguments: Any) -> Any:
+            # One on the meta device makes the dispatcher ask for a shape, and the memory of the others' device would be
+            # given out as it is.
+            check_one_device(name, arguments)
+            return shape_function(*arguments)
+
+        torch.library.register_fake(f"{NAMESPACE}::{name}", checked, lib=library)
+
+    return register
 
 
 @_shape_of("bn_stats")

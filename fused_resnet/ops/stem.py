@@ -39,7 +39,7 @@ from fused_resnet.ops.layout import conv_memory_format, dense, resolved
 from fused_resnet.ops.residual_block import autocast_dtype, check_link
 from fused_resnet.ops.residual_block_grad import NO_SECOND_DERIVATIVE, of_views, plain_conv, plain_norm
 from fused_resnet.ops.route import context, routes
-from fused_resnet.ops.route.context import for_listeners, hears_backward
+from fused_resnet.ops.route.context import are_plain, for_listeners, hears_backward
 from fused_resnet.ops.route.fusion_level import needs_full_float32, why_not_fused_pool
 from fused_resnet.ops.route.routes import StemRoute
 
@@ -81,7 +81,7 @@ def conv_bn_act_pool(
     link = link.resolved()
     _check_pooling(shape, pooling)
     route = stem_route(x, *link.conv, pooling)
-    if route is None:
+    if route is None or not are_plain(link.conv_weight, *link.norm[:4]):
         y = F.conv2d(x, link.conv_weight, None, *link.settings)
         vectors, (training, momentum, eps, group) = link.norm[:4], link.norm[4:]
         a = bn_act(y, *vectors, training=training, momentum=momentum, eps=eps, process_group=group)
@@ -126,10 +126,12 @@ def why_not_pooled(x: Tensor, conv_weight: Tensor, pooling: PoolSettings) -> lis
 def _check_pooling(shape: tuple[int, ...], pooling: PoolSettings) -> None:
     kernel_size, _, padding = pooling
     if any(2 * padding[i] > kernel_size[i] for i in (0, 1)):
-        raise ValueError(f"padding must be at most half of kernel_size, {[*kernel_size]}; got {[*padding]}")
+        raise checks.WrongValue(f"padding must be at most half of kernel_size, {[*kernel_size]}; got {[*padding]}")
     size = pooling.output_size(shape)
     if min(size) < 1:
-        raise ValueError(f"the pooling must leave at least one pixel; got {size[0]} x {size[1]} from {shape[2:]}")
+        raise checks.WrongValue(
+            f"the pooling must leave at least one pixel; got {size[0]} x {size[1]} from {shape[2:]}"
+        )
 
 
 class _Stem(torch.autograd.Function):

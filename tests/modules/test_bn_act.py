@@ -337,3 +337,16 @@ def test_what_would_drop_the_activation_raises(take):
     with pytest.raises(TypeError, match="would drop the activation"):
         take(norm)
     take(BatchNormAct2d(8, activation=None))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("x", [torch.ones(2, 0, 3, 3), torch.ones(2, CHANNELS, 3, 3).int(), torch.ones(2, 5, 3, 3)])
+def test_batch_norm_act_module_does_with_odd_images_what_pytorch_does(x, training):
+    outcomes = []
+    for module in (nn.BatchNorm2d(CHANNELS), BatchNormAct2d(CHANNELS, activation=None)):
+        try:
+            outcomes.append(module.train(training)(x).shape)
+        except Exception as error:  # the other's is of this class too
+            outcomes.append(type(error))
+    expected, actual = outcomes
+    assert actual == expected or (isinstance(expected, type) and issubclass(actual, expected))

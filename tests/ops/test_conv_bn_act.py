@@ -254,3 +254,11 @@ def test_why_not_packed():
         assert "switched off" in why_not_packed(image)[0]
     finally:
         torch._C._set_mkldnn_enabled(True)
+
+
+def test_on_the_meta_device():
+    """Which has no autocast to ask about."""
+    case = next(iter(CASES.values()))
+    inputs = conv_inputs(case, torch.float32, torch.channels_last, True)
+    out = conv_bn_act(**{name: tensor.to("meta") for name, tensor in inputs.items()}, **case.settings)
+    assert out.is_meta and out.shape == inputs["residual"].shape

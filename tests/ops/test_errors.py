@@ -171,8 +171,9 @@ BAD_CONV = [
 
 @pytest.mark.parametrize(("name", "value", "error", "message"), BAD_CONV)
 def test_conv_bn_act(name, value, error, message):
-    with pytest.raises(error, match=f"(?s)^{name}.*{message}"):
+    with pytest.raises(error, match=f"(?s)^{name}.*{message}") as caught:
         conv_bn_act(**good_conv() | {name: value})
+    assert isinstance(caught.value, RuntimeError)
 
 
 # Generated cases: shapes, dtypes, strides and arguments, most of them valid alone, together often not.

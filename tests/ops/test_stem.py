@@ -175,8 +175,9 @@ def test_compiles_without_a_graph_break() -> None:
 def test_refusals(change: dict[str, Any], error: type[Exception], message: str) -> None:
     given = tensors()
     before = given["running_mean"].clone()
-    with use_fusion_level(3), pytest.raises(error, match=message):
+    with use_fusion_level(3), pytest.raises(error, match=message) as caught:
         fused(given, **change)
+    assert isinstance(caught.value, RuntimeError)
     assert torch.equal(given["running_mean"], before)
     with pytest.raises(TypeError, match="link must be a ConvNorm; got str"):
         conv_bn_act_pool(given["x"], "link")  # type: ignore[arg-type]

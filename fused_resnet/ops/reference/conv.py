@@ -135,10 +135,29 @@ def _conv_output_grad(dz: Tensor, y: Tensor | None, coefficients: Tensor | None)
 
 def _conv_backward(dy: Tensor, x: Tensor, conv_weight: Tensor, settings: ConvSettings, wanted: int) -> Tensor:
     """conv2d's gradient of its input (wanted = 0) or of its weight (wanted = 1)."""
+    found = convolution_backward(dy, x, conv_weight, settings, wanted == 0, wanted == 1)[wanted]
+    assert found is not None
+    return found
+
+
+def convolution_backward(
+    dy: Tensor, x: Tensor, conv_weight: Tensor, settings: ConvSettings, need_input: bool, need_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """conv2d's gradients of its input and of its weight, by PyTorch; None for what is not needed.
+
+    For the gradient of a weight of one pixel, stride 2 and fewer than 16 channels, channels_last, the oneDNN of torch
+    2.13 writes past the end of its memory. With the pixels in between left out the stride is 1.
+    """
     stride, padding, dilation, groups = settings
-    mask = [wanted == 0, wanted == 1, False]
-    arguments = (None, stride, padding, dilation, False, [0, 0], groups, mask)
-    return torch.ops.aten.convolution_backward(dy, x, conv_weight, *arguments)[wanted]
+    narrow = x.is_cpu and conv_weight.shape[2:] == (1, 1) and conv_weight.shape[1] < 16
+    if need_weight and narrow and padding == (0, 0) and stride != (1, 1):
+        every = x[:, :, :: stride[0], :: stride[1]]
+        more = settings._replace(stride=(1, 1))
+        grad = convolution_backward(dy, x, conv_weight, settings, True, False)[0] if need_input else None
+        return grad, convolution_backward(dy, every, conv_weight, more, False, True)[1]
+    arguments = (None, stride, padding, dilation, False, [0, 0], groups, [need_input, need_weight, False])
+    grad, grad_weight, _ = torch.ops.aten.convolution_backward(dy, x, conv_weight, *arguments)
+    return grad if need_input else None, grad_weight if need_weight else None
 
 
 def _no_vector(x: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from fused_resnet.ops.route import context, routes
 from fused_resnet.ops.route.context import asking, is_listened_to
 from fused_resnet.ops.route.packing import BY_DISPATCHER, argument_names, flat, packed
 from fused_resnet.ops.route.preference import ranking
-from fused_resnet.ops.route.raw_arguments import check_raw
+from fused_resnet.ops.route.raw_arguments import check_given, check_raw
 from fused_resnet.ops.route.reasons import module, reasons_against, unavailable
 from fused_resnet.ops.route.request import AUTO, BackendError, checked_backend
 from fused_resnet.ops.schemas import SCHEMAS, library
@@ -149,6 +149,7 @@ def _register(op: str) -> None:
         key = (op, context.request(), *map(_like, args))
         function = routes.kept.get(key)
         if function is None:
+            check_given(op, args)
             if context.request().backend != AUTO:  # which says in its own words what it cannot take
                 choose(op, args)
             check_raw(op, args)

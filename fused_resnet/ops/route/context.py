@@ -19,6 +19,8 @@ from torch.nn import Parameter
 
 from fused_resnet.ops.route.request import AUTO, Request, checked_level, from_environment
 
+PLAIN = (Tensor, Parameter)
+
 _FROM_ENVIRONMENT = from_environment()
 _asked: ContextVar[Request | None] = ContextVar("fused_resnet.request", default=None)
 
@@ -68,6 +70,11 @@ def use_fusion_level(level: int | None) -> contextlib.AbstractContextManager[Non
         TypeError, ValueError: level is not None, 0, 1, 2 or 3.
     """
     return asking(level=checked_level(level, "level"))
+
+
+def are_plain(*tensors: Tensor | None) -> bool:
+    """False where a subclass of Tensor is among them, which may mean anything: it takes PyTorch's own ops only."""
+    return all([tensor is None or type(tensor) in PLAIN for tensor in tensors])
 
 
 def is_listened_to() -> bool:
@@ -121,4 +128,4 @@ def runs_unseen(x: Tensor) -> bool:
     that listens at the dispatcher, and no backend asked for."""
     if torch.compiler.is_compiling() or request().backend != AUTO or is_listened_to():
         return False
-    return type(x) in (Tensor, Parameter) and x.device.type == "cpu" and x.numel() > 0
+    return type(x) in PLAIN and x.device.type == "cpu" and x.numel() > 0

@@ -6,12 +6,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fused_resnet.arguments import ConvSettings
 from fused_resnet.ops.reference import mask_shape
 from fused_resnet.ops.route.packing import argument_names
 from fused_resnet.ops.route.request import BackendError
+from fused_resnet.ops.schemas import check_one_device
 
 PAIRS = ("kernel_size", "stride", "padding", "dilation")
 TOGETHER = (("mean", "invstd"), ("mean2", "invstd2"))
@@ -28,18 +30,13 @@ def check_raw(op: str, arguments: Sequence[Any]) -> None:
     """Refuses arguments of the op's schema that do not fit together.
 
     Raises:
-        BackendError: a RuntimeError, as of PyTorch's own ops.
+        RuntimeError: as of PyTorch's own ops.
     """
     given = dict(zip(argument_names(op), arguments, strict=True))
-    devices = {argument.device for argument in arguments if isinstance(argument, Tensor)}
-    if len(devices) > 1:
-        raise BackendError(f"{op}: all tensors must be on one device; got {', '.join(sorted(map(str, devices)))}")
+    check_one_device(op, arguments)
     for pair in TOGETHER:
         if pair[0] in given and len({given[name] is None for name in pair}) > 1:
             raise BackendError(f"{op}: {pair[0]} and {pair[1]} must be given both, or neither")
-    for name in ("mean", "mean2"):
-        if name in given and given[name] is None and "conv_weight" not in given:
-            raise BackendError(f"{op}: {name} must be given")
     for name in PAIRS:
         if name in given and (len(given[name]) != 2 or min(given[name]) < (name != "padding") * 1):
             raise BackendError(f"{op}: {name} must be two ints, vertical and horizontal; got {given[name]}")
@@ -64,6 +61,17 @@ def check_raw(op: str, arguments: Sequence[Any]) -> None:
         _expect(op, given, RUNNING, (x.shape[1],))
         _expect(op, given, ("mask",), mask_shape(result))
     _expect(op, given, ("residual",), tuple(x.shape) if op == "conv_grad_input" else result)
+
+
+def check_given(op: str, arguments: Sequence[Any]) -> None:
+    """Refuses None for a tensor of the op's schema that is not optional, which the dispatcher lets through.
+
+    Raises:
+        BackendError: as `check_raw`.
+    """
+    for argument, value in zip(getattr(torch.ops.fused_resnet, op).default._schema.arguments, arguments, strict=True):
+        if value is None and argument.type.kind() == "TensorType":
+            raise BackendError(f"{op}: {argument.name} must be given")
 
 
 def _expect(op: str, given: dict[str, Any], names: Sequence[str], shape: tuple[int, ...] | None) -> None:

@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from fused_resnet.arguments import ConvSettings
 from fused_resnet.ops.layout import conv_memory_format, is_channels_last_once_dense
 from fused_resnet.ops.plan import measured_plan
 from fused_resnet.ops.route import context, fusion_level
-from fused_resnet.ops.route.context import for_listeners
+from fused_resnet.ops.route.context import are_plain, for_listeners
 from fused_resnet.ops.route.reasons import FUSED_DTYPES, module, reasons_against, why_not_device
 from fused_resnet.ops.route.request import AUTO, Request
 from fused_resnet.ops.route.signatures import (
@@ -149,8 +148,9 @@ class StemRoute:
         return cls(link, pool, cls(link.heard, dispatched(PoolPasses, link.over_output.asked)))
 
 
-def pass_route(x: Tensor) -> PassRoute | None:
-    """Who runs the passes over x, by themselves; None where PyTorch's own batch_norm, add and relu are faster.
+def pass_route(x: Tensor, *beside: Tensor | None) -> PassRoute | None:
+    """Who runs the passes over x, and what goes in beside it, by themselves; None where PyTorch's own batch_norm, add
+    and relu are faster.
 
     A backend asked for by name, the reference included, always runs them (or raises). Inside ``torch.func`` and
     forward-mode differentiation, and for subclasses of Tensor (DTensor), which take PyTorch's own ops only, nobody.
@@ -162,7 +162,7 @@ def pass_route(x: Tensor) -> PassRoute | None:
         return None if route is None else route.heard
     if x.is_cpu and x.dtype is torch.float32 and x.numel() < FEWEST_ELEMENTS and context.request().is_open:
         return None
-    return for_listeners(kept_pass_route(x))
+    return for_listeners(kept_pass_route(x)) if are_plain(*beside) else None
 
 
 def kept_pass_route(x: Tensor) -> PassRoute | None:
@@ -215,7 +215,7 @@ def _fused_convolutions(forward: tuple[Any, ...]) -> FusedConvolutions:
 
 def _decide_passes(x: Tensor) -> PassRoute | None:
     asked = context.request()
-    if type(x) not in (Tensor, Parameter):
+    if not are_plain(x):
         return None
     if asked.backend == AUTO and (x.dtype not in FUSED_DTYPES or x.numel() == 0):
         return None

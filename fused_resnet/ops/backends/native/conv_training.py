@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from fused_resnet.arguments import ConvSettings, Norm, RunningStatistics
 from fused_resnet.ops.backends.extension import extension
@@ -22,6 +21,7 @@ from fused_resnet.ops.backends.native.conv import WORK_OF_A_THREAD, prefers_wino
 from fused_resnet.ops.backends.native.memory import empty_strided
 from fused_resnet.ops.backends.native.norm import bn_stats, vectors_of
 from fused_resnet.ops.layout import is_channels_last_once_dense
+from fused_resnet.ops.route.listeners import PLAIN
 
 DTYPE = torch.float32
 _NHWC = torch.channels_last
@@ -34,7 +34,7 @@ def why_not_conv(x: Tensor, conv_weight: Tensor, settings: ConvSettings) -> list
         return [f"x is {x.dtype}; its training convolutions take {DTYPE}"]
     if missing := why_no_kernels(DTYPE):
         return list(missing)
-    if type(conv_weight) not in (Tensor, Parameter):
+    if type(conv_weight) not in PLAIN:
         return [f"conv_weight is {type(conv_weight).__name__}, a subclass of Tensor"]
     reasons = []
     if not is_channels_last_once_dense(x):
