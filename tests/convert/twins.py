@@ -1,7 +1,5 @@
 """Small models of ours, each with a plain PyTorch model of the same names, weights and answers."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 
