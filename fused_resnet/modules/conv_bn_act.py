@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fused_resnet.modules.bn_act import is_image, norm_act, why_not_fuse
 from fused_resnet.modules.plain import frozen_forward, has_memory, is_intercepted, settings_of, vectors_fit
 from fused_resnet.modules.site import Site
+from fused_resnet.ops.autocast import autocast_dtype
 from fused_resnet.ops.checks import check_activation
 from fused_resnet.ops.conv_bn_act import conv_bn_act
 
@@ -89,7 +90,7 @@ class ConvBNAct2d(nn.Module):
             if not is_image(x) or bn.training or why_not_fold(conv, bn, self.act):
                 return norm_act(bn, self.act, conv(x), residual)
             if residual is not None:
-                residual = residual.to(_result_dtype(x))
+                residual = residual.to(autocast_dtype(x) or x.dtype)
             settings = settings_of(conv)
             return conv_bn_act(
                 x,
@@ -143,14 +144,6 @@ def why_not_plain_conv(conv: nn.Module) -> list[str]:
     if conv.bias is not None or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         reasons.append("the convolution has a bias, or padding other than numbers of zeros")
     return reasons
-
-
-def _result_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of ``F.conv2d(x, ...)``, which autocast changes for all but float64."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
 
 
 def _padding_that_keeps_size(

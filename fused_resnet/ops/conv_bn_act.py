@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fused_resnet.arguments import ConvSettings
 from fused_resnet.ops import checks
+from fused_resnet.ops.autocast import autocast_dtype
 from fused_resnet.ops.bn_act import bn_act, wants_gradient
 from fused_resnet.ops.layout import resolved, resolved_or_none
 from fused_resnet.ops.reference import statistics_dtype
@@ -78,8 +79,7 @@ def conv_bn_act(
             f"and dilation {[*settings.dilation]}"
         )
     checks.check_residual("residual", residual, x, (x.shape[0], channels, *size))
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if (dtype := autocast_dtype(x)) is not None:
         x, conv_weight = x.to(dtype), conv_weight.to(dtype)
     checks.check_same_dtype("conv_weight", conv_weight, x.dtype)
     x, conv_weight, residual = resolved(x), resolved(conv_weight), resolved_or_none(residual)
