@@ -104,7 +104,7 @@ class FrozenModel(nn.Module):
             if pixels is None:
                 raise TypeError("x must be floating point, or the model frozen with normalize; got torch.uint8")
             check_bytes("x", x, len(pixels.scale))
-        elif not isinstance(x, Proxy):
+        elif torch._C._get_tracing_state() is None and not isinstance(x, Proxy):
             check_image("x", x)
 
     @torch.inference_mode(False)  # the static input is written to by every later call, wherever that is made

@@ -14,8 +14,8 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
-from torch.ao.quantization import get_default_qconfig_mapping
-from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+from torch.ao.quantization import get_default_qat_qconfig_mapping, get_default_qconfig_mapping
+from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx, prepare_qat_fx
 from torchvision.models import resnet
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -125,17 +125,25 @@ def test_batch_norm_act_is_a_leaf(make, training: bool):
         torch.testing.assert_close(traced.eval()(images()), model.eval()(images()))
 
 
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", [*NETWORKS, "frozen"])
-def test_quantization_matches_the_same_patterns(name: str):
-    """``prepare_fx`` and ``convert_fx`` find convolution, norm and ReLU, and the add before a ReLU."""
-    ours, plain = twins("BasicBlock" if name == "frozen" else name)
+def test_quantization_matches_the_same_patterns(name: str, training: bool):
+    """``prepare_fx``, in training ``prepare_qat_fx``, and ``convert_fx`` find convolution, norm and ReLU, and the add
+    before a ReLU."""
+    ours, plain = twins("BasicBlock" if name == "frozen" else name, training)
     if name == "frozen":
+        if training:
+            pytest.skip("a frozen model does not train")
         ours = freeze(ours, images())
+    prepare, mapping = (
+        (prepare_qat_fx, get_default_qat_qconfig_mapping) if training else (prepare_fx, get_default_qconfig_mapping)
+    )
     kinds, answers = [], []
     for model in (ours, plain):
-        prepared = prepare_fx(model, get_default_qconfig_mapping("x86"), (images(),))
-        prepared(images())
-        converted = convert_fx(prepared)
+        prepared = prepare(model, mapping("x86"), (images(),))
+        for _ in range(2):
+            prepared(images())
+        converted = convert_fx(prepared.eval())
         found = [type(module).__name__ for module in converted.modules() if "nn" in type(module).__module__]
         found += [getattr(node.target, "__name__", "") for node in converted.graph.nodes if node.op == "call_function"]
         kinds.append(Counter(each for each in found if each != "Module"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -51,7 +52,9 @@ def test_a_frozen_model_scripted_or_traced(name: str, make, wrapped: bool):
     ours, plain = twins(name)
     frozen = freeze(nn.Sequential(ours) if wrapped else ours, images())
     before = frozen(images())
-    made = reloaded(make(frozen))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        made = reloaded(make(frozen))
     for x in (images(), 2 * images(), images(batch_size=3)):
         torch.testing.assert_close(made(x), plain(x))
     assert torch.equal(frozen(images()), before)
