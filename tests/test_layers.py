@@ -54,7 +54,7 @@ NEVER = {"tests", "benchmarks", "kernels"}  # as top-level names
 # Needed by some commands only, so never imported by a module's top level outside the code of those commands.
 EXTRAS = {
     *("rich", "matplotlib", "sklearn", "jinja2", "torchvision", "timm"),
-    *("onnx", "onnxruntime", "openvino", "scipy"),
+    *("onnx", "onnxruntime", "openvino", "pydantic", "scipy"),
 }
 READS_ENVIRONMENT = {f"fused_resnet/{name}.py" for name in ("ops/route/request", "ops/plan/plan_file", "info")}
 

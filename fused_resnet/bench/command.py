@@ -142,7 +142,7 @@ def main(arguments: argparse.Namespace) -> int:
         name = arguments.name or ("dry_" if arguments.dry else "") + file_name(vars(chosen), torch.get_num_threads())
         path = arguments.output / f"{name}.json"
         before = _earlier(path, arguments.resume, settings)
-    except (ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return REFUSED
     return _run(tasks, contenders, settings, path, before)

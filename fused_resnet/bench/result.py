@@ -9,8 +9,11 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from typing_extensions import TypedDict  # pydantic takes the one of typing from Python 3.12 on
+
+from fused_resnet.bench.schema import Count, Limits, Number, Seconds, one_of, read
 from fused_resnet.bench.timer import Timing
 
 SCHEMA = 1
@@ -22,11 +25,32 @@ OP, BLOCK, MODEL = "op", "block", "model"
 LEVELS = (OP, BLOCK, MODEL)
 
 
+class Machine(TypedDict, total=False):
+    """What is read of ``machine_facts()``."""
+
+    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]  # noqa: RUF012
+
+    device: str | None
+    cores: Count | None
+    threads: Count | None
+    load_average: Annotated[float, Limits(allow_inf_nan=False)] | None
+    packages: dict[str, str] | None
+    commit: str | None
+    date: str | None
+
+
+class Ceiling(TypedDict):
+    """What the device was seen to reach."""
+
+    bytes_per_second: Annotated[float, Limits(ge=1, le=1e24)]
+    flop_per_second: Annotated[float, Limits(ge=1, le=1e24)]
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What one contender did in one measurement."""
 
-    status: str
+    status: Annotated[str, one_of((RIGHT, WRONG, ABSENT, FAILED))]
     """"right", "wrong" (measured, but its numbers are not those of the task), "absent" (cannot take part here: it is
     not installed, or cannot do this task) or "failed" (it tried, and raised)."""
     reason: str | None = None
@@ -35,14 +59,14 @@ class Outcome:
     """Seconds of one run: of the whole batch. None if absent or failed."""
     error: float | None = None
     """The largest difference to the exact result, as a fraction of the largest exact value."""
-    setup_seconds: float | None = None
+    setup_seconds: Seconds | None = None
     """What came before the first run and comes once: compiling, tuning, packing weights, capture."""
-    peak_bytes: int | None = None
+    peak_bytes: Count | None = None
     """The most memory held during a run beyond what was held before it: on a GPU of PyTorch's allocator, on the CPU of
     the process (``suite/peak_memory.py``)."""
-    saved_bytes: int | None = None
+    saved_bytes: Count | None = None
     """Kept by the forward for its backward; of the training modes."""
-    moved_bytes: int | None = None
+    moved_bytes: Count | None = None
     """Read and written by its passes over memory, counted and not measured; None where nobody can count them."""
 
 
@@ -50,21 +74,21 @@ class Outcome:
 class Measurement:
     """One task and what every contender did in it, measured in turns: round i of one is round i of all."""
 
-    level: str
+    level: Annotated[str, one_of(LEVELS)]
     """"op", "block" or "model"."""
     subject: str
     """Such as "resnet50", "resnet50 layer1.0" or "bn_apply 256x56x56"."""
-    mode: str
+    mode: Annotated[str, one_of(MODES)]
     """"inference", "training forward" or "training step" (forward, backward, update)."""
-    batch_size: int
+    batch_size: Number
     dtype: str
     """Such as "bfloat16": of activations."""
-    image_size: int | None
+    image_size: Number | None
     """Pixels of an image's side; None of an op."""
     outcomes: dict[str, Outcome]
-    flop: int | None = None
+    flop: Count | None = None
     """Additions and multiplications of the task's convolutions and matrix products: the same for every contender."""
-    least_bytes: int | None = None
+    least_bytes: Count | None = None
     """What anyone has to move at least, for the roofline: each input and weight read and each result written once
     where the task is an op; the fewest counted bytes among the contenders where it is more."""
 
@@ -80,14 +104,21 @@ class Measurement:
 
 
 @dataclass(frozen=True)
+class Header:
+    """What every version of a file has."""
+
+    schema: Literal[1]
+
+
+@dataclass(frozen=True)
 class Result:
     """A whole run."""
 
-    machine: dict[str, Any]
+    machine: Annotated[dict[str, Any], Limits(Machine)]
     """``machine_facts()``, and "packages": the versions of the installed peers."""
     arguments: dict[str, Any]
     """What the run was asked for."""
-    ceilings: dict[str, dict[str, float]]
+    ceilings: Annotated[dict[str, dict[str, float]], Limits(dict[str, Ceiling])]
     """By dtype: "bytes_per_second" and "flop_per_second" that the device was seen to reach in this run."""
     measurements: list[Measurement]
 
@@ -104,18 +135,7 @@ class Result:
 
     @classmethod
     def load(cls, path: Path) -> Result:
-        """Reads what `save` wrote, and what earlier versions wrote; a fact that nobody reads any more is left out."""
-        try:
-            found = json.loads(path.read_text())
-        except ValueError as error:  # of the encoding, too
-            raise ValueError(f"{path} is not JSON: {error}") from None
-        schema = found.get("schema") if isinstance(found, dict) else None
-        if schema != SCHEMA:
-            raise ValueError(f"{path} must be a result of schema {SCHEMA}; got schema {schema!r}")
-        for entry in found["measurements"]:
-            for name, outcome in entry["outcomes"].items():
-                timing = outcome["timing"] and Timing(tuple(outcome["timing"]["samples"]))
-                entry["outcomes"][name] = Outcome(**{**outcome, "timing": timing})
-        known = [entry.name for entry in dataclasses.fields(Measurement)]
-        measurements = [Measurement(**{n: entry[n] for n in known if n in entry}) for entry in found["measurements"]]
-        return cls(found["machine"], found["arguments"], found["ceilings"], measurements)
+        """Reads what `save` wrote, and what earlier versions wrote; a fact that nobody reads any more is left out.
+        ValueError or OSError as of `read`."""
+        read(path, Header)
+        return read(path, cls)

@@ -6,10 +6,12 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy
 import torch
+
+from fused_resnet.bench.schema import Limits
 
 SPIN_CYCLES = 1_000_000
 """About half a millisecond of a GPU: longer than the host needs to launch a step of one norm."""
@@ -20,7 +22,7 @@ Result = TypeVar("Result")
 class Timing:
     """The seconds of one contender, one sample a round, in the order of the rounds."""
 
-    samples: tuple[float, ...]
+    samples: tuple[Annotated[float, Limits(ge=1e-12, le=1e12)], ...]
 
     def __post_init__(self) -> None:
         if not self.samples:

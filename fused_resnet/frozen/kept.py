@@ -5,8 +5,6 @@ are, and made anew once one was written to, replaced or moved, or a part hooked,
 call sees either the old weights or the new ones.
 """
 
-from __future__ import annotations
-
 import os
 import threading
 from dataclasses import dataclass
@@ -95,7 +93,7 @@ class Frozen:
             return out
         return out.contiguous()
 
-    def _make(self, module: nn.Module) -> _Kept:
+    def _make(self, module: nn.Module) -> "_Kept":
         with lock.held:
             for _ in range(2):  # again, where somebody was writing meanwhile; if still, the next call finds it so
                 kept = self._kept = _Kept(module, self._settings)
@@ -150,5 +148,9 @@ class FrozenStage(nn.Sequential):
     """Blocks in a row inside a frozen model: an ``nn.Sequential`` that may run them all at once."""
 
     def forward(self, x: Tensor) -> Tensor:
-        out = frozen_forward(self, x)
-        return super().forward(x) if out is None else out
+        if not torch.jit.is_scripting():  # torch.jit.script compiles what follows this alone
+            out = frozen_forward(self, x)
+            return super().forward(x) if out is None else out
+        for block in self:
+            x = block(x)
+        return x

@@ -1,14 +1,13 @@
 """``freeze``: a model as a function of its input alone, every BatchNorm folded into the convolution in front of it."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from fused_resnet.convert.fuse import fuse
 from fused_resnet.frozen.kept import Frozen, FrozenStage, Settings, lock, must_run_itself
@@ -29,6 +28,7 @@ class FrozenModel(nn.Module):
     """
 
     _like: Tensor
+    __jit_unused_properties__: ClassVar = ["is_whole"]
 
     def __init__(
         self, module: nn.Module, dtype: torch.dtype, normalize: tuple[Sequence[float], Sequence[float]] | None = None
@@ -45,6 +45,7 @@ class FrozenModel(nn.Module):
             elif type(part) is nn.Sequential and len(part) > 0 and all(len(sites_of(child)) > 1 for child in part):
                 part.__class__ = FrozenStage
                 part.__dict__[FROZEN] = Frozen(self._settings)
+        self._is_whole = FROZEN in module.__dict__
 
     @property
     def dtype(self) -> torch.dtype:
@@ -56,14 +57,20 @@ class FrozenModel(nn.Module):
         """Whether ``module`` itself is one of ours, and not only parts of it."""
         return FROZEN in self.module.__dict__
 
-    @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """The model's output. x: (N, C, H, W) of any floating dtype and memory format, on the model's device, or uint8
         if it was frozen with ``normalize``; with a CUDA graph, of the example's shape (ValueError otherwise) and, if
-        one of the two is uint8, of its dtype (TypeError)."""
-        self._check(x)
-        if self._graph is None:
-            return self._run(x)
+        one of the two is uint8, of its dtype (TypeError). Under ``torch.jit.script`` x has the plain model's dtype."""
+        with torch.no_grad():
+            if torch.jit.is_scripting():  # torch.jit.script compiles this branch alone
+                out = self.module(x)
+                return out.to(self._like.dtype) if self._is_whole else out
+            else:
+                self._check(x)
+                return self._run(x) if self._graph is None else self._replay(x)
+
+    def _replay(self, x: Tensor) -> Tensor:
+        assert self._graph is not None
         if (x.dtype == torch.uint8) != (self._graph_input.dtype == torch.uint8):
             raise TypeError(
                 f"x must have the dtype the CUDA graph was captured with, {self._graph_input.dtype}; got {x.dtype}"
@@ -88,7 +95,8 @@ class FrozenModel(nn.Module):
         elif x.dtype != torch.uint8 or not hasattr(self.module, "body"):
             x = as_numbers(x, self._settings.pixels, self.dtype).to(self.dtype)
         out = self.module(x)
-        return out.to(self.dtype) if isinstance(out, Tensor) and out.is_floating_point() else out
+        is_number = isinstance(out, Proxy) or (isinstance(out, Tensor) and out.is_floating_point())
+        return out.to(self.dtype) if is_number else out
 
     def _check(self, x: Tensor) -> None:
         pixels = self._settings.pixels
@@ -96,7 +104,7 @@ class FrozenModel(nn.Module):
             if pixels is None:
                 raise TypeError("x must be floating point, or the model frozen with normalize; got torch.uint8")
             check_bytes("x", x, len(pixels.scale))
-        else:
+        elif torch._C._get_tracing_state() is None and not isinstance(x, Proxy):
             check_image("x", x)
 
     @torch.inference_mode(False)  # the static input is written to by every later call, wherever that is made
@@ -117,7 +125,7 @@ class FrozenModel(nn.Module):
             self._graph_output = self._run(self._graph_input)
         self._graph = graph
 
-    def _apply(self, fn: Any, recurse: bool = True) -> FrozenModel:
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         self._settings.dtype, self._settings.plain = self.dtype, dtype_of(self.module, self.dtype)
         if self._graph is not None and (self._graph_input.device != self._like.device):
@@ -133,7 +141,7 @@ class FrozenModel(nn.Module):
         captured = {"_graph": None, "_graph_input": None, "_graph_output": None, "_graph_snapshot": None}
         return {**self.__dict__, **captured}
 
-    def train(self, mode: bool = True) -> FrozenModel:
+    def train(self, mode: bool = True) -> Self:
         """Stays in eval, with a warning; the modules around it may train."""
         if mode:
             warnings.warn(

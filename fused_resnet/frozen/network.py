@@ -149,7 +149,7 @@ def foldable_network(
 
 def as_numbers(x: Tensor, pixels: Pixels | None, dtype: torch.dtype) -> Tensor:
     """x itself, or what its bytes stand for."""
-    return pixels(x, dtype) if x.dtype == torch.uint8 and pixels is not None else x
+    return pixels(x, dtype) if pixels is not None and x.dtype == torch.uint8 else x
 
 
 def _average(x: Tensor) -> Tensor:

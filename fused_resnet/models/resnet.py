@@ -9,8 +9,6 @@ residual block learn only how it differs from its input, F(x) := H(x) - x, and a
     3x3 max pool, /2   blocks       blocks, /2   blocks, /2   blocks, /2   fully connected
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import sys
@@ -118,9 +116,13 @@ class ResNet(DropIn):
         return self._forward_impl(x)
 
     def _forward_impl(self, x: Tensor) -> Tensor:  # which torchvision's users replace
-        if (out := frozen_forward(self, x)) is not None:
-            return out
-        x = conv_norm_act_pool(self.conv1, self.bn1, self.relu, self.maxpool, x)
+        if torch.jit.is_scripting():  # torch.jit.script compiles this branch alone
+            x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        else:
+            out = frozen_forward(self, x)
+            if out is not None:
+                return out
+            x = conv_norm_act_pool(self.conv1, self.bn1, self.relu, self.maxpool, x)
 
         x = self.layer1(x)
         x = self.layer2(x)

@@ -3,8 +3,7 @@
 Importing this file imports torchvision.
 """
 
-from __future__ import annotations
-
+import torch  # noqa: F401  which torchvision's forwards need, under torch.jit.script
 from torchvision.models import resnet
 
 from fused_resnet.models import resnet as ours

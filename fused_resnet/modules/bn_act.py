@@ -4,15 +4,15 @@
 not be (a hook, a subclass, another kind of norm), it calls the modules. ``why_not_fuse`` is the one place that decides.
 """
 
-from __future__ import annotations
-
 import sys
+import types
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from fused_resnet.modules.plain import (
     UNFUSED,
@@ -66,6 +66,9 @@ class BatchNormAct2d(nn.BatchNorm2d):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
         self.activation = activation
 
+    # Under another name, for TorchScript knows no super().
+    _batch_norm = types.FunctionType(nn.BatchNorm2d.forward.__code__, nn.BatchNorm2d.forward.__globals__, "_batch_norm")
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``F.relu(F.batch_norm(x, ...) + residual)``, in x's dtype and memory format.
 
@@ -76,9 +79,17 @@ class BatchNormAct2d(nn.BatchNorm2d):
         Raises:
             ValueError: as ``nn.BatchNorm2d``: x is not 4D, or has one value per channel in training.
         """
-        if UNFUSED not in self.__dict__ and is_image(x):
-            return _normalize(self, self.activation, x, residual)
-        out = add(super().forward(x), residual)
+        if torch.jit.is_scripting():  # torch.jit.script compiles this branch alone
+            out = self._batch_norm(x)
+            if residual is not None:
+                out += residual
+        else:
+            if UNFUSED not in self.__dict__ and is_image(x):
+                return _normalize(self, self.activation, x, residual)
+            if isinstance(x, Proxy):  # one node of the graph, as PyTorch's own modules
+                name = x.tracer.path_of_module(self)
+                return x.tracer.create_proxy("call_module", name, (x,) if residual is None else (x, residual), {})
+            out = add(super().forward(x), residual)
         return out if self.activation is None else F.relu(out)
 
     def __getattr__(self, name: str) -> Any:

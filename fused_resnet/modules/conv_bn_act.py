@@ -1,7 +1,5 @@
 """Convolution, BatchNorm, residual add and ReLU as one module: one kernel at inference."""
 
-from __future__ import annotations
-
 from typing import ClassVar, cast
 
 import torch
@@ -10,9 +8,9 @@ from torch import Tensor, nn
 from fused_resnet.modules.bn_act import is_image, norm_act, why_not_fuse
 from fused_resnet.modules.plain import frozen_forward, has_memory, is_intercepted, settings_of, vectors_fit
 from fused_resnet.modules.site import Site
+from fused_resnet.ops.autocast import autocast_dtype
 from fused_resnet.ops.checks import check_activation
 from fused_resnet.ops.conv_bn_act import conv_bn_act
-from fused_resnet.ops.residual_block import autocast_dtype
 
 
 class ConvBNAct2d(nn.Module):
@@ -79,25 +77,36 @@ class ConvBNAct2d(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``act(bn(conv(x)) + residual)``; residual, of the result's shape, is added in its dtype."""
-        if residual is None and (out := frozen_forward(self, x)) is not None:
-            return out
-        conv, bn = self.conv, self.bn
-        if not is_image(x) or bn.training or why_not_fold(conv, bn, self.act):
-            return norm_act(bn, self.act, conv(x), residual)
-        if residual is not None:
-            residual = residual.to(autocast_dtype(x) or x.dtype)
-        return conv_bn_act(
-            x,
-            conv.weight,
-            bn.weight,
-            bn.bias,
-            cast(Tensor, bn.running_mean),
-            cast(Tensor, bn.running_var),
-            residual,
-            **settings_of(conv)._asdict(),
-            eps=bn.eps,
-            activation=None if self.act is None else "relu",
-        )
+        if torch.jit.is_scripting():  # torch.jit.script compiles this branch alone
+            out = self.bn(self.conv(x))
+            if residual is not None:
+                out += residual
+            return out if self.act is None else self.act(out)
+        else:
+            out = frozen_forward(self, x) if residual is None else None
+            if out is not None:
+                return out
+            conv, bn = self.conv, self.bn
+            if not is_image(x) or bn.training or why_not_fold(conv, bn, self.act):
+                return norm_act(bn, self.act, conv(x), residual)
+            if residual is not None:
+                residual = residual.to(autocast_dtype(x) or x.dtype)
+            settings = settings_of(conv)
+            return conv_bn_act(
+                x,
+                conv.weight,
+                bn.weight,
+                bn.bias,
+                cast(Tensor, bn.running_mean),
+                cast(Tensor, bn.running_var),
+                residual,
+                stride=settings.stride,
+                padding=settings.padding,
+                dilation=settings.dilation,
+                groups=settings.groups,
+                eps=bn.eps,
+                activation=None if self.act is None else "relu",
+            )
 
 
 def why_not_fold(conv: nn.Module, norm: nn.Module, act: nn.Module | None) -> list[str]:

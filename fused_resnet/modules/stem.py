@@ -11,8 +11,8 @@ from fused_resnet.arguments import PoolSettings
 from fused_resnet.modules.bn_act import is_image, norm_act, why_not_fuse
 from fused_resnet.modules.conv_bn_act import why_not_plain_conv
 from fused_resnet.modules.plain import batch_norm_arguments, has_global_hooks, is_intercepted, pair, settings_of
+from fused_resnet.ops.autocast import autocast_dtype
 from fused_resnet.ops.conv_norm import ConvNorm
-from fused_resnet.ops.residual_block import autocast_dtype
 from fused_resnet.ops.stem import conv_bn_act_pool, stem_route
 
 

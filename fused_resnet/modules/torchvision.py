@@ -6,10 +6,10 @@ and names stay; they are module-level, so ``copy.deepcopy`` and ``pickle`` find 
 ``isinstance`` holds for torchvision's class and for ours.
 """
 
-from __future__ import annotations
-
+import functools
 from typing import Any
 
+import torch  # noqa: F401  which torchvision's forwards need, under torch.jit.script
 from torch import Tensor, nn
 from torchvision.models import resnet
 
@@ -25,9 +25,10 @@ class Bottleneck(bottleneck.Bottleneck, resnet.Bottleneck):
 
 
 def ours_unless_replaced(ours: type[nn.Module], theirs: type[nn.Module], name: str = "forward") -> Any:
-    """Our method, for as long as nobody replaces theirs."""
+    """Our method, for as long as nobody replaces theirs. Its source, which torch.jit.script compiles, is theirs."""
     written, fused = getattr(theirs, name), getattr(ours, name)
 
+    @functools.wraps(written)
     def method(self: nn.Module, x: Tensor) -> Tensor:
         now = getattr(theirs, name)
         return fused(self, x) if now is written else now(self, x)

@@ -4,6 +4,7 @@ from fused_resnet.ops.batch_norm import BatchNorm
 from fused_resnet.ops.bn_act import bn_act, bn_act_dual
 from fused_resnet.ops.conv_bn_act import conv_bn_act
 from fused_resnet.ops.conv_norm import ConvNorm
+from fused_resnet.ops.flop_formulas import register_once_imported
 from fused_resnet.ops.residual_block import residual_block
 from fused_resnet.ops.route.choose import empty_cache, limit_kept_memory, use_backend, why_not
 from fused_resnet.ops.route.context import requested_backend, requested_fusion_level, use_fusion_level
@@ -30,3 +31,5 @@ __all__ = [
     "why_not",
     "why_not_fused_training",
 ]
+
+register_once_imported()

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from fused_resnet.arguments import ConvSettings, Norm
 from fused_resnet.ops import checks
+from fused_resnet.ops.autocast import autocast_dtype
 from fused_resnet.ops.batch_norm import BatchNorm
 from fused_resnet.ops.bn_act import normalize, normalize_dual
 from fused_resnet.ops.conv_norm import (
@@ -95,14 +96,6 @@ def residual_block(
     if route is None or not all(are_plain(*link.norm[:4]) for link in links):
         return link_by_link(x, chain, shortcut)
     return run(route, x, chain, shortcut)
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast makes of x before a convolution; None where it leaves x alone."""
-    kind = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind)
 
 
 Conv = tuple[Tensor, ConvSettings]

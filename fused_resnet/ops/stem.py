@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fused_resnet.arguments import ConvSettings, Norm, PoolSettings
 from fused_resnet.ops import checks
+from fused_resnet.ops.autocast import autocast_dtype
 from fused_resnet.ops.bn_act import bn_act, wants_gradient
 from fused_resnet.ops.conv_norm import (
     ConvNorm,
@@ -36,7 +37,7 @@ from fused_resnet.ops.conv_norm import (
     sums_for_convolution,
 )
 from fused_resnet.ops.layout import conv_memory_format, dense, resolved
-from fused_resnet.ops.residual_block import autocast_dtype, check_link
+from fused_resnet.ops.residual_block import check_link
 from fused_resnet.ops.residual_block_grad import NO_SECOND_DERIVATIVE, of_views, plain_conv, plain_norm
 from fused_resnet.ops.route import context, routes
 from fused_resnet.ops.route.context import are_plain, for_listeners, hears_backward

@@ -258,7 +258,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
     old.write_text('{"schema": 0}')
     for words, message in [
         ((paths["a"], tmp_path / "missing.json"), "missing.json"),
-        ((paths["a"], old), "schema 0"),
+        ((paths["a"], old), "schema: Input should be 1; got 0"),
         ((paths["a"], paths["small"]), "no measurement in common: model0, inference, batch 1, float32, 224x224"),
     ]:
         assert run(*words) == 2

@@ -148,7 +148,7 @@ def test_without_results_it_says_so(tmp_path):
 
 def test_a_file_that_is_no_result_is_named(tmp_path):
     (tmp_path / "old.json").write_text('{"machine": {}}')
-    with pytest.raises(ValueError, match="old.json must be a result of schema 1"):
+    with pytest.raises(ValueError, match="old.json: schema: Field required"):
         tables(tmp_path)
 
 

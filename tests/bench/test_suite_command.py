@@ -151,8 +151,12 @@ def test_resume_goes_on_with_the_file(tmp_path, monkeypatch, capsys):
 def test_resume_refuses_what_is_no_result(tmp_path, capsys):
     (tmp_path / "mine.json").write_text("{}")
     assert main([*QUICKLY, "--name", "mine", "--output", str(tmp_path), "--resume"]) == 1
-    assert "mine.json must be a result of schema" in capsys.readouterr().err
+    assert "mine.json: schema: Field required" in capsys.readouterr().err
     assert (tmp_path / "mine.json").read_text() == "{}"
+    (tmp_path / "mine.json").unlink()
+    (tmp_path / "mine.json").mkdir()
+    assert main([*QUICKLY, "--name", "mine", "--output", str(tmp_path), "--resume"]) == 1
+    assert "mine.json" in capsys.readouterr().err
 
 
 def test_an_interrupt_writes_what_there_is(tmp_path, monkeypatch, capsys):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import onnxruntime
 import pytest
 import torch
 
 import fused_resnet
 from fused_resnet import freeze, fuse
 from fused_resnet.modules import BasicBlock, ConvBNAct2d
+from tests.convert.twins import images, twins
 from tests.modules.compare import randomize
 
 MODELS = {
@@ -34,3 +36,21 @@ def test_no_op_of_ours_is_in_it(name: str, training: bool, frozen: bool):
     if training:  # and the statistics have moved
         for name, buffer in twin.named_buffers():
             torch.testing.assert_close(dict(module.named_buffers())[name], buffer)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", ["BasicBlock", "fuse, Bottleneck", "modules", "CIFAR"])
+def test_onnx_of_any_batch_size(name: str, frozen: bool):
+    """What ``torch.onnx.export`` writes, run by ONNX Runtime."""
+    ours, plain = twins(name)
+    model = freeze(ours, images()) if frozen else ours
+    shapes = ({0: torch.export.Dim.DYNAMIC},)
+    program = torch.onnx.export(model, (images(),), dynamo=True, dynamic_shapes=shapes, verbose=False)
+    assert program is not None
+    assert {node.domain for node in program.model_proto.graph.node} == {""}  # ONNX's own ops alone
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+    (argument,) = session.get_inputs()
+    for x in (images(), images(3)):
+        (out,) = session.run(None, {argument.name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(out), plain(x).detach(), rtol=1e-4, atol=1e-4)

@@ -21,7 +21,7 @@ from fused_resnet.ops.backends.native.conv import WORK_OF_A_THREAD, prefers_wino
 from fused_resnet.ops.backends.native.memory import empty_strided
 from fused_resnet.ops.backends.native.norm import bn_stats, vectors_of
 from fused_resnet.ops.layout import is_channels_last_once_dense
-from fused_resnet.ops.route.listeners import PLAIN
+from fused_resnet.ops.route.context import PLAIN
 
 DTYPE = torch.float32
 _NHWC = torch.channels_last
