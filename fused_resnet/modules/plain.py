@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fused_resnet.arguments import ConvSettings
 from fused_resnet.ops.backends.extension import extension
 from fused_resnet.ops.batch_norm import BatchNorm
-from fused_resnet.ops.route.context import PLAIN
+from fused_resnet.ops.layout import PLAIN
 
 UNFUSED = "_fused_resnet_unfused"
 """``fused_resnet.unfuse`` gives a norm an attribute of this name to have its site run the ordinary way."""

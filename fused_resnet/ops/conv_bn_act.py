@@ -16,10 +16,10 @@ from fused_resnet.arguments import ConvSettings
 from fused_resnet.ops import checks
 from fused_resnet.ops.autocast import autocast_dtype
 from fused_resnet.ops.bn_act import bn_act, wants_gradient
-from fused_resnet.ops.layout import resolved, resolved_or_none
+from fused_resnet.ops.layout import are_plain, resolved, resolved_or_none
 from fused_resnet.ops.reference import statistics_dtype
 from fused_resnet.ops.route.choose import function_for
-from fused_resnet.ops.route.context import are_plain, is_transformed
+from fused_resnet.ops.route.context import is_transformed
 
 
 def conv_bn_act(

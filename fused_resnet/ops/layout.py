@@ -1,9 +1,17 @@
-"""Memory formats: which tensors the kernels take as they lie, and how the rest are brought there."""
+"""Classes and memory formats: which tensors the kernels take as they lie, and how the rest are brought there."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+
+PLAIN = (Tensor, Parameter)
+
+
+def are_plain(*tensors: Tensor | None) -> bool:
+    """False where a subclass of Tensor is among them, which may mean anything: it takes PyTorch's own ops only."""
+    return all([tensor is None or type(tensor) in PLAIN for tensor in tensors])
 
 
 def is_negated(tensor: Tensor) -> bool:

@@ -43,10 +43,10 @@ from fused_resnet.ops.conv_norm import (
     like_x,
     values_per_channel,
 )
-from fused_resnet.ops.layout import dense, resolved
+from fused_resnet.ops.layout import are_plain, dense, resolved
 from fused_resnet.ops.residual_block_grad import block_gradients, differentiable_gradients
 from fused_resnet.ops.route import context, routes
-from fused_resnet.ops.route.context import are_plain, for_listeners, hears_backward
+from fused_resnet.ops.route.context import for_listeners, hears_backward
 from fused_resnet.ops.route.fusion_level import needs_full_float32
 from fused_resnet.ops.route.routes import BlockRoute
 from fused_resnet.ops.synchronize import group_to_share

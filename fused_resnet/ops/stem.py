@@ -36,11 +36,11 @@ from fused_resnet.ops.conv_norm import (
     like_x,
     sums_for_convolution,
 )
-from fused_resnet.ops.layout import conv_memory_format, dense, resolved
+from fused_resnet.ops.layout import are_plain, conv_memory_format, dense, resolved
 from fused_resnet.ops.residual_block import check_link
 from fused_resnet.ops.residual_block_grad import NO_SECOND_DERIVATIVE, of_views, plain_conv, plain_norm
 from fused_resnet.ops.route import context, routes
-from fused_resnet.ops.route.context import are_plain, for_listeners, hears_backward
+from fused_resnet.ops.route.context import for_listeners, hears_backward
 from fused_resnet.ops.route.fusion_level import needs_full_float32, why_not_fused_pool
 from fused_resnet.ops.route.routes import StemRoute
 

@@ -15,11 +15,9 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
+from fused_resnet.ops.layout import PLAIN
 from fused_resnet.ops.route.request import AUTO, Request, checked_level, from_environment
-
-PLAIN = (Tensor, Parameter)
 
 _FROM_ENVIRONMENT = from_environment()
 _asked: ContextVar[Request | None] = ContextVar("fused_resnet.request", default=None)
@@ -70,11 +68,6 @@ def use_fusion_level(level: int | None) -> contextlib.AbstractContextManager[Non
         TypeError, ValueError: level is not None, 0, 1, 2 or 3.
     """
     return asking(level=checked_level(level, "level"))
-
-
-def are_plain(*tensors: Tensor | None) -> bool:
-    """False where a subclass of Tensor is among them, which may mean anything: it takes PyTorch's own ops only."""
-    return all([tensor is None or type(tensor) in PLAIN for tensor in tensors])
 
 
 def is_listened_to() -> bool:

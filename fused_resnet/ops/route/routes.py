@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from fused_resnet.arguments import ConvSettings
-from fused_resnet.ops.layout import conv_memory_format, is_channels_last_once_dense
+from fused_resnet.ops.layout import are_plain, conv_memory_format, is_channels_last_once_dense
 from fused_resnet.ops.plan import measured_plan
 from fused_resnet.ops.route import context, fusion_level
-from fused_resnet.ops.route.context import are_plain, for_listeners
+from fused_resnet.ops.route.context import for_listeners
 from fused_resnet.ops.route.reasons import FUSED_DTYPES, module, reasons_against, why_not_device
 from fused_resnet.ops.route.request import AUTO, Request
 from fused_resnet.ops.route.signatures import (

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fused_resnet.arguments import ConvSettings, PoolSettings
 from fused_resnet.ops.backends.extension import extension
-from fused_resnet.ops.backends.native.memory import empty_strided
+from fused_resnet.ops.backends.native.norm import empty_strided
 from fused_resnet.ops.layout import is_channels_last
 from fused_resnet.ops.plan import measured_plan
 from fused_resnet.ops.plan.plan_key import method_key

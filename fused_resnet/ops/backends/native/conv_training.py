@@ -18,10 +18,8 @@ from torch import Tensor
 from fused_resnet.arguments import ConvSettings, Norm, RunningStatistics
 from fused_resnet.ops.backends.extension import extension
 from fused_resnet.ops.backends.native.conv import WORK_OF_A_THREAD, prefers_winograd, why_no_kernels
-from fused_resnet.ops.backends.native.memory import empty_strided
-from fused_resnet.ops.backends.native.norm import bn_stats, vectors_of
-from fused_resnet.ops.layout import is_channels_last_once_dense
-from fused_resnet.ops.route.context import PLAIN
+from fused_resnet.ops.backends.native.norm import bn_stats, empty_strided, vectors_of
+from fused_resnet.ops.layout import PLAIN, is_channels_last_once_dense
 
 DTYPE = torch.float32
 _NHWC = torch.channels_last

@@ -10,10 +10,9 @@ from __future__ import annotations
 import math
 import sys
 from collections import deque
-from collections.abc import Sequence
 
 import torch
-from torch import Tensor, UntypedStorage
+from torch import UntypedStorage
 
 from fused_resnet.ops.backends.extension import extension
 
@@ -24,36 +23,8 @@ _storages: dict[int, deque[UntypedStorage]] = {}
 """By their bytes. A thread that looks at one takes it out, and Python's own lock is enough."""
 
 
-def empty_strided(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """``torch.empty_strided`` of a dense tensor, a large one perhaps in memory that was used before; on the CPU,
-    whatever the default device is. The extension is built."""
-    nbytes = math.prod(shape) * dtype.itemsize
-    if nbytes < LARGE:
-        return torch.empty_strided(shape, stride, dtype=dtype, device="cpu")
-    return torch.empty(0, dtype=dtype, device="cpu").set_(_storage(nbytes), 0, shape, stride)
-
-
-def keep_at_most(nbytes: int) -> None:
-    """Keeps no more memory than this from now on."""
-    global _limit
-    _limit = nbytes
-    _make_room(0)
-
-
-def kept_bytes() -> int:
-    """That nobody uses."""
-    found = [(size, storage) for size, storages in list(_storages.items()) for storage in list(storages)]
-    # Beside the list, `found` and what goes through it here have each of them, and getrefcount.
-    return extension.kept_bytes() + sum(size for size, storage in found if _is_free(storage, 4))
-
-
-def empty_cache() -> None:
-    """Gives back to the system what nobody uses."""
-    _give_back(math.inf)
-    extension.release_kept_buffers()
-
-
-def _storage(nbytes: int) -> UntypedStorage:
+def storage_of(nbytes: int) -> UntypedStorage:
+    """One of a new output, perhaps used before."""
     same = _storages.get(nbytes, ())
     for _ in range(len(same)):
         try:
@@ -74,6 +45,26 @@ def _storage(nbytes: int) -> UntypedStorage:
     if keeps:
         _storages.setdefault(nbytes, deque()).append(storage)
     return storage
+
+
+def keep_at_most(nbytes: int) -> None:
+    """Keeps no more memory than this from now on."""
+    global _limit
+    _limit = nbytes
+    _make_room(0)
+
+
+def kept_bytes() -> int:
+    """That nobody uses."""
+    found = [(size, storage) for size, storages in list(_storages.items()) for storage in list(storages)]
+    # Beside the list, `found` and what goes through it here have each of them, and getrefcount.
+    return extension.kept_bytes() + sum(size for size, storage in found if _is_free(storage, 4))
+
+
+def empty_cache() -> None:
+    """Gives back to the system what nobody uses."""
+    _give_back(math.inf)
+    extension.release_kept_buffers()
 
 
 def _make_room(nbytes: int) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from fused_resnet.arguments import Norm, RunningStatistics, Sums
 from fused_resnet.ops.backends.extension import extension
-from fused_resnet.ops.backends.native.memory import empty_strided
+from fused_resnet.ops.backends.native.memory import LARGE, storage_of
 from fused_resnet.ops.layout import dense, dense_like
 
 _ELEMENTS_PER_THREAD = 16 * 1024  # with fewer a second thread gains nothing, and on a busy machine it is waited for
@@ -105,6 +107,15 @@ def vectors_of(vectors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         if vector is not None and (vector.dtype is not _FLOAT32 or not vector.is_contiguous()):
             return tuple(None if each is None else each.to(_FLOAT32).contiguous() for each in vectors)
     return vectors
+
+
+def empty_strided(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """``torch.empty_strided`` of a dense tensor, a large one perhaps in memory that was used before (``memory.py``); on
+    the CPU, whatever the default device is. The extension is built."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < LARGE:
+        return torch.empty_strided(shape, stride, dtype=dtype, device=_CPU)
+    return torch.empty(0, dtype=dtype, device=_CPU).set_(storage_of(nbytes), 0, shape, stride)
 
 
 @functools.cache
