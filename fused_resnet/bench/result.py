@@ -107,7 +107,7 @@ class Measurement:
 class Header:
     """What every version of a file has."""
 
-    schema: Literal[1]
+    schema: Literal[1]  # `SCHEMA`
 
 
 @dataclass(frozen=True)

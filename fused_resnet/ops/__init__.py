@@ -1,5 +1,7 @@
 """The fused operations as functions: gradients begin here, parameters do not."""
 
+from torch import fx
+
 from fused_resnet.ops.batch_norm import BatchNorm
 from fused_resnet.ops.bn_act import bn_act, bn_act_dual
 from fused_resnet.ops.conv_bn_act import conv_bn_act
@@ -33,3 +35,5 @@ __all__ = [
 ]
 
 register_once_imported()
+for _name in ("bn_act", "bn_act_dual", "conv_bn_act", "conv_bn_act_pool", "residual_block"):
+    fx.wrap(_name)  # each is one node of a graph

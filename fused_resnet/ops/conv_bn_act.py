@@ -72,7 +72,7 @@ def conv_bn_act(
     channels = conv_weight.shape[0]
     checks.check_batch_norm(x, weight, bias, running_mean, running_var, False, 0.0, eps, channels)
     size = settings.output_size(x.shape, conv_weight.shape)
-    if min(*size, *x.shape[2:]) < 1:
+    if any(length < 1 for length in (*size, *x.shape[2:])):  # min would compare them, which an exported program keeps
         raise checks.WrongValue(
             f"x must have at least one pixel and, padded, be at least as large as the dilated kernel; "
             f"got {tuple(x.shape)} for the kernel {tuple(conv_weight.shape[2:])} with padding {[*settings.padding]} "

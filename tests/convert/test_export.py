@@ -54,3 +54,16 @@ def test_onnx_of_any_batch_size(name: str, frozen: bool):
     for x in (images(), images(3)):
         (out,) = session.run(None, {argument.name: x.numpy()})
         torch.testing.assert_close(torch.from_numpy(out), plain(x).detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", ["BasicBlock", "modules", "CIFAR"])
+def test_a_program_for_any_batch_size_height_and_width(name: str, frozen: bool, strict: bool):
+    ours, plain = twins(name)
+    free = torch.export.Dim.DYNAMIC
+    model, shapes = freeze(ours, images()) if frozen else ours, ({0: free, 2: free, 3: free},)
+    exported = torch.export.export(model, (images(),), dynamic_shapes=shapes, strict=strict).module()
+    for shape in ((3, 3, 65, 49), (2, 3, 40, 64)):  # upright and across
+        x = torch.randn(shape)
+        torch.testing.assert_close(exported(x), plain(x), rtol=1e-4, atol=1e-4)

@@ -1,7 +1,5 @@
 """``torch.fx``: our models are traced as the plain ones are, and what is traced can be saved, written and scripted."""
 
-from __future__ import annotations
-
 import copy
 import importlib
 import io
@@ -20,7 +18,7 @@ from torchvision.models import resnet
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import fused_resnet
-from fused_resnet import BatchNormAct2d, freeze
+from fused_resnet import BatchNormAct2d, freeze, ops
 from tests.convert.twins import TWINS, images, twins
 from tests.modules.compare import assert_close, randomize, step
 
@@ -150,3 +148,37 @@ def test_quantization_matches_the_same_patterns(name: str, training: bool):
         answers.append(converted(images()))
     assert kinds[0] == kinds[1] and kinds[0]["ConvReLU2d"] and kinds[0]["add_relu"]
     torch.testing.assert_close(*answers)
+
+
+class OfFunctions(nn.Module):
+    """A block of somebody's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.norm
+        vectors = (n.weight, n.bias, n.running_mean, n.running_var)
+        link = ops.ConvNorm(self.conv.weight, ops.BatchNorm(*vectors), (1, 1), (1, 1))
+        y = ops.bn_act(self.conv(x), *vectors, residual=x)
+        y = ops.conv_bn_act(y, self.conv.weight, *vectors, padding=1)
+        y = ops.bn_act_dual(y, link.norm, x, link.norm)
+        y = ops.residual_block(y, [link], None)
+        return ops.conv_bn_act_pool(y, link)
+
+
+@pytest.mark.parametrize("keep", [saved, pickled])
+def test_a_function_is_a_node(keep, tmp_path: Path):
+    model = randomize(OfFunctions())
+    traced = torch.fx.symbolic_trace(model)
+    functions = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    for function in (ops.bn_act, ops.conv_bn_act, ops.bn_act_dual, ops.residual_block, ops.conv_bn_act_pool):
+        assert functions.count(function) == 1
+    x = torch.randn(2, 4, 9, 9)
+    kept = keep(traced, tmp_path)
+    found, wanted = step(kept, kept, x), step(model, model, x)
+    del wanted["buffer norm.num_batches_tracked"]  # of which functions know nothing
+    assert found.keys() == wanted.keys()
+    assert_close({key: found[key] for key in wanted}, wanted)
