@@ -15,6 +15,7 @@ class ResNet(ours.ResNet, resnet.ResNet):
 
 
 class FusedResNet(ResNet):
+    sites = ResNet.sites  # which this forward runs too
     __init__ = resnet.ResNet.__init__
     forward = ours_unless_replaced(ResNet, resnet.ResNet)
     _forward_impl = ours_unless_replaced(ResNet, resnet.ResNet, "_forward_impl")

@@ -174,8 +174,13 @@ def _is_own(kind: type, name: str) -> bool:
     cls = next((cls for cls in kind.__mro__ if name in vars(cls)), None)
     if cls is None:
         return True
-    module = sys.modules.get(cls.__module__)
-    return module is not None and getattr(vars(cls)[name], "__globals__", None) is vars(module)
+    home, written_in = sys.modules.get(cls.__module__), getattr(vars(cls)[name], "__globals__", None)
+    return home is not None and (written_in is vars(home) or _is_ours(written_in))
+
+
+def _is_ours(written_in: dict[str, Any] | None) -> bool:
+    """True of what stands in this package: `modules/torchvision.py` writes methods for classes of other files."""
+    return written_in is not None and written_in.get("__package__", "").partition(".")[0] == "fused_resnet"
 
 
 _own_methods: dict[type[nn.Module], list[tuple[type, operator.attrgetter, Any]]] = {}

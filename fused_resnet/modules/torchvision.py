@@ -37,10 +37,12 @@ def ours_unless_replaced(ours: type[nn.Module], theirs: type[nn.Module], name: s
 
 
 class FusedBasicBlock(BasicBlock):
+    sites = BasicBlock.sites  # which this forward runs too
     __init__ = resnet.BasicBlock.__init__
     forward = ours_unless_replaced(BasicBlock, resnet.BasicBlock)
 
 
 class FusedBottleneck(Bottleneck):
+    sites = Bottleneck.sites  # which this forward runs too
     __init__ = resnet.Bottleneck.__init__
     forward = ours_unless_replaced(Bottleneck, resnet.Bottleneck)

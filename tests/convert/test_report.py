@@ -137,7 +137,7 @@ def test_reasons_of_what_is_not_known(make, name, words):
 def test_replaced_forward():
     block = modules.BasicBlock(4, 4)
     block.forward = lambda x: x
-    assert sites(block)["bn1"] == ("the forward of its fused_resnet.modules.basic_block.BasicBlock was replaced",)
+    assert sites(block)["bn1"] == ("the forward of its fused_resnet.modules.torchvision.BasicBlock was replaced",)
 
 
 def test_a_norm_in_the_middle_of_a_shortcut():
