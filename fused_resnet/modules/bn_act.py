@@ -26,7 +26,7 @@ from fused_resnet.modules.plain import (
 )
 from fused_resnet.ops.bn_act import bn_act, bn_act_dual, normalize
 from fused_resnet.ops.checks import check_activation
-from fused_resnet.ops.layout import is_negated
+from fused_resnet.ops.layout import is_negated, resolved_or_none
 
 TAKERS_OF_NUMBERS = frozenset({"convert_sync_batchnorm", "fuse_conv_bn_eval", "fuse_linear_bn_eval"})
 """Functions of torch.nn that make another module of any BatchNorm's parameters and buffers."""
@@ -173,7 +173,7 @@ def why_not_fuse(norm: nn.Module, act: nn.Module | None) -> list[str]:
 
 
 def _normalize(norm: PlainNorm, activation: str | None, x: Tensor, residual: Tensor | None) -> Tensor:
-    arguments = batch_norm_arguments(norm)
+    arguments, residual = batch_norm_arguments(norm), resolved_or_none(residual)
     if residual is not None and residual.dtype != x.dtype:  # a float32 input of a block whose convolutions are autocast
         residual = residual.to(x.dtype)
     channels = x.shape[1]

@@ -246,6 +246,8 @@ def _affine(norm: PlainNorm) -> tuple[Tensor | None, Tensor | None]:
 def vectors_fit(norm: PlainNorm, channels: int, device: torch.device) -> bool:
     """True if the ops take the norm's vectors beside an activation of so many channels on this device. Not to be
     compiled."""
+    if not norm.eps > 0:  # which F.batch_norm refuses
+        return False
     takes = True, (channels,), device, True, False
     buffers = norm._buffers
     for vector in (*_affine(norm), buffers["running_mean"], buffers["running_var"]):

@@ -44,6 +44,8 @@ def batch_norm(x: Tensor, norm: BatchNorm) -> Tensor:
     if not (dtypes <= {x.dtype} or dtypes == {wide}):
         vectors = [None if vector is None else vector.to(wide) for vector in vectors]
     weight, bias, running_mean, running_var = vectors
+    if weight is not None:  # for a channels_last x, backward of torch 2.13 reads it as if it lay contiguously
+        weight = weight.contiguous()
     out = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     if training:
         for running, moved in ((norm.running_mean, running_mean), (norm.running_var, running_var)):

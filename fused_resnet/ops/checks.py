@@ -96,6 +96,8 @@ def check_batch_norm(
     check_number("eps" + suffix, eps)
     if not eps >= 0:  # nor NaN
         raise WrongValue(f"eps{suffix} must be >= 0; got {eps}")
+    if training and eps == 0:
+        raise WrongValue(f"eps{suffix} must be positive when training is True; got {eps}")
 
 
 def check_process_group(name: str, group: object) -> None:

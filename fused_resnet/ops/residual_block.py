@@ -46,7 +46,7 @@ from fused_resnet.ops.conv_norm import (
 from fused_resnet.ops.layout import are_plain, dense, resolved
 from fused_resnet.ops.residual_block_grad import block_gradients, differentiable_gradients
 from fused_resnet.ops.route import context, routes
-from fused_resnet.ops.route.context import for_listeners, hears_backward
+from fused_resnet.ops.route.context import for_listeners, hears_backward, is_transformed
 from fused_resnet.ops.route.fusion_level import needs_full_float32
 from fused_resnet.ops.route.routes import BlockRoute
 from fused_resnet.ops.synchronize import group_to_share
@@ -124,6 +124,8 @@ def block_route(x: Tensor, chain: Sequence[Conv], shortcut: Conv | None, memory:
     )
     route = routes.kept.get(key, routes.UNKNOWN)
     if route is routes.UNKNOWN:
+        if is_transformed():  # under vmap nobody may ask how x lies
+            return None
         route = routes.keep(key, _decide(x, chain, shortcut, efficient))
     return for_listeners(route)
 

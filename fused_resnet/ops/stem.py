@@ -40,7 +40,7 @@ from fused_resnet.ops.layout import are_plain, conv_memory_format, dense, resolv
 from fused_resnet.ops.residual_block import check_link
 from fused_resnet.ops.residual_block_grad import NO_SECOND_DERIVATIVE, of_views, plain_conv, plain_norm
 from fused_resnet.ops.route import context, routes
-from fused_resnet.ops.route.context import for_listeners, hears_backward
+from fused_resnet.ops.route.context import for_listeners, hears_backward, is_transformed
 from fused_resnet.ops.route.fusion_level import needs_full_float32, why_not_fused_pool
 from fused_resnet.ops.route.routes import StemRoute
 
@@ -107,6 +107,8 @@ def stem_route(x: Tensor, conv_weight: Tensor, settings: ConvSettings, pooling: 
     )
     route = routes.kept.get(key, routes.UNKNOWN)
     if route is routes.UNKNOWN:
+        if is_transformed():
+            return None
         route = None
         if routes.kept_pass_route(x) is not None and not why_not_pooled(x, conv_weight, pooling):
             weight = like_x(conv_weight, x)

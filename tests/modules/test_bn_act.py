@@ -350,3 +350,14 @@ def test_batch_norm_act_module_does_with_odd_images_what_pytorch_does(x, trainin
             outcomes.append(type(error))
     expected, actual = outcomes
     assert actual == expected or (isinstance(expected, type) and issubclass(actual, expected))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_lazily_negated_residual(training):
+    x, residual = torch.randn(3, CHANNELS, 5, 4), torch.randn(3, CHANNELS, 5, 4)
+    negated = torch._neg_view(-residual)
+    assert negated.is_neg()
+    module = randomize(BatchNormAct2d(CHANNELS)).train(training)
+    norm, act = norm_and_act()
+    for call in (module, lambda x, residual: norm_act(norm, act, x, residual)):
+        assert torch.equal(call(x, negated), call(x, residual))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fused_resnet.ops import bn_act_dual
+from fused_resnet.ops.batch_norm import BatchNorm, batch_norm
 from tests.ops.step import (
     CPU_BACKENDS,
     FORMATS,
@@ -141,3 +142,18 @@ def test_any_mixture_of_dtypes(of_x, of_affine, of_running, training, backend):
         torch.testing.assert_close(
             tensor.double(), exact[name], rtol=0, atol=unit * scale, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_weight_of_every_second_number(training):
+    """Also where x is so small that PyTorch's batch_norm runs, whose backward takes it as contiguous."""
+    x, grad = (torch.randn(2, 3, 5, 4).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    weight, bias, mean, var = torch.randn(6)[::2], torch.randn(3), torch.randn(3), torch.rand(3) + 0.5
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        leaf = x.to(dtype).requires_grad_()
+        vectors = [vector.to(dtype, copy=True) for vector in (bias, mean, var)]
+        affine = weight if dtype is torch.float32 else weight.double()
+        out = batch_norm(leaf, BatchNorm(affine, *vectors, training))
+        gradients.append(torch.autograd.grad(out, leaf, grad.to(dtype))[0])
+    torch.testing.assert_close(gradients[0].double(), gradients[1], rtol=1e-4, atol=1e-5)

@@ -115,6 +115,19 @@ def test_no_statistics_in_eval():
         bn_act(**inputs)
 
 
+def test_eps_of_zero_is_refused_in_training():
+    """As F.batch_norm does."""
+    for training in (True, False):
+        outcomes = []
+        for function in (bn_act, pytorch_bn_act):
+            try:
+                outcomes.append(function(**good() | {"training": training, "eps": 0.0}))
+            except ValueError as error:
+                outcomes.append(str(error))
+        assert [type(outcome) for outcome in outcomes] == [str if training else Tensor] * 2
+        assert not training or all("eps must be positive" in outcome for outcome in outcomes)
+
+
 def test_one_value_per_channel_in_training():
     """nn.BatchNorm2d's own words."""
     one = torch.randn(1, C, 1, 1)

@@ -27,6 +27,8 @@ def bad_calls() -> dict[str, list[tuple[object, ...]]]:
             (x, m, None, w, m, None, True),
             (x, None, None, w, m, None, True),
             (x, m, w, w, m.to("meta"), None, True),
+            (x, m, w, w, m.cfloat(), None, True),
+            (x, m.int(), w, w, m, None, True),
             (x, short, w[:2], w, m, None, True),
             (x, m, w, short, None, None, True),
             (x, scalar, scalar, None, None, None, True),

@@ -34,6 +34,10 @@ def check_raw(op: str, arguments: Sequence[Any]) -> None:
     """
     given = dict(zip(argument_names(op), arguments, strict=True))
     check_one_device(op, arguments)
+    for name, value in given.items():
+        vector = name in (*OF_X, *OF_FILTERS, *RUNNING, "coefficients")
+        if isinstance(value, Tensor) and (value.is_complex() or (vector and not value.is_floating_point())):
+            raise BackendError(f"{op}: {name} must be floating point; got {value.dtype}")
     for pair in TOGETHER:
         if pair[0] in given and len({given[name] is None for name in pair}) > 1:
             raise BackendError(f"{op}: {pair[0]} and {pair[1]} must be given both, or neither")

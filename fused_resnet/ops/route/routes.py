@@ -17,7 +17,7 @@ from fused_resnet.arguments import ConvSettings
 from fused_resnet.ops.layout import are_plain, conv_memory_format, is_channels_last_once_dense
 from fused_resnet.ops.plan import measured_plan
 from fused_resnet.ops.route import context, fusion_level
-from fused_resnet.ops.route.context import for_listeners
+from fused_resnet.ops.route.context import for_listeners, is_transformed
 from fused_resnet.ops.route.reasons import FUSED_DTYPES, module, reasons_against, why_not_device
 from fused_resnet.ops.route.request import AUTO, Request
 from fused_resnet.ops.route.signatures import (
@@ -169,7 +169,9 @@ def kept_pass_route(x: Tensor) -> PassRoute | None:
     """`pass_route`, however small x is, where nobody listens at the dispatcher and nothing is compiled."""
     key = (type(x), x.shape, x.stride(), x.dtype, x.device, context.request())
     route = kept.get(key, UNKNOWN)
-    return keep(key, _decide_passes(x)) if route is UNKNOWN else route
+    if route is not UNKNOWN:
+        return route
+    return None if is_transformed() else keep(key, _decide_passes(x))  # under vmap nobody may ask how x lies
 
 
 def link_route(x: Tensor, conv_weight: Tensor, settings: ConvSettings) -> LinkRoute:
