@@ -18,6 +18,7 @@ from fused_resnet.ops import BackendError, use_backend, use_fusion_level
 from fused_resnet.ops.route import routes
 from tests.accuracy import assert_at_most_twice
 from tests.fuzz.tensors import described
+from tests.modules.compare import TOLERANCE
 
 Tensors = dict[str, Any]
 NEARBY = 12
@@ -82,11 +83,15 @@ class Call:
     """A pattern of the errors that ours documents and plain PyTorch does not raise."""
     spoiled: bool = False
     """Whether an argument may not fit: then ours may refuse what plain PyTorch makes something of."""
-    extends: bool = False
-    """Whether ours takes what plain PyTorch refuses in these dtypes, and computes in float64."""
+    extends: str | None = None
+    """A pattern of PyTorch's errors for mixes of dtypes that ours takes, as PyTorch does where all are float64."""
 
     def __post_init__(self) -> None:
         self._changes: dict[str, float] | None = None
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """As hypothesis prints it."""
+        printer.text(str(self))
 
     def __repr__(self) -> str:
         settings = [f"{key}={value!r}" for key, value in self.settings.items()]
@@ -105,7 +110,8 @@ class Call:
         on_meta = any(isinstance(each, Tensor) and each.is_meta for each in self.tensors.values())
         exact = None if on_meta else self._exact(self._wide())
         if isinstance(theirs, Exception):
-            assert self.extends and isinstance(exact, dict), f"accepted; PyTorch: {type(theirs).__name__}: {theirs}"
+            takes = self.extends is not None and re.search(self.extends, str(theirs)) and isinstance(exact, dict)
+            assert takes, f"accepted; PyTorch: {type(theirs).__name__}: {theirs}"
             self._check_alone(ours, exact)
             return
         assert list(ours) == list(theirs), f"results {list(ours)}, not {list(theirs)}"
@@ -121,6 +127,7 @@ class Call:
         """Where there is no PyTorch's own: what is rounded to the coarsest dtype of all."""
         assert list(ours) == list(exact), f"results {list(ours)}, not {list(exact)}"
         dtypes = {t.dtype for t in self.tensors.values() if isinstance(t, Tensor) and t.is_floating_point()}
+        dtypes |= {self.surroundings.autocast or torch.float32}
         coarsest = max(dtypes - {torch.float64} | {torch.float32}, key=lambda dtype: torch.finfo(dtype).eps)
         for name, result in ours.items():
             rounded = exact[name].to(coarsest)
@@ -154,8 +161,10 @@ class Call:
         summed = not name.startswith("output") and (ours.dim() == 1 or "conv" in name)
         arguments = {"what": name, "terms": max(self.terms, self.taps) if summed else self.taps}
         ours, theirs, exact = _within(ours, theirs, exact)
-        if ours.dtype == torch.float64 and torch.equal(ours, theirs):
-            return
+        if ours.dtype == torch.float64 and torch.equal(ours.isfinite(), exact.isfinite()):  # no better is known
+            known = TOLERANCE[torch.float64] * exact.abs().max().item() if exact.numel() else 0.0
+            if ours.numel() == 0 or (ours - exact).abs().max() <= known:
+                return
         try:
             assert_at_most_twice(ours, theirs, exact, **arguments)
         except AssertionError as error:
@@ -163,8 +172,10 @@ class Call:
                 self._changes = self._nearby()
             if (change := self._changes.get(name)) is None:
                 raise error from None
+            out = exact.abs() + 2 * change > torch.finfo(ours.dtype).max  # which may be infinite, or not
+            ours, theirs, exact = ours[~out], theirs[~out], exact[~out]
             largest = exact[exact.isfinite()].abs().max().item() if exact.isfinite().any() else 0.0
-            magnitude = max(largest, change / torch.finfo(ours.dtype).eps)
+            magnitude = max(largest, 2 * change / torch.finfo(ours.dtype).eps)  # PyTorch's own may be small by luck
             assert_at_most_twice(ours, theirs, exact, **arguments, magnitude=magnitude)
 
     def _nearby(self) -> dict[str, float]:

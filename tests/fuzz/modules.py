@@ -14,6 +14,7 @@ from torchvision.models import resnet
 from fused_resnet import BasicBlock, BatchNormAct2d, Bottleneck, ConvBNAct2d, fuse
 from tests.fuzz import settings as generated
 from tests.fuzz.call import Call, Tensors
+from tests.fuzz.functions import MIXED
 from tests.fuzz.tensors import DTYPES, SMALL, Draw, image, one_in, tensor
 
 Make = Callable[[], nn.Module]
@@ -58,7 +59,7 @@ def state(draw: Draw, make: Make, dtype: torch.dtype) -> tuple[Tensors, tuple[st
 
 def norm_arguments(draw: Draw) -> dict[str, Any]:
     return {
-        "eps": draw(st.sampled_from([1e-5, 1e-5, 1e-3, 0.5])),
+        "eps": draw(st.sampled_from([1e-5, 1e-5, 1e-3, 0.5, 0.0])),
         "momentum": draw(st.sampled_from([0.1, 0.1, None, 0.0, 1.0, 0.37])),
         "affine": not one_in(draw, 5),
         "track_running_stats": not one_in(draw, 5),
@@ -127,6 +128,7 @@ def module_call(
         surroundings=generated.surroundings(draw, named=False),
         terms=max(1, x.numel() // max(x.shape[1], 1)) if x.dim() == 4 else 1,
         taps=taps,
+        extends=MIXED,
     )
 
 

@@ -12,6 +12,7 @@ from torchvision.models import resnet
 from fused_resnet import freeze, fuse, unfuse
 from tests.fuzz import settings as generated
 from tests.fuzz.call import Call, Surroundings, Tensors
+from tests.fuzz.functions import MIXED
 from tests.fuzz.modules import in_mode, installed, state, vary
 from tests.fuzz.tensors import Draw, image, one_in
 
@@ -76,6 +77,7 @@ def fused_calls(draw: Draw) -> Call:
         surroundings=generated.surroundings(draw, named=False),
         terms=max(1, x.numel() // 3),
         taps=300,
+        extends=MIXED,
     )
 
 

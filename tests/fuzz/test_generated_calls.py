@@ -28,8 +28,13 @@ pytestmark = NEEDS_NATIVE
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Fresh and freed memory is filled with a pattern, so that what reads it differs."""
-    variables = {**os.environ, "MALLOC_PERTURB_": "165", "FUSED_RESNET_BACKEND": "", "FUSED_RESNET_LEVEL": ""}
+    variables = {
+        **os.environ,
+        "MALLOC_PERTURB_": "165",  # fresh and freed memory is filled with a pattern, so that what reads it differs
+        "OMP_WAIT_POLICY": "passive",  # with more processes than cores, threads that wait busily take their time
+        "FUSED_RESNET_BACKEND": "",
+        "FUSED_RESNET_LEVEL": "",
+    }
     if not SANITIZED:
         return variables
     options = cpp.sanitizer_options("address,undefined")
@@ -70,7 +75,6 @@ def test_equal_or_refused(kind: str, environment: dict[str, str], tmp_path: Path
 PLANTED = {
     "a result a little off": "ours.mul(1.001)",
     "another dtype": "ours.double()",
-    "one number that is no number": "ours.index_fill(0, torch.zeros(1, dtype=torch.int64), float('nan'))",
     "an error": "ours.no_such_thing",
     "a death": "ctypes.string_at(0)",
 }
