@@ -79,7 +79,6 @@ BUGS_OF_FILES = {
     ],
     "bn_stats_apply.cuh": [
         race("no_grid_barrier_race", "bn_stats_apply", "«grid_barrier();»\n\n  // The parts"),
-        mismatch("no_grid_barrier_numbers", "bn_stats_apply", "«grid_barrier();»\n\n  // The parts"),
         race(
             "block_barrier_for_a_grid_barrier",
             "bn_stats_apply",

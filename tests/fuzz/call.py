@@ -21,7 +21,7 @@ from tests.fuzz.tensors import described
 from tests.modules.compare import TOLERANCE
 
 Tensors = dict[str, Any]
-NEARBY = 12
+NEARBY = 48
 """Ways to round, by which one sees how far a result can be known that is a difference of large numbers."""
 
 

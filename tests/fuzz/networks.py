@@ -64,7 +64,12 @@ def fused_calls(draw: Draw) -> Call:
             made = fuse(varied[1](network(**settings)), memory=memory) if ours else varied[1](network(**settings))
             return unfuse(made) if ours and back else made
 
-        return in_mode(installed(make, {name: given[name] for name in tensors}, train))(given["x"])
+        own = {name: given[name] for name in tensors}
+        if (
+            not ours or back
+        ):  # for a channels_last x, PyTorch's backward reads a norm's weight as if it lay contiguously
+            own |= {name: own[name].contiguous() for name in parameters if own[name].dim() == 1}
+        return in_mode(installed(make, own, train))(given["x"])
 
     return Call(
         "fuse",

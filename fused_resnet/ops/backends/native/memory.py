@@ -25,17 +25,10 @@ _storages: dict[int, deque[UntypedStorage]] = {}
 
 def storage_of(nbytes: int) -> UntypedStorage:
     """One of a new output, perhaps used before."""
-    same = _storages.get(nbytes, ())
-    for _ in range(len(same)):
-        try:
-            storage = same.popleft()  # type: ignore[union-attr]
-        except IndexError:  # taken by another thread
-            break
-        if not _is_unchanged(storage, nbytes):
-            continue
-        same.append(storage)  # type: ignore[union-attr]
-        if _is_free(storage, 3):
-            return storage
+    same = _storages.get(nbytes)
+    if same is not None and (storage := _free_one(same, nbytes)) is not None:
+        same.append(storage)
+        return storage
     keeps = _make_room(nbytes)
     try:
         storage = UntypedStorage(nbytes, device="cpu")
@@ -56,9 +49,12 @@ def keep_at_most(nbytes: int) -> None:
 
 def kept_bytes() -> int:
     """That nobody uses."""
-    found = [(size, storage) for size, storages in list(_storages.items()) for storage in list(storages)]
-    # Beside the list, `found` and what goes through it here have each of them, and getrefcount.
-    return extension.kept_bytes() + sum(size for size, storage in found if _is_free(storage, 4))
+    total = extension.kept_bytes()
+    for size, storages in list(_storages.items()):
+        free = list(iter(lambda: _free_one(storages, size), None))  # noqa: B023  (called at once)
+        total += size * len(free)
+        storages.extend(free)
+    return total
 
 
 def empty_cache() -> None:
@@ -85,28 +81,25 @@ def _held() -> int:
 
 def _give_back(nbytes: float) -> None:
     """So much of what is free, or all; sizes that were asked for first go first."""
-    for size in list(_storages):
-        storages = _storages.get(size, deque())
-        for _ in range(len(storages)):
-            if nbytes <= 0:
-                return
-            try:
-                storage = storages.popleft()
-            except IndexError:
-                break
-            if _is_free(storage, 2) or not _is_unchanged(storage, size):
-                nbytes -= size
-            else:
-                storages.append(storage)
+    for size, storages in list(_storages.items()):
+        while nbytes > 0 and _free_one(storages, size) is not None:
+            nbytes -= size
         if not storages:
             _storages.pop(size, None)
 
 
-def _is_free(storage: UntypedStorage, references: int) -> bool:
-    """True if no tensor has it, and nobody in Python but these references (the parameter here not counted)."""
-    return torch._C._storage_Use_Count(storage._cdata) == 1 and sys.getrefcount(storage) - 2 < references
-
-
-def _is_unchanged(storage: UntypedStorage, nbytes: int) -> bool:
-    """False of one that somebody resized, or moved to memory that processes share."""
-    return storage.nbytes() == nbytes and storage.resizable() and not storage.is_shared()
+def _free_one(storages: deque[UntypedStorage], nbytes: int) -> UntypedStorage | None:
+    """One that nobody else has, taken out of the list; and for good what was resized, or moved to shared memory."""
+    for _ in range(len(storages)):
+        try:
+            storage = storages.popleft()
+        except IndexError:  # taken by another thread
+            return None
+        if storage.nbytes() != nbytes or not storage.resizable() or storage.is_shared():
+            continue
+        # The name here and getrefcount's argument. Not through a function of Python's: how many references a call
+        # holds depends on who evaluates frames.
+        if torch._C._storage_Use_Count(storage._cdata) == 1 and sys.getrefcount(storage) == 2:
+            return storage
+        storages.append(storage)
+    return None
