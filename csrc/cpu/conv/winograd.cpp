@@ -132,9 +132,11 @@ class WinogradPart {
         Filtering<step>::outputs(half[i], some);
 #pragma GCC unroll 4
         for (int j = 0; j < step; ++j) poison += some[j] * 0.0f;
-        if (!all_zero(poison)) {
+        if (__builtin_expect(!all_zero(poison), 0)) {
+          Vector directly[step];  // another name, or the sums above would have to lie in memory
           const int64_t from = filter + v * kVectorLanes;
-          convolve_directly<Element>(conv_, input_, weight_, image, row + i, column, from, lanes, some);
+          convolve_directly<Element>(conv_, input_, weight_, image, row + i, column, from, lanes, directly);
+          for (int j = 0; j < step; ++j) some[j] = directly[j];
         }
         const int64_t pixel = (image * conv_.out_height + row + i) * conv_.out_width + column;
 #pragma GCC unroll 4

@@ -82,16 +82,21 @@ class WinogradGrad {
         Filtering<kStep>::grad_kernel(column, down);
         for (int i = 0; i < 3; ++i) half[i][j] = down[i];
       }
-      Vector whole[3][3], poison = Vector{};
+      Vector poison = Vector{};
+      const auto place = [&](int i, int j) { return grad_weight + ((filter * 3 + i) * 3 + j) * conv_.channels + c; };
       for (int i = 0; i < 3; ++i) {
-        Filtering<kStep>::grad_kernel(half[i], whole[i]);
-        for (int j = 0; j < 3; ++j) poison += whole[i][j] * 0.0f;
-      }
-      if (!all_zero(poison)) grad_weight_directly(conv_, input_, grad_out_, filter, c, whole);
-      for (int i = 0; i < 3; ++i) {
+        Vector whole[3];
+        Filtering<kStep>::grad_kernel(half[i], whole);
         for (int j = 0; j < 3; ++j) {
-          store_vector(grad_weight + ((filter * 3 + i) * 3 + j) * conv_.channels + c, whole[i][j]);
+          store_vector(place(i, j), whole[j]);
+          poison += whole[j] * 0.0f;
         }
+      }
+      if (__builtin_expect(all_zero(poison), 1)) continue;
+      Vector directly[3][3];
+      grad_weight_directly(conv_, input_, grad_out_, filter, c, directly);
+      for (int i = 0; i < 3; ++i) {
+        for (int j = 0; j < 3; ++j) store_vector(place(i, j), directly[i][j]);
       }
     }
   }

@@ -89,17 +89,21 @@ def _give_back(nbytes: float) -> None:
 
 
 def _free_one(storages: deque[UntypedStorage], nbytes: int) -> UntypedStorage | None:
-    """One that nobody else has, taken out of the list; and for good what was resized, or moved to shared memory."""
-    for _ in range(len(storages)):
+    """One that nobody else has, taken out of the list: the last that was handed out, which a cache may still hold. What
+    was resized, or moved to shared memory, leaves the list for good."""
+    used, found = deque[UntypedStorage](), None
+    while found is None:
         try:
-            storage = storages.popleft()
-        except IndexError:  # taken by another thread
-            return None
+            storage = storages.pop()
+        except IndexError:
+            break
         if storage.nbytes() != nbytes or not storage.resizable() or storage.is_shared():
             continue
         # The name here and getrefcount's argument. Not through a function of Python's: how many references a call
         # holds depends on who evaluates frames.
         if torch._C._storage_Use_Count(storage._cdata) == 1 and sys.getrefcount(storage) == 2:
-            return storage
-        storages.append(storage)
-    return None
+            found = storage
+        else:
+            used.appendleft(storage)
+    storages.extend(used)
+    return found
