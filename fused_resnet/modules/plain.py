@@ -180,7 +180,8 @@ def _is_own(kind: type, name: str) -> bool:
 
 def _is_ours(written_in: dict[str, Any] | None) -> bool:
     """True of what stands in this package: `modules/torchvision.py` writes methods for classes of other files."""
-    return written_in is not None and written_in.get("__package__", "").partition(".")[0] == "fused_resnet"
+    package = (written_in or {}).get("__package__") or ""  # None in a script
+    return package.partition(".")[0] == "fused_resnet"
 
 
 _own_methods: dict[type[nn.Module], list[tuple[type, operator.attrgetter, Any]]] = {}

@@ -278,3 +278,14 @@ def test_a_model_with_nothing_to_fuse_is_returned_as_it_is():
     assert fused_resnet.unfuse(fused_resnet.fuse(model)) is model
     assert model.__dict__.keys() == before.keys()
     assert [type(module) for module in model] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
+
+
+def test_a_forward_that_a_script_wrote_is_noticed(monkeypatch):
+    """Whose globals have no package, as those of ``__main__``."""
+    written = {"__package__": None}
+    exec("def forward(self, x):\n    return x + 1", written)
+    monkeypatch.setattr(resnet.BasicBlock, "forward", written["forward"])
+    block, x = resnet.BasicBlock(3, 3), images()
+    with pytest.warns(UserWarning, match="no block that can be fused"):
+        fuse(block)
+    assert torch.equal(block(x), x + 1)
